@@ -1,0 +1,15 @@
+"""CIFAR-10, unconditional, as in Ho et al. 2020, Sec. 4 and App. B: 35.7 M parameters.
+
+    python main.py --config=configs/cifar10.py
+
+The paper reports FID 3.17 and IS 9.46 after 800k steps (10.6 hours on a TPU v3-8). Not run here.
+"""
+
+from configs import default
+
+
+def get_config():
+    """The defaults are this model's; its images are mirrored."""
+    config = default.get_config()
+    config.data.random_flip = True
+    return config

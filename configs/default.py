@@ -1,0 +1,69 @@
+"""Every field of a config, with the values of Ho et al.'s CIFAR-10 model where they have one.
+
+Not a run of its own: the other files of this folder start from it and change a few fields.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    """The defaults."""
+    config = ConfigDict()
+    config.seed = 0  # of the initial parameters, data order, timesteps, noise and dropout
+
+    config.data = data = ConfigDict()
+    data.name = "cifar10"  # a TFDS name, "digits" (embedded), or "folder"
+    data.path = ""  # the folder of images, with name = "folder"; searched recursively
+    data.split = "train"  # what to train on, as TFDS writes it: "train[:90%]", "train+test"
+    data.eval_split = "test"  # what the held-out loss is measured on
+    data.image_size = (32, 32)  # (height, width); images of another size are resized
+    data.resize = "crop"  # to the wanted shape first, or "squash"; then antialiased bicubic
+    data.channels = 3  # 1 gray, 3 RGB, 4 RGB and alpha
+    data.random_flip = False  # mirror left-right with probability 1/2
+    data.data_dir = ""  # of TFDS; empty: its default, ~/tensorflow_datasets
+    data.max_ram_gib = 2.0  # sets up to this size are read into memory once
+    data.skip_unreadable = False  # whether a folder may hold files that do not decode
+
+    config.diffusion = diffusion = ConfigDict()
+    diffusion.schedule = "linear"  # linear, linear_rescaled (1000 / T), cosine, quadratic, sigmoid
+    diffusion.num_timesteps = 1000  # T
+    diffusion.beta_start = 1e-4  # β at the first step (cosine takes no notice of these two)
+    diffusion.beta_end = 0.02  # β at the last step
+    diffusion.variance = "fixed_large"  # of the reverse process: fixed_large β, fixed_small β̃
+    diffusion.clip_x0 = True  # clip predicted images to [-1, 1] at every sampling step
+
+    config.model = model = ConfigDict()
+    model.channels = 128  # width of the first level; a multiple of norm_groups
+    model.channel_mults = (1, 2, 2, 2)  # width of each level in multiples of it
+    model.num_res_blocks = 2  # a level on the way down; one more on the way up
+    model.attention_resolutions = (16,)  # heights of the feature maps with self-attention
+    model.dropout = 0.1  # inside the residual blocks
+    model.norm_groups = 32  # of every GroupNorm
+    model.dtype = "float32"  # of the computation; or bfloat16 (parameters are float32)
+
+    config.optim = optim = ConfigDict()
+    optim.learning_rate = 2e-4  # of Adam, after the warm-up
+    optim.warmup_steps = 5000  # linear, from 0
+    optim.decay = "constant"  # after the warm-up; or cosine, to 0 at the last step
+    optim.weight_decay = 0.0  # above 0: AdamW
+    optim.grad_clip = 1.0  # largest norm of the gradient; 0: do not clip
+    optim.ema_decay = 0.9999  # of the parameters' moving average
+
+    config.train = train = ConfigDict()
+    train.batch_size = 128  # over all devices
+    train.num_steps = 800_000  # updates
+    train.log_every = 100  # steps between lines of metrics.jsonl
+    train.eval_every = 5000  # steps between held-out losses
+    train.eval_images = 1024  # held-out images used, the first ones of data.eval_split
+    train.sample_every = 10_000  # steps between sample grids
+    train.checkpoint_every = 5000  # steps between checkpoints
+    train.keep_checkpoints = 2  # the newest ones; older ones are deleted
+    train.keep_every = 100_000  # steps whose multiples are never deleted; 0: none
+
+    config.sample = sample = ConfigDict()
+    sample.num_samples = 64  # images, in the grids and of --mode=sample
+    sample.batch_size = 64  # images at a time, over all devices
+    sample.seed = 0  # image i depends on (seed, i) only
+    sample.use_ema = True  # the averaged parameters rather than the raw ones
+
+    return config

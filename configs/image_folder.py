@@ -1,0 +1,24 @@
+"""A folder of your own images, at 64×64. Not run.
+
+    python main.py --config=configs/image_folder.py --config.data.path=FOLDER
+
+Images of every size and kind are found below FOLDER, cropped to a square and scaled; one in twenty
+is held out. For a folder of a few hundred images, a higher model.dropout helps.
+"""
+
+from configs import default
+
+
+def get_config():
+    """CIFAR-10's network, one level deeper."""
+    config = default.get_config()
+    config.data.update(
+        name="folder",
+        split="train[5%:]",
+        eval_split="train[:5%]",
+        image_size=(64, 64),
+        random_flip=True,
+    )
+    config.diffusion.variance = "fixed_small"
+    config.model.channel_mults = (1, 2, 2, 2, 2)
+    return config

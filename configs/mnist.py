@@ -1,0 +1,26 @@
+"""MNIST, 28×28 gray, with the paper's chain on a network small enough for a CPU.
+
+python main.py --config=configs/mnist.py
+
+"""
+
+from configs import default
+
+
+def get_config():
+    """The chain of Ho et al.; 32 channels in place of their 128."""
+    config = default.get_config()
+    config.data.update(name="mnist", image_size=(28, 28), channels=1)
+    config.model.update(
+        channels=32,
+        channel_mults=(1, 2, 2),
+        num_res_blocks=1,
+        attention_resolutions=(7,),
+        norm_groups=8,
+        dropout=0.0,
+    )
+    config.optim.update(learning_rate=1e-3, warmup_steps=200, decay="cosine", ema_decay=0.995)
+    config.train.update(
+        num_steps=4000, eval_every=500, sample_every=1000, checkpoint_every=250, keep_every=0
+    )
+    return config

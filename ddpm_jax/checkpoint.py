@@ -1,0 +1,97 @@
+"""Checkpoints: Orbax, asynchronous, whole or not there.
+
+Step s lives in <workdir>/checkpoints/<s>/, as three items (params, ema_params, opt_state), so that
+sampling reads only the one it needs. A checkpoint that was being written when its process died has
+a temporary name and does not count.
+"""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from ddpm_jax import unet
+from ddpm_jax.errors import UserError
+from ddpm_jax.state import TrainState
+
+ITEMS = ("params", "ema_params", "opt_state")
+
+
+def open_manager(workdir, train):
+    """A CheckpointManager that keeps the newest few and every Nth.
+
+    Args:
+      workdir: the run's folder.
+      train: the config's section: keep_checkpoints, keep_every (0: none for ever).
+    """
+    keep = [preservation_policy.LatestN(train.keep_checkpoints)]
+    if train.keep_every:
+        keep.append(preservation_policy.EveryNSteps(train.keep_every))
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=preservation_policy.AnyPreservationPolicy(keep),
+        cleanup_tmp_directories=True,
+    )
+    return ocp.CheckpointManager(_folder(workdir), options=options, item_names=ITEMS)
+
+
+def save(manager, step, state):
+    """Starts writing a state; training may go on at once. Saving a step again does nothing."""
+    if step not in manager.all_steps():
+        items = {name: ocp.args.StandardSave(getattr(state, name)) for name in ITEMS}
+        manager.save(step, args=ocp.args.Composite(**items))
+
+
+def restore(manager, state):
+    """Reads the newest checkpoint.
+
+    Args:
+      manager: from open_manager.
+      state: a TrainState of the wanted shapes and shardings.
+
+    Returns:
+      The TrainState of that checkpoint, or `state` itself where there is none.
+    """
+    step = manager.latest_step()
+    if step is None:
+        return state
+    items = {
+        name: ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, item))
+        for name, item in vars(state).items()
+        if name in ITEMS
+    }
+    restored = manager.restore(step, args=ocp.args.Composite(**items))
+    return TrainState(
+        step=jax.device_put(jnp.asarray(step, jnp.int32), state.step.sharding), **restored
+    )
+
+
+def restore_params(config, workdir):
+    """Reads the parameters (EMA or raw, `sample.use_ema`) of the newest checkpoint.
+
+    Returns:
+      (step, params).
+
+    Raises:
+      UserError: if there is no checkpoint.
+    """
+    folder = _folder(workdir)
+    with ocp.CheckpointManager(
+        folder, options=ocp.CheckpointManagerOptions(read_only=True)
+    ) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise UserError(f"workdir={workdir}: has no checkpoint yet; train it first")
+        model = unet.make_model(config.model)
+        shape = (1, *config.data.image_size, config.data.channels)
+        abstract = jax.eval_shape(
+            model.init, jax.random.key(0), jnp.zeros(shape), jnp.zeros((1,), jnp.int32)
+        )["params"]
+        name = "ema_params" if config.sample.use_ema else "params"
+        args = ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)})
+        return step, manager.restore(step, args=args)[name]
+
+
+def _folder(workdir):
+    return pathlib.Path(workdir).absolute() / "checkpoints"

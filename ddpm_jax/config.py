@@ -1,0 +1,102 @@
+"""What a config may say, and what a run may not change afterwards."""
+
+import math
+
+from ddpm_jax import diffusion, parallel, schedules
+from ddpm_jax.errors import UserError
+
+POSITIVE = """
+    data.image_size diffusion.num_timesteps model.channels model.channel_mults
+    model.num_res_blocks model.norm_groups optim.learning_rate train.batch_size train.num_steps
+    train.log_every train.eval_every train.eval_images train.sample_every
+    train.checkpoint_every train.keep_checkpoints sample.num_samples sample.batch_size
+""".split()
+NOT_NEGATIVE = """
+    seed data.max_ram_gib optim.warmup_steps optim.weight_decay optim.grad_clip
+    train.keep_every sample.seed
+""".split()
+BELOW_ONE = ("model.dropout", "optim.ema_decay")  # in [0, 1)
+CHOICES = {
+    "data.resize": ("crop", "squash"),
+    "data.channels": (1, 3, 4),
+    "diffusion.schedule": tuple(schedules.SCHEDULES),
+    "diffusion.variance": diffusion.VARIANCES,
+    "model.dtype": ("float32", "bfloat16"),
+    "optim.decay": ("constant", "cosine"),
+}
+# A run's identity, less what changes neither its model nor its data.
+IDENTITY = ("seed", "data", "diffusion", "model", "train.batch_size")
+FREE = """
+    data.path data.data_dir data.max_ram_gib data.skip_unreadable data.eval_split
+    diffusion.variance diffusion.clip_x0
+""".split()
+
+
+def flatten(config):
+    """{"section.field": value} of a config."""
+    flat = {}
+    for name, value in config.items():
+        if hasattr(value, "items"):
+            flat.update({f"{name}.{field}": v for field, v in flatten(value).items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def check(config):
+    """Raises a UserError that names the first field whose value cannot work."""
+    fields = flatten(config)
+    for name in POSITIVE:
+        _require(_all(lambda v: v > 0, fields[name]), name, fields[name], "must be above 0")
+    for name in NOT_NEGATIVE:
+        _require(fields[name] >= 0, name, fields[name], "must not be negative")
+    for name in BELOW_ONE:
+        _require(0 <= fields[name] < 1, name, fields[name], "must lie in [0, 1)")
+    for name, choices in CHOICES.items():
+        allowed = f"choose from {', '.join(map(str, choices))}"
+        _require(fields[name] in choices, name, fields[name], allowed)
+    _check_model(config.model, config.data.image_size)
+    parallel.check_batch_size("train.batch_size", config.train.batch_size)
+    parallel.check_batch_size("sample.batch_size", config.sample.batch_size)
+
+
+def _check_model(model, image_size):
+    """The network's levels must divide the image, its groups the channels."""
+    allowed = f"must be a multiple of model.norm_groups={model.norm_groups} and even, at least 4"
+    fits = model.channels % model.norm_groups == 0 and model.channels % 2 == 0
+    _require(fits and model.channels >= 4, "model.channels", model.channels, allowed)
+    _require(len(image_size) == 2, "data.image_size", image_size, "must be (height, width)")
+    levels = len(model.channel_mults)
+    _require(levels > 0, "model.channel_mults", model.channel_mults, "needs at least one level")
+    factor = 2 ** (levels - 1)
+    allowed = f"must be multiples of {factor} (model.channel_mults has {levels} levels)"
+    _require(_all(lambda v: v % factor == 0, image_size), "data.image_size", image_size, allowed)
+    heights = [image_size[0] // 2**level for level in range(levels)]
+    name, resolutions = "model.attention_resolutions", model.attention_resolutions
+    allowed = f"choose from the levels' heights, {', '.join(map(str, heights))}"
+    _require(_all(lambda v: v in heights, resolutions), name, resolutions, allowed)
+
+
+def _all(predicate, value):
+    values = value if isinstance(value, tuple) else (value,)
+    return all(not (isinstance(v, float) and math.isnan(v)) and predicate(v) for v in values)
+
+
+def _require(condition, name, value, allowed):
+    if not condition:
+        raise UserError(f"{name}={value!r}: {allowed}")
+
+
+def check_same_run(saved, config, workdir):
+    """Raises a UserError unless `config` can go on with the run that `saved` describes.
+
+    Steps, logging, optimizer and sampling may change; what decides the model or the data may not.
+    """
+    saved, new = flatten(saved), flatten(config)
+    changed = [
+        f"{name} {saved.get(name)!r} -> {new.get(name)!r}"
+        for name in sorted(saved.keys() | new.keys())
+        if name not in FREE and name.startswith(IDENTITY) and saved.get(name) != new.get(name)
+    ]
+    if changed:
+        raise UserError(f"workdir={workdir}: was made with another config: {', '.join(changed)}")

@@ -1,0 +1,123 @@
+"""Many images from a trained network: batches over all devices, with progress."""
+
+import logging
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm.auto import tqdm
+
+from ddpm_jax import checkpoint, images, parallel, sampling, schedules, unet
+from ddpm_jax.workdir import write_npz
+
+log = logging.getLogger(__name__)
+
+GRID_IMAGES = 256  # nobody looks at a picture of more
+
+
+def image_shape(config):
+    """(H, W, C) of the images that a config is about."""
+    return (*config.data.image_size, config.data.channels)
+
+
+def make_sampler(config, frames_at=()):
+    """Builds the reverse process of a config; it compiles at the first call, and only then.
+
+    Args:
+      config: its model, data, diffusion and sample sections are used.
+      frames_at: distinct timesteps after which to keep the images; K of them.
+
+    Returns:
+      sample(params, num_samples, seed, stop=()) → (x, frames), uint8 [N, H, W, C] and
+      [K, N, H, W, C]; or None as soon as `stop` holds something. Image i depends on (seed, i)
+      only, up to rounding. params are replicated (see parallel.py).
+    """
+    schedule = schedules.from_config(config.diffusion)
+    model = unet.make_model(config.model)
+    num_timesteps, shape = schedule.num_timesteps, image_shape(config)
+
+    def start(keys):
+        x = sampling.prior(keys, num_timesteps, shape)
+        return x, jnp.zeros((len(frames_at), *x.shape), x.dtype)
+
+    def run(params, carry, keys, ts):
+        def step(x_t, t):
+            eps = sampling.noise(keys, t, shape)
+            variance, clip_x0 = config.diffusion.variance, config.diffusion.clip_x0
+            return sampling.ancestral_step(
+                schedule, eps_fn, x_t, t, eps, variance=variance, clip_x0=clip_x0
+            )
+
+        def eps_fn(x_t, t):
+            return model.apply({"params": params}, x_t, t)
+
+        x, frames = carry
+        return sampling.reverse_process(step, x, ts, frames_at, frames)
+
+    start = parallel.pmap(start)
+    run = parallel.pmap(run, in_axes=(None, 0, 0, None), donate_argnums=1)
+
+    def sample(params, num_samples, seed, stop=()):
+        devices = jax.device_count()
+        batch_size = min(config.sample.batch_size, -(-num_samples // devices) * devices)
+        batches = -(-num_samples // batch_size)
+        done = []
+        with tqdm(total=batches * num_timesteps, desc="sample", unit="step", leave=False) as bar:
+            for first in range(0, batches * batch_size, batch_size):
+                indices = first + jnp.arange(batch_size)
+                keys = parallel.split(sampling.image_keys(seed, indices))
+                carry = start(keys)
+                for ts in segments(num_timesteps):
+                    carry = jax.block_until_ready(run(params, carry, keys, ts))
+                    bar.update(len(ts))
+                    if stop:
+                        return None
+                done.append(_to_host(*carry))
+        x, frames = (np.concatenate(parts, axis=-4) for parts in zip(*done, strict=True))
+        return x[:num_samples], frames[:, :num_samples]
+
+    return sample
+
+
+def segments(num_timesteps):
+    """All timesteps, last first, in equal parts: 20, or as many more as divide T evenly.
+
+    One scan over all of them would compute the same; in parts it can show progress and be
+    interrupted, and equal parts share one compilation.
+    """
+    parts = next(
+        n for n in range(min(20, num_timesteps), num_timesteps + 1) if num_timesteps % n == 0
+    )
+    return np.split(np.arange(num_timesteps, dtype=np.int32)[::-1], parts)
+
+
+def _to_host(x, frames):
+    """[D, B, …] and [D, K, B, …] on the devices to uint8 [D·B, …] and [K, D·B, …] on the host."""
+    x = parallel.merge(images.to_uint8(x))
+    frames = jnp.moveaxis(images.to_uint8(frames), 0, 1)
+    return np.asarray(x), np.asarray(frames.reshape(frames.shape[0], *x.shape))
+
+
+def sample(config, workdir):
+    """Generates `sample.num_samples` images from a run's newest checkpoint.
+
+    Writes samples/sample_<step>_seed<seed>.npz (`images`, uint8 [N, H, W, C]) and a .png that
+    shows the first of them.
+
+    Args:
+      config: the run's config, checked.
+      workdir: the run's folder.
+
+    Raises:
+      UserError: if there is no checkpoint.
+    """
+    step, params = checkpoint.restore_params(config, workdir)
+    seed, count = config.sample.seed, config.sample.num_samples
+    which = "EMA" if config.sample.use_ema else "raw"
+    log.info("sampling %d images from the %s parameters of step %d", count, which, step)
+    x, _ = make_sampler(config)(parallel.replicate(params), count, seed)
+    path = pathlib.Path(workdir) / "samples" / f"sample_{step:06d}_seed{seed}.npz"
+    write_npz(path, images=x)
+    images.write_png(path.with_suffix(".png"), images.grid(x[:GRID_IMAGES]))
+    log.info("wrote %s and .png", path)

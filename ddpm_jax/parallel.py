@@ -1,0 +1,54 @@
+"""Every line that knows about devices: one batch axis, over which functions are pmapped.
+
+Functions that run under `pmap` see one device's part of a batch, may average over the axis with
+`lax.pmean(…, AXIS)`, and learn which examples they hold from `example_indices`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ddpm_jax.errors import UserError
+
+AXIS = "batch"
+
+pmap = functools.partial(jax.pmap, axis_name=AXIS)
+
+
+def check_batch_size(field, batch_size):
+    """Raises a UserError unless the global batch divides evenly over the devices."""
+    devices = jax.device_count()
+    if batch_size % devices:
+        raise UserError(f"{field}={batch_size}: must be a multiple of the {devices} devices")
+
+
+def replicate(tree, devices=None):
+    """Puts a whole copy of every array on each device.
+
+    Args:
+      tree: a pytree of arrays.
+      devices: where to; all by default.
+
+    Returns:
+      The tree, as arrays that pmap takes with in_axes=None as they are (uncommitted arrays would
+      make it compile a second time).
+    """
+    mesh = Mesh(devices or jax.devices(), (AXIS,))
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def split(array, num_devices=None):
+    """[B, ...] to [devices, B / devices, ...], for pmap with in_axes=0."""
+    return array.reshape(num_devices or jax.local_device_count(), -1, *array.shape[1:])
+
+
+def merge(array):
+    """The inverse of split: [devices, B / devices, ...] to [B, ...]."""
+    return array.reshape(-1, *array.shape[2:])
+
+
+def example_indices(local_batch):
+    """Inside pmap: the places in the global batch, [local_batch], of this device's examples."""
+    return jax.lax.axis_index(AXIS) * local_batch + jnp.arange(local_batch)

@@ -1,0 +1,143 @@
+"""Noise schedules: the β sequence and everything that follows from it.
+
+Time: code t runs over [0, T) and is the paper's t - 1, so `betas[0]` is the paper's β_1 and t = 0
+is the last denoising step. Nothing indexes `alpha_bars[t - 1]` (it would wrap around at 0):
+`alpha_bars_prev` holds those values.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.errors import UserError
+
+
+def linear(num_timesteps, beta_start, beta_end):
+    """β linear in t (Ho et al., Sec. 4)."""
+    return np.linspace(beta_start, beta_end, num_timesteps)
+
+
+def linear_rescaled(num_timesteps, beta_start, beta_end):
+    """`linear` with both ends times 1000 / T, so that ᾱ_T hardly depends on T."""
+    scale = 1000 / num_timesteps
+    return linear(num_timesteps, scale * beta_start, scale * beta_end)
+
+
+def cosine(num_timesteps, beta_start, beta_end, s=0.008, max_beta=0.999):
+    """ᾱ a squared cosine (Nichol & Dhariwal 2021, Eq. 17); takes no notice of the β range."""
+    del beta_start, beta_end
+    time = np.arange(num_timesteps + 1) / num_timesteps
+    alpha_bars = np.cos((time + s) / (1 + s) * np.pi / 2) ** 2
+    return np.minimum(1 - alpha_bars[1:] / alpha_bars[:-1], max_beta)
+
+
+def quadratic(num_timesteps, beta_start, beta_end):
+    """√β linear in t (Ho et al.'s code; Song et al. 2020)."""
+    return np.linspace(beta_start**0.5, beta_end**0.5, num_timesteps) ** 2
+
+
+def sigmoid(num_timesteps, beta_start, beta_end):
+    """β a logistic curve from -6 to 6 between the two ends (Xu et al. 2022, GeoDiff)."""
+    logistic = 1 / (1 + np.exp(-np.linspace(-6, 6, num_timesteps)))
+    return beta_start + (beta_end - beta_start) * logistic
+
+
+SCHEDULES = {f.__name__: f for f in (linear, linear_rescaled, cosine, quadratic, sigmoid)}
+
+
+@flax.struct.dataclass
+class Schedule:
+    """Coefficients of q and p, each [T] float32, rounded once from float64.
+
+    The names are the paper's: α = 1 - β, ᾱ_t = ∏ α_s. `posterior_*` belong to
+    q(x_{t-1} | x_t, x_0), Eqs. (6)-(7).
+    """
+
+    betas: jax.Array
+    alpha_bars: jax.Array
+    alpha_bars_prev: jax.Array  # ᾱ_{t-1}, 1 at t = 0
+    sqrt_alpha_bars: jax.Array
+    sqrt_one_minus_alpha_bars: jax.Array
+    sqrt_recip_alpha_bars: jax.Array  # √(1 / ᾱ)
+    sqrt_recip_alpha_bars_minus_one: jax.Array  # √(1 / ᾱ - 1)
+    posterior_variance: jax.Array  # β̃, 0 at t = 0
+    posterior_mean_coef_x0: jax.Array
+    posterior_mean_coef_x_t: jax.Array
+    fixed_small_log_variance: jax.Array  # log β̃, at t = 0 the value of t = 1
+    fixed_large_log_variance: jax.Array  # log β, at t = 0 that of β̃ at t = 1
+
+    @property
+    def num_timesteps(self):
+        """T."""
+        return self.betas.shape[0]
+
+
+def make_schedule(name, num_timesteps, beta_start=1e-4, beta_end=0.02):
+    """Builds the schedule `name`.
+
+    Args:
+      name: a key of SCHEDULES.
+      num_timesteps: T, at least 1.
+      beta_start: β at code t = 0, in (0, 1).
+      beta_end: β at code t = T - 1, in (0, 1).
+
+    Returns:
+      A Schedule.
+
+    Raises:
+      UserError: for an unknown name, T < 1, or a β outside (0, 1).
+    """
+    if name not in SCHEDULES:
+        raise UserError(f"diffusion.schedule={name!r}: choose from {', '.join(SCHEDULES)}")
+    if num_timesteps < 1:
+        raise UserError(f"diffusion.num_timesteps={num_timesteps}: must be at least 1")
+    for field, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
+        if not 0 < beta < 1:
+            raise UserError(f"diffusion.{field}={beta}: must lie in (0, 1)")
+    betas = SCHEDULES[name](num_timesteps, beta_start, beta_end)
+    if not np.all((betas > 0) & (betas < 1)):
+        raise UserError(
+            f"diffusion.schedule={name!r} with num_timesteps={num_timesteps}: its largest β is "
+            f"{betas.max():.4g} and must lie in (0, 1); use more timesteps or a smaller beta_end"
+        )
+    return from_betas(betas)
+
+
+def from_betas(betas):
+    """Computes every coefficient in float64 and rounds it to float32.
+
+    Args:
+      betas: [T] float64, in (0, 1).
+
+    Returns:
+      A Schedule.
+    """
+    alphas = 1 - betas
+    alpha_bars = np.cumprod(alphas)
+    alpha_bars_prev = np.append(1.0, alpha_bars[:-1])
+    posterior_variance = betas * (1 - alpha_bars_prev) / (1 - alpha_bars)  # Eq. (7)
+    # β̃ is 0 at t = 0, where no noise is added; its logarithm needs a finite stand-in.
+    first = posterior_variance[1] if len(betas) > 1 else betas[0]
+    coefficients = dict(
+        betas=betas,
+        alpha_bars=alpha_bars,
+        alpha_bars_prev=alpha_bars_prev,
+        sqrt_alpha_bars=np.sqrt(alpha_bars),
+        sqrt_one_minus_alpha_bars=np.sqrt(1 - alpha_bars),
+        sqrt_recip_alpha_bars=np.sqrt(1 / alpha_bars),
+        sqrt_recip_alpha_bars_minus_one=np.sqrt(1 / alpha_bars - 1),
+        posterior_variance=posterior_variance,
+        posterior_mean_coef_x0=np.sqrt(alpha_bars_prev) * betas / (1 - alpha_bars),
+        posterior_mean_coef_x_t=np.sqrt(alphas) * (1 - alpha_bars_prev) / (1 - alpha_bars),
+        fixed_small_log_variance=np.log(np.append(first, posterior_variance[1:])),
+        fixed_large_log_variance=np.log(np.append(first, betas[1:])),
+    )
+    return Schedule(**{k: jnp.asarray(v, jnp.float32) for k, v in coefficients.items()})
+
+
+def from_config(diffusion):
+    """The schedule that a config's `diffusion` section describes."""
+    return make_schedule(
+        diffusion.schedule, diffusion.num_timesteps, diffusion.beta_start, diffusion.beta_end
+    )

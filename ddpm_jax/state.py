@@ -1,0 +1,87 @@
+"""The training state, and how an update changes it."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that training carries from step to step; there is no PRNG key: noise depends on
+    (seed, step, example) only, which makes resuming exact."""
+
+    step: jax.Array  # int32, updates done so far
+    params: Any
+    ema_params: Any  # exponential moving average of params
+    opt_state: optax.OptState
+
+
+def learning_rate(optim, num_steps):
+    """Linear warm-up from 0, then constant or a cosine down to 0 at the last step.
+
+    As in Ho's code, update number n (from 0) uses n / warmup_steps, so the first one moves nothing.
+
+    Args:
+      optim: the config's section: learning_rate, warmup_steps, decay.
+      num_steps: updates in the whole run.
+
+    Returns:
+      A function of the update's number.
+    """
+    decay_steps = max(num_steps - optim.warmup_steps, 1)
+    after = {
+        "constant": optax.constant_schedule(optim.learning_rate),
+        "cosine": optax.cosine_decay_schedule(optim.learning_rate, decay_steps),
+    }[optim.decay]
+    warmup = optax.linear_schedule(0, optim.learning_rate, max(optim.warmup_steps, 1))
+    return optax.join_schedules([warmup, after], [optim.warmup_steps])
+
+
+def make_optimizer(optim, num_steps):
+    """Gradient clipping by global norm, then Adam (Kingma & Ba 2015), or AdamW with weight_decay.
+
+    Args:
+      optim: the config's section; grad_clip = 0 clips nothing.
+      num_steps: updates in the whole run.
+
+    Returns:
+      An optax transformation.
+    """
+    clip = optax.clip_by_global_norm(optim.grad_clip) if optim.grad_clip else optax.identity()
+    rate = learning_rate(optim, num_steps)
+    return optax.chain(clip, optax.adamw(rate, weight_decay=optim.weight_decay))
+
+
+def create_state(model, optimizer, image_shape, seed):
+    """A fresh state: parameters from `seed`, the EMA a copy of them.
+
+    Args:
+      model: a linen module, called as model(x_t, t).
+      optimizer: an optax transformation.
+      image_shape: (H, W, C).
+      seed: int.
+
+    Returns:
+      A TrainState at step 0.
+    """
+
+    @jax.jit
+    def create(key):
+        x, t = jnp.zeros((1, *image_shape)), jnp.zeros((1,), jnp.int32)
+        params = model.init(key, x, t)["params"]
+        # A copy, not an alias: both are donated to the train step.
+        ema_params = jax.tree.map(jnp.copy, params)
+        return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params))
+
+    return create(jax.random.key(seed))
+
+
+def apply_gradients(state, grads, optimizer, ema_decay):
+    """One update: optimizer, then ema = decay · ema + (1 - decay) · params (no bias correction)."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_decay)
+    return TrainState(state.step + 1, params, ema_params, opt_state)

@@ -1,0 +1,349 @@
+"""Training (Ho et al. 2020, Algorithm 1): the step, and the loop around it."""
+
+import contextlib
+import logging
+import pathlib
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm.auto import tqdm
+
+from ddpm_jax import (
+    checkpoint,
+    data,
+    diffusion,
+    generate,
+    images,
+    likelihood,
+    parallel,
+    schedules,
+    unet,
+)
+from ddpm_jax import config as configs
+from ddpm_jax import state as states
+from ddpm_jax import workdir as run_files
+from ddpm_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# The held-out loss always uses the same noise, whatever the run's seed.
+EVAL_SEED = 20200619
+# A chain that ends further than this from noise (bits/dim) is worth a warning.
+MAX_PRIOR_KL = 1e-3
+
+
+def step_keys(seed, step, indices):
+    """[B] PRNG keys, a function of (seed, step, global example index) only."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
+
+
+def draw(keys, image_shape, num_timesteps):
+    """What one training example needs from its key.
+
+    Args:
+      keys: [B] PRNG keys.
+      image_shape: (H, W, C).
+      num_timesteps: T.
+
+    Returns:
+      t: [B] int32, uniform in [0, T).
+      eps: [B, H, W, C], standard normal.
+      dropout_keys: [B] PRNG keys.
+    """
+
+    def one(key):
+        t_key, eps_key, dropout_key = jax.random.split(key, 3)
+        t = jax.random.randint(t_key, (), 0, num_timesteps)
+        return t, jax.random.normal(eps_key, image_shape), dropout_key
+
+    return jax.vmap(one)(keys)
+
+
+def train_step(state, batch, *, model, schedule, optimizer, ema_decay, seed):
+    """One update of Algorithm 1; runs under parallel.pmap.
+
+    Args:
+      state: a TrainState.
+      batch: uint8 [B, H, W, C], this device's part of the global batch.
+      model: the U-Net.
+      schedule: coefficients, each [T].
+      optimizer: an optax transformation; it clips the gradient after the mean over devices.
+      ema_decay: of the parameters' moving average, in [0, 1).
+      seed: int.
+
+    Returns:
+      (state, metrics): loss and the gradient's norm before clipping, means over the global batch.
+    """
+    keys = step_keys(seed, state.step, parallel.example_indices(len(batch)))
+    t, eps, dropout_keys = draw(keys, batch.shape[1:], schedule.num_timesteps)
+    x0 = images.to_float(batch)
+
+    def loss_fn(params):
+        def eps_fn(x_t, t):
+            return model.apply({"params": params}, x_t, t, dropout_keys)
+
+        return diffusion.simple_loss(schedule, eps_fn, x0, t, eps).mean()
+
+    loss, grads = jax.lax.pmean(jax.value_and_grad(loss_fn)(state.params), parallel.AXIS)
+    state = states.apply_gradients(state, grads, optimizer, ema_decay)
+    return state, {"loss": loss, "grad_norm": optax.global_norm(grads)}
+
+
+def make_train_step(config, model, schedule, optimizer, devices=None):
+    """train_step over all devices: (state, uint8 [devices, B, H, W, C]) → (state, metrics)."""
+
+    def step(state, batch):
+        return train_step(
+            state,
+            batch,
+            model=model,
+            schedule=schedule,
+            optimizer=optimizer,
+            ema_decay=config.optim.ema_decay,
+            seed=config.seed,
+        )
+
+    # The state goes in and out replicated, and its memory is used again.
+    return parallel.pmap(
+        step, in_axes=(None, 0), out_axes=(None, None), donate_argnums=0, devices=devices
+    )
+
+
+def make_eval_loss(config, model, schedule, source):
+    """The held-out loss: the same images, timesteps (spread evenly) and noise every time.
+
+    Args:
+      config: its train section is used.
+      model: the U-Net.
+      schedule: coefficients, each [T].
+      source: the held-out images.
+
+    Returns:
+      eval_loss(params) → L_simple over the first `train.eval_images` images.
+    """
+    count, size = min(config.train.eval_images, source.size), config.train.batch_size
+    num_timesteps = schedule.num_timesteps
+
+    def batch_loss(params, batch, indices):
+        _, eps, _ = draw(step_keys(EVAL_SEED, 0, indices), batch.shape[1:], num_timesteps)
+        t = jnp.minimum(indices, count - 1) * num_timesteps // count
+
+        def eps_fn(x_t, t):
+            return model.apply({"params": params}, x_t, t)
+
+        loss = diffusion.simple_loss(schedule, eps_fn, images.to_float(batch), t, eps)
+        return jax.lax.psum(jnp.sum(jnp.where(indices < count, loss, 0)), parallel.AXIS)
+
+    batch_loss = parallel.pmap(batch_loss, in_axes=(None, 0, 0), out_axes=None)
+
+    def eval_loss(params):
+        total = 0.0
+        for first in range(0, count, size):
+            indices = first + np.arange(size)  # those from `count` on are padding
+            batch = source.read(np.minimum(indices, count - 1))
+            total += float(batch_loss(params, parallel.split(batch), parallel.split(indices)))
+        return total / count
+
+    return eval_loss
+
+
+def train(config, workdir):
+    """Trains as a config says, from scratch or from the run's newest checkpoint.
+
+    Args:
+      config: checked (see config.py).
+      workdir: the run's folder; nothing is written before the inputs are known to be good.
+
+    Returns:
+      0 when the run is finished, or the signal's number when SIGINT or SIGTERM ended it early
+      (a checkpoint is saved first).
+
+    Raises:
+      UserError: for a folder that holds another run, bad data, or a loss that is not finite.
+    """
+    saved = run_files.load_config(workdir)
+    if saved is not None:
+        configs.check_same_run(saved, config, workdir)
+    schedule = schedules.from_config(config.diffusion)
+    model = unet.make_model(config.model)
+    optimizer = states.make_optimizer(config.optim, config.train.num_steps)
+    source, eval_source = (data.open_source(config.data, f) for f in ("split", "eval_split"))
+    run_files.save_config(config, workdir)
+
+    state = states.create_state(model, optimizer, generate.image_shape(config), config.seed)
+    with contextlib.ExitStack() as stack:
+        manager = stack.enter_context(checkpoint.open_manager(workdir, config.train))
+        caught = stack.enter_context(catch_signals())
+        state = checkpoint.restore(manager, parallel.replicate(state))
+        first = int(state.step)
+        metrics = stack.enter_context(contextlib.closing(run_files.Metrics(workdir, first)))
+        describe(config, state, schedule, source, eval_source)
+
+        eval_loss = make_eval_loss(config, model, schedule, eval_source)
+        sample = generate.make_sampler(config)
+
+        def evaluate(step, state):
+            if step > first:  # at `first` it was done before the interruption
+                losses = eval_loss(state.params), eval_loss(state.ema_params)
+                metrics.write(step, eval_loss=losses[0], eval_loss_ema=losses[1])
+
+        def draw(step, state):
+            write_grid(sample, config, state, pathlib.Path(workdir), step, caught)
+
+        def save(step, state):
+            checkpoint.save(manager, step, state)
+
+        every = config.train
+        actions = {
+            evaluate: every.eval_every,
+            draw: every.sample_every,
+            save: every.checkpoint_every,
+        }
+        step_fn = make_train_step(config, model, schedule, optimizer)
+        run_loop(every, first, updates(config, state, step_fn, source), metrics, actions, caught)
+        if caught:
+            log.info("stopped by %s; its checkpoint is saved", signal.Signals(caught[0]).name)
+    return caught[0] if caught else 0
+
+
+def updates(config, state, step_fn, source):
+    """Endless training: yields (state, None) as it is, then (state, metrics) after each step."""
+    yield state, None
+    batches = data.batches(
+        source,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        first_step=int(state.step),
+        random_flip=config.data.random_flip,
+    )
+    for batch in batches:
+        state, values = step_fn(state, parallel.split(batch))
+        yield state, values
+
+
+def run_loop(every, first, states_and_values, metrics, actions, caught):
+    """Trains to the last step or to a signal, and does what is due on the way.
+
+    Args:
+      every: the config's train section.
+      first: the step that training starts from.
+      states_and_values: from `updates`.
+      metrics: where the losses go.
+      actions: {action(step, state): interval}, done in this order, and all at the last step.
+      caught: a list; when it holds a signal, the last action (to save) is done and the loop ends.
+    """
+    *_, save = actions
+    last = every.num_steps
+    pending = []  # values of the steps since the last log point
+    mark = first, time.monotonic()  # the clock of images/s
+
+    def due(interval):
+        return step == last or (step > 0 and step % interval == 0)
+
+    with tqdm(total=last, initial=first, desc="train", unit="step", dynamic_ncols=True) as bar:
+        for step, (state, values) in enumerate(states_and_values, first):
+            if values is not None:
+                pending.append(values)
+                bar.update()
+            now = [] if caught else [do for do, interval in actions.items() if due(interval)]
+            if pending and (caught or now or due(every.log_every)):
+                means = summarize(pending, step)
+                steps, seconds = step - mark[0], time.monotonic() - mark[1]
+                speed = steps * every.batch_size / seconds
+                metrics.write(step, **means, images_per_second=speed)
+                bar.set_postfix_str(f"loss {means['loss']:.4f}, {speed:.0f} img/s")
+                pending, mark = [], (step, time.monotonic())
+            for action in now:
+                action(step, state)
+            if caught or step >= last:
+                save(step, state)
+                break
+            if step == first + 1:
+                jax.block_until_ready(values)
+                log.info("first step, with compilation: %.1f s", time.monotonic() - mark[1])
+            if now or step == first + 1:
+                mark = step, time.monotonic()  # neither counts as training
+
+
+def summarize(pending, step):
+    """Means of the values of the last steps, the newest of which is `step`.
+
+    Raises:
+      UserError: if a loss or a gradient is not finite; the parameters are spoilt then.
+    """
+    columns = {k: np.array([v[k] for v in pending]) for k in pending[0]}
+    finite = np.isfinite(columns["loss"]) & np.isfinite(columns["grad_norm"])
+    if not finite.all():
+        worst = int(np.argmin(finite))
+        raise UserError(
+            f"loss={columns['loss'][worst]}, gradient norm={columns['grad_norm'][worst]}: not "
+            f"finite at step {step - len(pending) + 1 + worst}; the checkpoints are from before; "
+            "a smaller optim.learning_rate may help"
+        )
+    return {k: float(v.mean()) for k, v in columns.items()}
+
+
+def write_grid(sample, config, state, workdir, step, caught):
+    """Writes samples/step_<step>.png, unless it is there already or a signal comes first."""
+    path = workdir / "samples" / f"step_{step:06d}.png"
+    if path.exists():
+        return
+    params = state.ema_params if config.sample.use_ema else state.params
+    generated = sample(params, config.sample.num_samples, config.sample.seed, stop=caught)
+    if generated is not None:
+        images.write_png(path, images.grid(generated[0][: generate.GRID_IMAGES]))
+
+
+def describe(config, state, schedule, source, eval_source):
+    """Logs what is about to be trained, and warns of a chain that does not end in noise."""
+    devices = jax.devices()
+    log.info("devices: %d x %s", len(devices), devices[0].device_kind)
+    height, width, channels = generate.image_shape(config)
+    text = "data: %s, %d images to train, %d held out, %dx%dx%d"
+    log.info(text, config.data.name, source.size, eval_source.size, height, width, channels)
+    log.info("network: %s parameters", f"{sum(p.size for p in jax.tree.leaves(state.params)):,}")
+    some = np.arange(min(eval_source.size, 256))
+    mean_square = float(np.mean(np.square(images.to_float(eval_source.read(some)))))
+    kl = likelihood.prior_kl(schedule, mean_square)
+    alpha_bar = float(schedule.alpha_bars[-1])
+    log.info(
+        "chain: T = %d, ᾱ_T = %.4g, prior KL %.3g bits/dim", schedule.num_timesteps, alpha_bar, kl
+    )
+    if kl > MAX_PRIOR_KL:
+        log.warning(
+            "the chain does not end in noise (a prior KL of %.2g bits/dim): sampling starts where "
+            "training never was. Use more diffusion.num_timesteps, or "
+            "diffusion.schedule=linear_rescaled",
+            kl,
+        )
+    step = int(state.step)
+    if step >= config.train.num_steps:
+        log.info("this run is finished (%d steps); train.num_steps=N with a larger N goes on", step)
+    elif step:
+        log.info("resuming from the checkpoint of step %d", step)
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """Yields a list that receives the number of the first SIGINT or SIGTERM; a second one acts as
+    it would have without this."""
+    caught = []
+
+    def handle(number, _):
+        caught.append(number)
+        restore()
+
+    def restore():
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        restore()

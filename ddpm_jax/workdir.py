@@ -1,0 +1,102 @@
+"""The files of a run, except its checkpoints.
+
+runs/cifar10/
+  config.json          what the run was made with
+  checkpoints/<step>/  see checkpoint.py
+  metrics.jsonl        one JSON object a log point; TensorBoard events beside it
+  samples/             grids and arrays of images
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+
+import ml_collections
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from ddpm_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yields a temporary path beside `path`, and renames it to that when all went well."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_config(workdir):
+    """Reads a run's config.json.
+
+    Returns:
+      A locked ConfigDict, or None where there is no run yet.
+
+    Raises:
+      UserError: if the file is not a JSON object.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.exists():
+        return None
+    try:
+        fields = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    config = ml_collections.ConfigDict(_tuples(fields))
+    return config.lock()
+
+
+def _tuples(value):
+    """JSON has only lists; configs have only tuples."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def save_config(config, workdir):
+    """Writes config.json."""
+    with atomic_write(pathlib.Path(workdir) / "config.json") as path:
+        path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def write_npz(path, **arrays):
+    """Writes arrays to an .npz file, whole or not at all."""
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+class Metrics:
+    """Appends to metrics.jsonl and to TensorBoard's event file.
+
+    What an interrupted run logged after `step`, the checkpoint it resumes from, is dropped: those
+    steps are about to be done again.
+    """
+
+    def __init__(self, workdir, step):
+        path = pathlib.Path(workdir) / "metrics.jsonl"
+        if path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            if len(kept) < len(lines):
+                with atomic_write(path) as temporary:
+                    temporary.write_text("".join(kept))
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(workdir), purge_step=step + 1)
+
+    def write(self, step, **values):
+        """Logs named numbers at a step."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self):
+        """Flushes both files."""
+        self._file.close()
+        self._board.close()

@@ -1,0 +1,141 @@
+"""Trains a diffusion model, or samples from one.
+
+  python main.py --config=configs/digits.py
+  python main.py --config=configs/cifar10.py --config.train.batch_size=64
+  python main.py --mode=sample --workdir=runs/cifar10 --config.sample.num_samples=256
+
+--config.section.field=value overrides any field of the config; configs/default.py lists them all.
+"""
+
+import logging
+import pathlib
+import runpy
+import shlex
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from ddpm_jax.errors import UserError
+
+MODES = ("train", "sample")
+log = logging.getLogger("main")
+
+
+def define_flags():
+    """Every flag but the overrides of the config."""
+    values = flags.FlagValues()
+    flags.DEFINE_enum("mode", "train", MODES, "what to do", flag_values=values)
+    text = "a config file; sample needs none, it reads the run's own"
+    flags.DEFINE_string("config", None, text, flag_values=values)
+    text = "the run's folder; runs/<config name> by default"
+    flags.DEFINE_string("workdir", None, text, flag_values=values)
+    flags.DEFINE_boolean("helpshort", False, "explain the flags", flag_values=values)
+    flags.DEFINE_alias("help", "helpshort", flag_values=values)
+    return values
+
+
+def parse(argv):
+    """Reads the command line.
+
+    Returns:
+      (mode, config with its overrides, workdir); (None, None, None) when help was asked for.
+
+    Raises:
+      UserError: for what is not understood.
+    """
+    from ddpm_jax import workdir as run_files
+
+    values = define_flags()
+    try:
+        _, *rest = values(argv, known_only=True)
+    except flags.Error as error:
+        raise UserError(_one_line(error)) from None
+    if values.helpshort:
+        print(__doc__, values.get_help(include_special_flags=False), sep="\n")
+        return None, None, None
+    if not (values.config or values.workdir):
+        raise UserError("--config: is missing, as in --config=configs/digits.py")
+    workdir = pathlib.Path(values.workdir or f"runs/{pathlib.Path(values.config).stem}")
+    config = load_config(values.config) if values.config else run_files.load_config(workdir)
+    if config is None:
+        raise UserError(f"workdir={workdir}: holds no run (no config.json)")
+    return values.mode, override(config, rest), workdir
+
+
+def load_config(path):
+    """Runs get_config() of a config file."""
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"--config={path}: no such file")
+    try:
+        config = runpy.run_path(path)["get_config"]()
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"--config={path}: {_one_line(error)}") from None
+    return config.lock()
+
+
+def override(config, arguments):
+    """Applies --config.section.field=value arguments to a config."""
+    values = flags.FlagValues()
+    argv = [sys.argv[0], *arguments]
+    for argument in arguments:
+        if not argument.startswith(("--config.", "--noconfig.")):
+            raise UserError(f"{argument}: unknown argument; see --helpshort")
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        values(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(_one_line(error)) from None
+    return values.config
+
+
+def _one_line(error):
+    return " ".join(str(error).split()).strip("\"'")
+
+
+def run(argv):
+    """Does what the command line says.
+
+    Returns:
+      The exit code: 128 + the signal's number when one ended the training early.
+    """
+    mode, config, workdir = parse(argv)
+    if mode is None:
+        return 0
+    # JAX takes seconds to import; a mistyped flag need not wait for it.
+    from ddpm_jax import config as configs
+    from ddpm_jax import generate, train
+    from ddpm_jax import workdir as run_files
+
+    configs.check(config)
+    if mode == "sample":
+        saved = run_files.load_config(workdir)
+        if saved is None:
+            raise UserError(f"workdir={workdir}: holds no run (no config.json)")
+        configs.check_same_run(saved, config, workdir)
+        generate.sample(config, workdir)
+        return 0
+    caught = train.train(config, workdir)
+    if caught:
+        log.info("stopped; to go on, run again: python %s", shlex.join(argv))
+        return 128 + caught
+    log.info("done: %s", workdir)
+    return 0
+
+
+def main():
+    """Runs, and turns a UserError into one line and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for name in ("main", "ddpm_jax"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    try:
+        with logging_redirect_tqdm():
+            sys.exit(run(sys.argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
