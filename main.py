@@ -105,9 +105,10 @@ def run(argv):
         return 0
     # JAX takes seconds to import; a mistyped flag need not wait for it.
     from ddpm_jax import config as configs
-    from ddpm_jax import generate, train
+    from ddpm_jax import generate, parallel, train
     from ddpm_jax import workdir as run_files
 
+    parallel.use_cpu_cores(config.train.batch_size, config.sample.batch_size)
     configs.check(config)
     if mode == "sample":
         saved = run_files.load_config(workdir)

@@ -13,7 +13,11 @@ def get_config():
     """The paper's settings for 256×256 images."""
     config = default.get_config()
     config.data.update(
-        name="folder", split="train[1000:]", eval_split="train[:1000]", image_size=(256, 256)
+        name="folder",
+        split="train[1000:]",
+        eval_split="train[:1000]",
+        image_size=(256, 256),
+        random_flip=True,
     )
     config.diffusion.variance = "fixed_small"
     config.model.update(channel_mults=(1, 1, 2, 2, 4, 4), dropout=0.0)

@@ -77,20 +77,16 @@ def restore_params(config, workdir):
       UserError: if there is no checkpoint.
     """
     folder = _folder(workdir)
-    with ocp.CheckpointManager(
-        folder, options=ocp.CheckpointManagerOptions(read_only=True)
-    ) as manager:
+    if not folder.exists() or not ocp.utils.checkpoint_steps(folder):
+        raise UserError(f"workdir={workdir}: has no checkpoint yet; train it first")
+    x, t = jnp.zeros((1, *config.data.image_size, config.data.channels)), jnp.zeros(1, jnp.int32)
+    model = unet.make_model(config.model)
+    params = jax.eval_shape(model.init, jax.random.key(0), x, t)["params"]
+    name = "ema_params" if config.sample.use_ema else "params"
+    with ocp.CheckpointManager(folder, item_names=ITEMS) as manager:
         step = manager.latest_step()
-        if step is None:
-            raise UserError(f"workdir={workdir}: has no checkpoint yet; train it first")
-        model = unet.make_model(config.model)
-        shape = (1, *config.data.image_size, config.data.channels)
-        abstract = jax.eval_shape(
-            model.init, jax.random.key(0), jnp.zeros(shape), jnp.zeros((1,), jnp.int32)
-        )["params"]
-        name = "ema_params" if config.sample.use_ema else "params"
-        args = ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)})
-        return step, manager.restore(step, args=args)[name]
+        items = ocp.args.Composite(**{name: ocp.args.StandardRestore(params)})
+        return step, manager.restore(step, args=items)[name]
 
 
 def _folder(workdir):

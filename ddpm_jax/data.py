@@ -15,6 +15,7 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image, ImageOps
+from tensorflow_datasets.core.download import downloader
 from tqdm.auto import tqdm
 
 from ddpm_jax.errors import UserError
@@ -181,7 +182,8 @@ def _open_tfds(data, split):
     except tfds.core.DatasetNotFoundError:
         known = "digits, folder, or a TFDS name such as mnist, cifar10, tf_flowers, celeb_a"
         raise UserError(f"data.name={data.name!r}: unknown dataset; use {known}") from None
-    if not isinstance(builder.info.features.get("image"), tfds.features.Image):
+    features = builder.info.features
+    if "image" not in features or not isinstance(features["image"], tfds.features.Image):
         raise UserError(f"data.name={data.name!r}: its examples have no 'image'")
     if not builder.is_prepared():
         _prepare(builder, data.name)
@@ -200,13 +202,13 @@ def _prepare(builder, name):
     command = f"tfds build {name} --file_format=array_record"
     log.info("preparing %s in %s (once)", name, builder.data_dir)
     # Ten by default: without a network, 204 seconds.
-    tfds.core.download.downloader.MAX_RETRIES = 2
+    downloader.MAX_RETRIES = 2
     try:
         builder.download_and_prepare()
-    except (OSError, ImportError, AssertionError, tfds.core.download.DownloadError) as error:
+    except (OSError, ImportError, AssertionError, tfds.download.DownloadError) as error:
         raise UserError(
             f"data.name={name!r}: is not in {builder.data_dir} and could not be prepared "
-            f"({_one_line(error)[:200]}); on a machine with network, run: {command}"
+            f"({_one_line(error)[:120]}); on a machine with network, run: {command}"
         ) from None
 
 

@@ -5,6 +5,8 @@ Functions that run under `pmap` see one device's part of a batch, may average ov
 """
 
 import functools
+import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,24 @@ from ddpm_jax.errors import UserError
 AXIS = "batch"
 
 pmap = functools.partial(jax.pmap, axis_name=AXIS)
+
+
+def use_cpu_cores(*batch_sizes):
+    """Makes several devices of a CPU's cores; call it before JAX is used.
+
+    XLA spreads only large operations over the cores. Data parallelism spreads all of them: training
+    on two cores was 1.4 to 1.5 times as fast (MNIST and digits networks). The environment variable
+    JAX_NUM_CPU_DEVICES has precedence.
+
+    Args:
+      batch_sizes: as many cores are used as divide all of these, and leave 16 examples to each.
+    """
+    if jax.config.jax_num_cpu_devices > 0 or "device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    common = math.gcd(*batch_sizes)
+    fitting = (n for n in range(1, cores + 1) if common % n == 0 and common // n >= 16)
+    jax.config.update("jax_num_cpu_devices", max(fitting, default=1))
 
 
 def check_batch_size(field, batch_size):

@@ -91,7 +91,7 @@ def train_step(state, batch, *, model, schedule, optimizer, ema_decay, seed):
 
     loss, grads = jax.lax.pmean(jax.value_and_grad(loss_fn)(state.params), parallel.AXIS)
     state = states.apply_gradients(state, grads, optimizer, ema_decay)
-    return state, {"loss": loss, "grad_norm": optax.global_norm(grads)}
+    return state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 
 
 def make_train_step(config, model, schedule, optimizer, devices=None):

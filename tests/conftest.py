@@ -1,0 +1,48 @@
+"""Four virtual CPU devices, strict JAX, tiny networks."""
+
+import os
+import pathlib
+import sys
+import tempfile
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for configs/ and main.py
+
+# Compilations are shared by the tests, by the programs they start, and by the next run.
+CACHE = os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / "ddpm_jax_tests")
+)
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture
+def config():
+    """The digits with a network of a few thousand parameters and a short chain."""
+    from configs import digits
+
+    config = digits.get_config()
+    config.model.update(
+        channels=8, channel_mults=(1,), num_res_blocks=1, attention_resolutions=(), dropout=0.1
+    )
+    config.model.norm_groups = 4
+    config.diffusion.num_timesteps = 20
+    config.optim.update(learning_rate=1e-3, warmup_steps=2)
+    config.train.update(
+        batch_size=8,
+        num_steps=4,
+        log_every=1,
+        eval_every=2,
+        eval_images=10,
+        sample_every=100,
+        checkpoint_every=100,
+    )
+    config.sample.update(num_samples=4, batch_size=4)
+    return config.lock()

@@ -1,0 +1,256 @@
+"""Datasets: digits, folders, and really prepared TFDS datasets."""
+
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
+from PIL import Image
+
+from ddpm_jax import data
+from ddpm_jax.errors import UserError
+
+
+def section(**changes):
+    from configs import default
+
+    return ConfigDict({**default.get_config().data.to_dict(), **changes})
+
+
+def digits(**changes):
+    return section(name="digits", image_size=(8, 8), channels=1, **changes)
+
+
+def first(iterator, count):
+    return list(itertools.islice(iterator, count))
+
+
+def options(**changes):
+    return {"batch_size": 7, "seed": 0, "first_step": 0, "random_flip": False, **changes}
+
+
+def numbered(size):
+    """A source whose image i has the value i everywhere."""
+    return data.Source(
+        size, lambda i: np.tile(i[:, None, None, None], (1, 2, 2, 1)).astype(np.uint8)
+    )
+
+
+# The embedded digits.
+
+
+def test_digits():
+    source = data.open_source(digits(split="train"))
+    assert source.size == 1797
+    x = source.read(np.arange(1797))
+    assert (x.shape, x.dtype, x.min(), x.max()) == ((1797, 8, 8, 1), np.uint8, 0, 255)
+    assert len(np.unique(x)) == 17
+
+
+def test_slices_split_the_digits():
+    parts = [
+        data.open_source(digits(split=spec)) for spec in ("train[:1500]", "train[1500:]", "train")
+    ]
+    assert [p.size for p in parts] == [1500, 297, 1797]
+    arrays = [p.read(np.arange(p.size)) for p in parts]
+    np.testing.assert_array_equal(np.concatenate(arrays[:2]), arrays[2])
+
+
+# Batches.
+
+
+def test_every_image_once_an_epoch():
+    epochs = np.concatenate(first(data.batches(numbered(21), **options()), 6))[:, 0, 0, 0]
+    assert sorted(epochs[:21]) == sorted(epochs[21:]) == list(range(21))
+    assert list(epochs[:21]) != list(epochs[21:])
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    source = data.open_source(digits(split="train"))
+    whole = first(data.batches(source, **options(random_flip=True)), 8)
+    later = first(data.batches(source, **options(random_flip=True, first_step=5)), 3)
+    np.testing.assert_array_equal(whole[5:], later)
+    other = first(data.batches(source, **options(seed=1)), 1)
+    assert (other[0] != whole[0]).any()
+
+
+def test_a_batch_may_be_larger_than_the_dataset():
+    (batch,) = first(data.batches(numbered(3), **options()), 1)
+    assert sorted(batch[:6, 0, 0, 0]) == [0, 0, 1, 1, 2, 2]
+
+
+def test_flips_mirror_half_of_the_images():
+    x = np.zeros((1000, 2, 4, 3), np.uint8)
+    x[:, :, 0] = 9
+    source = data.Source(1000, x.__getitem__)
+    (batch,) = first(data.batches(source, **options(batch_size=1000, random_flip=True)), 1)
+    flipped = batch[:, 0, 3, 0] == 9
+    assert 430 < flipped.sum() < 570
+    np.testing.assert_array_equal(batch[flipped][:, :, ::-1], x[flipped])
+    np.testing.assert_array_equal(batch[~flipped], x[~flipped])
+
+
+# Folders.
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Ten images of several kinds, each of one colour, and a file that is none."""
+    for i in range(10):
+        colour = (20 * i, 10, 255 - 20 * i)
+        image = Image.new("RGB", (40 + i, 20), colour)
+        path = tmp_path / f"class{i % 2}" / f"{i}.{('png', 'jpg', 'JPEG', 'webp')[i % 4]}"
+        path.parent.mkdir(exist_ok=True)
+        image.save(path, quality=95)
+    (tmp_path / "notes.txt").write_text("not an image")
+    return tmp_path
+
+
+def folder_section(path, **changes):
+    fields = dict(name="folder", path=str(path), image_size=(8, 12), split="train")
+    return section(**{**fields, **changes})
+
+
+@pytest.mark.parametrize("max_ram_gib", [0.0, 1.0])
+def test_folder(folder, max_ram_gib):
+    source = data.open_source(folder_section(folder, max_ram_gib=max_ram_gib))
+    x = source.read(np.arange(source.size))
+    assert (x.shape, x.dtype) == ((10, 8, 12, 3), np.uint8)
+    reds = sorted(x[:, 4, 6, 0].astype(int))
+    np.testing.assert_allclose(reds, 20 * np.arange(10), atol=4)  # JPEG and WebP lose a little
+
+
+@pytest.mark.parametrize("channels, expected", [(1, 1), (3, 3), (4, 4)])
+def test_folder_channels(folder, channels, expected):
+    source = data.open_source(folder_section(folder, channels=channels))
+    x = source.read(np.arange(2))
+    assert x.shape == (2, 8, 12, expected)
+    assert channels < 4 or (x[..., 3] == 255).all()
+
+
+def test_crop_and_squash():
+    """A white square in the middle of a wide image fills the crop and not the squashed one."""
+    wide = np.zeros((20, 60), np.uint8)
+    wide[:, 20:40] = 255
+    image = Image.fromarray(wide)
+    fields = dict(image_size=(10, 10), channels=1)
+    crop = data.fit(image, section(resize="crop", **fields))
+    squash = data.fit(image, section(resize="squash", **fields))
+    assert crop.min() > 200  # its edge sees a little of what was cut
+    assert squash[5, 0, 0] == 0 and squash[5, 5, 0] == 255
+
+
+def test_resizing_is_antialiased():
+    """A fine checkerboard becomes gray; without antialiasing it would stay black or white."""
+    board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+    small = data.fit(Image.fromarray(board), section(image_size=(8, 8), channels=1))
+    assert np.abs(small.astype(int) - 127).max() < 16
+
+
+def test_broken_images_are_named(folder):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    for name in ("truncated.png", "truncated.jpg"):
+        Image.fromarray(noise).save(folder / name)
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.jpg").write_bytes(b"")
+    with pytest.raises(UserError) as error:
+        data.open_source(folder_section(folder))
+    assert "3 unreadable" in str(error.value)
+    for name in ("truncated.png", "truncated.jpg", "empty.jpg"):
+        assert name in str(error.value)
+    assert data.open_source(folder_section(folder, skip_unreadable=True)).size == 10
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(name="folder", path="/nowhere"), "data.path='/nowhere'"),
+        (dict(name="folder", path=""), "data.path=''"),
+        (dict(name="no_such_set"), "data.name='no_such_set'"),
+        (dict(name="digits", split="tset"), "data.split='tset'"),
+        (dict(name="digits", split="train[:9000]"), "data.split"),
+        (dict(name="digits", split="train[:"), "data.split"),
+        (dict(name="digits", split="train[:0]"), "holds no images"),
+    ],
+)
+def test_bad_input(changes, message):
+    with pytest.raises(UserError) as error:
+        data.open_source(section(**changes))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(UserError, match=r"data\.path"):
+        data.open_source(folder_section(tmp_path))
+
+
+# TFDS.
+
+
+def prepare(data_dir, name="mnist", count=30, size=(28, 28, 1)):
+    """Has the official builder write `count` images whose pixels are all i."""
+    builder = tfds.builder(name, data_dir=str(data_dir), file_format="array_record")
+    builder._split_generators = lambda _: {
+        split: ((i, {"image": np.full(size, i, np.uint8), "label": i % 10}) for i in range(count))
+        for split in ("train", "test")
+    }
+    builder.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+    )
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tfds")
+    prepare(folder)
+    return folder
+
+
+@pytest.mark.parametrize("max_ram_gib", [0.0, 1.0])
+def test_tfds(data_dir, max_ram_gib):
+    fields = dict(name="mnist", data_dir=str(data_dir), channels=1, max_ram_gib=max_ram_gib)
+    source = data.open_source(section(**fields, image_size=(28, 28), split="train[:90%]"))
+    assert source.size == 27
+    x = source.read(np.arange(27))
+    assert x.shape == (27, 28, 28, 1)
+    assert len({*x[:, 0, 0, 0]}) == 27 and (x == x[:, :1, :1]).all()
+    larger = data.open_source(section(**fields, image_size=(32, 32), split="test"))
+    assert larger.read(np.arange(2)).shape == (2, 32, 32, 1)
+    with pytest.raises(UserError, match=r"data.split='validation'.*train"):
+        data.open_source(section(**fields, split="validation"))
+
+
+def test_eval_split_is_named_in_errors(data_dir):
+    wrong = section(name="mnist", data_dir=str(data_dir), eval_split="tets")
+    with pytest.raises(UserError, match=r"data.eval_split='tets'"):
+        data.open_source(wrong, "eval_split")
+
+
+def test_reading_a_prepared_dataset_needs_no_tensorflow(data_dir):
+    code = f"""
+import sys
+import numpy as np
+from ddpm_jax import data
+from configs import mnist
+config = mnist.get_config()
+config.data.data_dir = {str(data_dir)!r}
+data.open_source(config.data).read(np.arange(3))
+assert "tensorflow" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_not_prepared_and_no_network(tmp_path, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", refuse)
+    with pytest.raises(UserError) as error:
+        data.open_source(section(name="mnist", data_dir=str(tmp_path / "none")))
+    assert "data.name='mnist'" in str(error.value)
+    assert "tfds build mnist --file_format=array_record" in str(error.value)

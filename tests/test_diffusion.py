@@ -1,0 +1,123 @@
+"""The algebra against Bayes' rule on a grid and exactly solvable data."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax import diffusion, schedules
+
+HO = schedules.make_schedule("linear", 1000, 1e-4, 0.02)
+
+
+def scalar(x):
+    """A one-pixel image."""
+    return jnp.full((1, 1, 1, 1), x, jnp.float32)
+
+
+def at(t):
+    return jnp.array([t], jnp.int32)
+
+
+def test_q_sample_has_the_closed_forms_moments():
+    eps = jax.random.normal(jax.random.key(0), (4, 64, 64, 3))
+    t = jnp.array([0, 10, 499, 999])
+    x_t = diffusion.q_sample(HO, jnp.full(eps.shape, 0.5), t, eps)
+    alpha_bars = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[np.asarray(t)]
+    np.testing.assert_allclose(x_t.mean((1, 2, 3)), 0.5 * np.sqrt(alpha_bars), atol=0.03)
+    np.testing.assert_allclose(x_t.var((1, 2, 3)), 1 - alpha_bars, rtol=0.04)
+
+
+@pytest.mark.parametrize("t", [0, 1, 100, 999])
+def test_predict_x0_undoes_q_sample(t):
+    x0 = jax.random.uniform(jax.random.key(1), (2, 4, 4, 3), minval=-1, maxval=1)
+    eps = jax.random.normal(jax.random.key(2), x0.shape)
+    ts = jnp.full((2,), t)
+    back = diffusion.predict_x0(HO, diffusion.q_sample(HO, x0, ts, eps), ts, eps)
+    np.testing.assert_allclose(back, x0, atol=1e-5 / np.sqrt(float(HO.alpha_bars[t])))
+
+
+@pytest.mark.parametrize("t", [1, 10, 500, 999])
+def test_posterior_is_bayes_rule(t):
+    """q(x_{t-1} | x_t, x0) ∝ q(x_t | x_{t-1}) q(x_{t-1} | x0), normalised numerically."""
+    betas = np.linspace(1e-4, 0.02, 1000)
+    before = np.prod(1 - betas[:t])
+    x0, x_t = 0.3, 0.7
+    grid = np.linspace(-4, 4, 400_001)
+    log_density = -((x_t - np.sqrt(1 - betas[t]) * grid) ** 2) / (2 * betas[t])
+    log_density -= (grid - np.sqrt(before) * x0) ** 2 / (2 * (1 - before))
+    density = np.exp(log_density - log_density.max())
+    density /= density.sum()
+    mean = (grid * density).sum()
+    variance = ((grid - mean) ** 2 * density).sum()
+    ours = diffusion.q_posterior(HO, scalar(x0), scalar(x_t), at(t))
+    np.testing.assert_allclose(ours[0].item(), mean, rtol=1e-6)
+    np.testing.assert_allclose(ours[1].item(), variance, rtol=1e-5)
+
+
+def test_posterior_at_zero_is_x0():
+    mean, variance = diffusion.q_posterior(HO, scalar(0.3), scalar(0.9), at(0))
+    assert mean.item() == pytest.approx(0.3, abs=1e-7)
+    assert variance.item() == 0
+
+
+@pytest.mark.parametrize("t", [0, 1, 500, 999])
+def test_mean_is_equation_11(t):
+    """Without clipping: μ = (x_t - β / √(1 - ᾱ) ε) / √α."""
+    betas = np.linspace(1e-4, 0.02, 1000)
+    alpha_bar = np.prod(1 - betas[: t + 1])
+    p = diffusion.p_mean_variance(
+        HO, lambda x, t: 0.4 * x, scalar(0.8), at(t), variance="fixed_large", clip_x0=False
+    )
+    expected = (0.8 - betas[t] / np.sqrt(1 - alpha_bar) * 0.32) / np.sqrt(1 - betas[t])
+    np.testing.assert_allclose(p.mean.item(), expected, rtol=2e-5)
+
+
+def test_clipping_comes_before_the_mean():
+    kwargs = dict(variance="fixed_small", clip_x0=True)
+    p = diffusion.p_mean_variance(HO, lambda x, t: -x, scalar(1.0), at(500), **kwargs)
+    assert p.x0_pred.item() == 1.0
+    expected, _ = diffusion.q_posterior(HO, scalar(1.0), scalar(1.0), at(500))
+    assert p.mean.item() == expected.item()
+
+
+@pytest.mark.parametrize("variance", diffusion.VARIANCES)
+def test_variances(variance):
+    p = diffusion.p_mean_variance(
+        HO, lambda x, t: x, scalar(1.0), at(500), variance=variance, clip_x0=False
+    )
+    betas = np.linspace(1e-4, 0.02, 1000)
+    bars = np.cumprod(1 - betas)
+    beta_tilde = betas[500] * (1 - bars[499]) / (1 - bars[500])
+    expected = {"fixed_small": beta_tilde, "fixed_large": betas[500]}[variance]
+    np.testing.assert_allclose(np.exp(p.log_variance.item()), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "variance_in, expected", [(1.0, 0.2755132333968061), (0.25, 0.17305340608368602)]
+)
+def test_loss_of_the_optimal_predictor_on_gaussian_data(variance_in, expected):
+    """For x0 ~ N(0, s²) the best ε is √(1-ᾱ) x_t / (ᾱ s² + 1 - ᾱ); its loss is known."""
+    bars = jnp.asarray(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)), jnp.float32)
+
+    def eps_fn(x_t, t):
+        a = bars[t].reshape(-1, 1, 1, 1)
+        return jnp.sqrt(1 - a) * x_t / (a * variance_in + 1 - a)
+
+    t = jnp.arange(1000)
+    x0 = np.sqrt(variance_in) * jax.random.normal(jax.random.key(3), (1000, 32, 32, 1))
+    eps = jax.random.normal(jax.random.key(4), x0.shape)
+    loss = diffusion.simple_loss(HO, eps_fn, x0, t, eps)
+    assert loss.shape == (1000,)
+    assert float(loss.mean()) == pytest.approx(expected, rel=0.005)
+
+
+def test_shapes_are_checked():
+    with pytest.raises(AssertionError):
+        diffusion.q_sample(
+            HO, jnp.zeros((2, 4, 4, 1)), jnp.zeros((3,), int), jnp.zeros((2, 4, 4, 1))
+        )
+    with pytest.raises(AssertionError):
+        diffusion.q_sample(
+            HO, jnp.zeros((2, 4, 4, 1)), jnp.zeros((2,), int), jnp.zeros((2, 4, 4, 3))
+        )

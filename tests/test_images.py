@@ -1,0 +1,54 @@
+"""Between bytes and [-1, 1], and pictures of awkward numbers of images."""
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+
+from ddpm_jax import images, workdir
+
+
+def test_range():
+    x = images.to_float(np.array([0, 255, 51], np.uint8))
+    np.testing.assert_allclose(x, [-1, 1, -0.6], atol=1e-7)
+    assert x.dtype == np.float32
+
+
+def test_all_256_levels_survive():
+    levels = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(images.to_uint8(images.to_float(levels)), levels)
+
+
+def test_out_of_range_is_clipped_and_halves_round():
+    x = np.array([-7.0, 3.0, -1 + 0.9 / 127.5, -1 + 0.4 / 127.5], np.float32)
+    np.testing.assert_array_equal(images.to_uint8(x), [0, 255, 1, 0])
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("count", [1, 7, 65])
+def test_grid_and_png(tmp_path, count, channels):
+    x = np.random.default_rng(0).integers(0, 255, (count, 8, 16, channels), np.uint8)
+    picture = images.grid(x, columns=8)
+    # Enlarged 4 times; 4 pixels of white around each.
+    columns, rows = min(8, count), -(-count // 8)
+    assert picture.shape == (rows * 36 + 4, columns * 68 + 4, channels)
+    path = tmp_path / "a" / "grid.png"
+    images.write_png(path, picture)
+    back = imageio.imread(path).reshape(picture.shape)
+    np.testing.assert_array_equal(back, picture)
+    for i in range(count):
+        y, left = 4 + i // 8 * 36, 4 + i % 8 * 68
+        np.testing.assert_array_equal(back[y : y + 32 : 4, left : left + 64 : 4], x[i])
+
+
+def test_large_images_keep_their_size():
+    assert images.grid(np.zeros((4, 256, 256, 3), np.uint8)).shape == (2 * 257 + 1, 2 * 257 + 1, 3)
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), workdir.atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "old"

@@ -1,0 +1,247 @@
+"""The step on one and four devices, resuming bit for bit, and what stops a run."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax import checkpoint, data, generate, parallel, schedules, train, unet
+from ddpm_jax import config as configs
+from ddpm_jax import state as states
+from ddpm_jax.errors import UserError
+
+
+def setup(config, num_devices, count_traces=None):
+    """A train step on the first devices, and a fresh state there."""
+    devices = jax.devices()[:num_devices]
+    optimizer = states.make_optimizer(config.optim, config.train.num_steps)
+    model = unet.make_model(config.model)
+    state = states.create_state(model, optimizer, generate.image_shape(config), config.seed)
+    if count_traces is not None:
+        model = Counting(model, count_traces)
+    schedule = schedules.from_config(config.diffusion)
+    step = train.make_train_step(config, model, schedule, optimizer, devices)
+    return step, parallel.replicate(state, devices)
+
+
+class Counting:
+    """A model that notes each time it is traced."""
+
+    def __init__(self, model, traces):
+        self.model, self.traces = model, traces
+
+    def apply(self, *args):
+        self.traces.append(args[1].shape)
+        return self.model.apply(*args)
+
+
+def run(config, num_devices, num_steps, count_traces=None):
+    step, state = setup(config, num_devices, count_traces)
+    source = data.open_source(config.data)
+    batches = data.batches(source, batch_size=8, seed=0, first_step=0, random_flip=False)
+    losses = []
+    for _ in range(num_steps):
+        state, values = step(state, parallel.split(next(batches), num_devices))
+        losses.append(float(values["loss"]))
+    return jax.tree.map(np.array, state), losses
+
+
+def test_one_and_four_devices_agree(config):
+    """Same losses and parameters within rounding, dropout included."""
+    assert config.model.dropout > 0
+    one, four = run(config, 1, 4), run(config, 4, 4)
+    np.testing.assert_allclose(one[1], four[1], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(one[0].params), jax.tree.leaves(four[0].params), strict=True):
+        # Adam makes a full step of a gradient's rounding error where the gradient is zero.
+        assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(a) + 1e-3
+
+
+def test_dropout_matters(config):
+    config.optim.update(warmup_steps=0, learning_rate=0.01)
+    config.model.dropout = 0.5
+    _, losses = run(config, 4, 3)
+    config.model.dropout = 0.0
+    _, without = run(config, 4, 3)
+    assert losses[0] == pytest.approx(without[0], rel=1e-3)  # the last layer starts near zero
+    assert losses[2] != pytest.approx(without[2], rel=1e-3)
+
+
+def test_the_step_is_traced_once(config):
+    traces = []
+    state, _ = run(config, 4, 4, traces)
+    assert int(state.step) == 4
+    assert traces == [(2, 8, 8, 1)]
+
+
+def test_first_loss_and_zero_first_update(config):
+    """ε is predicted as 0 at first, so the loss is near E[ε²] = 1; the first rate is 0."""
+    step, state = setup(config, 4)
+    before = jax.tree.map(np.array, state.params)
+    batch = data.open_source(config.data).read(np.arange(8))
+    state, values = step(state, parallel.split(batch))
+    assert float(values["loss"]) == pytest.approx(1.0, abs=0.15)
+    jax.tree.map(np.testing.assert_array_equal, before, state.params)
+
+
+def test_noise_is_a_function_of_seed_step_and_example():
+    keys = train.step_keys(0, 3, jnp.arange(6))
+    t, eps, _ = train.draw(keys, (4, 4, 1), 1000)
+    part = train.draw(train.step_keys(0, 3, jnp.arange(4, 6)), (4, 4, 1), 1000)
+    np.testing.assert_array_equal(eps[4:], part[1])
+    np.testing.assert_array_equal(t[4:], part[0])
+    for other in (train.step_keys(0, 4, jnp.arange(6)), train.step_keys(1, 3, jnp.arange(6))):
+        assert (train.draw(other, (4, 4, 1), 1000)[1] != eps).all()
+
+
+def test_t_is_uniform():
+    t, eps, _ = train.draw(train.step_keys(0, 0, jnp.arange(20_000)), (1, 1, 1), 10)
+    counts = np.bincount(t, minlength=10)
+    assert len(counts) == 10 and np.abs(counts - 2000).max() < 200  # 4.7 standard deviations
+    assert float(eps.var()) == pytest.approx(1, abs=0.05)
+
+
+def checkpointed(config, workdir):
+    """All arrays of a run's newest checkpoint."""
+    _, like = setup(config, 4)
+    with checkpoint.open_manager(workdir, config.train) as manager:
+        state = checkpoint.restore(manager, like)
+    return jax.tree.map(np.array, vars(state))
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_resuming_changes_no_bit(config, tmp_path):
+    """4 steps equal 2, a new process's worth of setup, and 2 more; flips and dropout included."""
+    config.data.random_flip = True
+    config.optim.decay = "constant"
+    assert train.train(config, tmp_path / "whole") == 0
+    config.train.num_steps = 2
+    assert train.train(config, tmp_path / "parts") == 0
+    config.train.num_steps = 4
+    assert train.train(config, tmp_path / "parts") == 0
+
+    whole, parts = (checkpointed(config, tmp_path / name) for name in ("whole", "parts"))
+    assert whole["step"] == parts["step"] == 4
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    losses = [
+        {line["step"]: line["loss"] for line in lines(tmp_path / name) if "loss" in line}
+        for name in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1] and sorted(losses[0]) == [1, 2, 3, 4]
+    held_out = [line for line in lines(tmp_path / "parts") if "eval_loss" in line]
+    assert [line["step"] for line in held_out] == [2, 4]
+    assert (tmp_path / "whole" / "samples" / "step_000004.png").exists()
+    assert list((tmp_path / "whole").glob("events.out.tfevents.*"))
+
+
+def test_asynchronous_saving_does_not_see_later_steps(config, tmp_path):
+    """A checkpoint written while training goes on is the state at its own step."""
+    config.train.checkpoint_every = 1
+    config.train.keep_checkpoints = 10
+    train.train(config, tmp_path / "run")
+    _, like = setup(config, 4)
+    state, _ = run(config, 4, 3)
+    with checkpoint.open_manager(tmp_path / "run", config.train) as manager:
+        assert manager.all_steps() == [1, 2, 3, 4]
+        manager.delete(4)
+        saved = checkpoint.restore(manager, like)
+    jax.tree.map(np.testing.assert_array_equal, saved.params, state.params)
+
+
+def test_held_out_loss_is_fixed(config):
+    """Again the same; the same whatever the seed and the batch size; near 1 at first."""
+    _, state = setup(config, 4)
+    model, schedule = unet.make_model(config.model), schedules.from_config(config.diffusion)
+    source = data.open_source(config.data, "eval_split")
+    losses = []
+    for seed, batch_size in ((0, 8), (0, 8), (1, 4)):
+        config.seed, config.train.batch_size = seed, batch_size
+        losses.append(train.make_eval_loss(config, model, schedule, source)(state.params))
+    assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(losses[2], rel=1e-5)
+    assert losses[0] == pytest.approx(1, abs=0.1)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
+    config.optim.learning_rate = 1e30
+    config.train.num_steps = 20
+    config.train.checkpoint_every = 1
+    with pytest.raises(UserError, match=r"not finite at step \d+"):
+        train.train(config, tmp_path / "run")
+    last = checkpointed(config, tmp_path / "run")
+    assert last["step"] >= 1
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(last["params"]))
+
+
+def test_old_checkpoints_go_and_every_nth_stays(config, tmp_path):
+    config.train.update(num_steps=7, checkpoint_every=1, keep_checkpoints=2, keep_every=3)
+    train.train(config, tmp_path / "run")
+    kept = {int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()}
+    assert kept == {3, 6, 7}
+
+
+def test_an_interrupted_checkpoint_is_ignored(config, tmp_path):
+    """What a killed process leaves of a checkpoint has a temporary name."""
+    config.train.num_steps = 2
+    train.train(config, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "2").rename(folder / "3.orbax-checkpoint-tmp-1")
+    with pytest.raises(UserError, match="no checkpoint"):
+        generate.sample(config, tmp_path / "run")
+    assert train.train(config, tmp_path / "run") == 0
+    assert (folder / "2").exists()
+
+
+def test_metrics_of_lost_steps_are_dropped(config, tmp_path):
+    config.train.num_steps = 2
+    train.train(config, tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss": 9.0}\n')
+    config.train.num_steps = 3
+    train.train(config, tmp_path)
+    assert [line["loss"] for line in lines(tmp_path) if line["step"] == 3 and "loss" in line] != [9]
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("model.channels", 16),
+        ("diffusion.num_timesteps", 30),
+        ("data.split", "train[:700]"),
+        ("seed", 3),
+    ],
+)
+def test_another_config_is_refused(config, tmp_path, field, value):
+    saved = config.to_dict()
+    config.update_from_flattened_dict({field: value})
+    from ml_collections import ConfigDict
+
+    with pytest.raises(UserError, match=f"workdir=.*{field} ") as error:
+        configs.check_same_run(ConfigDict(saved), config, "runs/x")
+    assert str(error.value).count("->") == 1
+
+
+def test_training_longer_is_not_another_config(config):
+    from ml_collections import ConfigDict
+
+    saved = ConfigDict(config.to_dict())
+    config.train.num_steps = 1000
+    config.optim.learning_rate = 1e-5
+    config.diffusion.variance = "fixed_large"
+    configs.check_same_run(saved, config, "runs/x")
+
+
+def test_a_chain_that_does_not_end_in_noise_is_reported(config, caplog):
+    source = data.open_source(config.data, "eval_split")
+    caplog.set_level("INFO")
+    for name in ("linear", "linear_rescaled"):
+        caplog.clear()
+        config.diffusion.update(schedule=name, num_timesteps=200)
+        _, state = setup(config, 1)
+        train.describe(config, state, schedules.from_config(config.diffusion), source, source)
+        assert ("linear_rescaled" in caplog.text) == (name == "linear")
+        assert ("0.132" in caplog.text) == (name == "linear")

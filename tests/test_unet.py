@@ -1,0 +1,159 @@
+"""The network against the paper's parameter counts and Ho's known details."""
+
+import itertools
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax import unet
+
+CIFAR10 = dict(channel_mults=(1, 2, 2, 2), num_res_blocks=2, attention_resolutions=(16,))
+LARGE = dict(channel_mults=(1, 1, 2, 2, 4, 4), num_res_blocks=2, attention_resolutions=(16,))
+TINY = dict(
+    channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(4,), norm_groups=4
+)
+
+
+def shapes(model, image):
+    x, t = jnp.zeros((1, *image)), jnp.zeros((1,), int)
+    return jax.eval_shape(model.init, jax.random.key(0), x, t)["params"]
+
+
+def init(model, x):
+    return jax.jit(model.init)(jax.random.key(0), x, jnp.zeros(len(x), int))["params"]
+
+
+@pytest.mark.parametrize(
+    "channels, layout, image, expected",
+    [
+        (128, CIFAR10, (32, 32, 3), 35_746_307),
+        (128, LARGE, (256, 256, 3), 113_673_219),
+        (192, LARGE, (256, 256, 3), 255_677_955),
+    ],
+)
+def test_parameter_counts(channels, layout, image, expected):
+    params = shapes(unet.UNet(channels, **layout), image)
+    assert sum(p.size for p in jax.tree.leaves(params)) == expected
+
+
+def test_six_attention_blocks_on_cifar10():
+    names = shapes(unet.UNet(128, **CIFAR10), (32, 32, 3))
+    assert sorted(n for n in names if "attention" in n) == [
+        "down1_block0_attention",
+        "down1_block1_attention",
+        "middle_attention",
+        "up1_block0_attention",
+        "up1_block1_attention",
+        "up1_block2_attention",
+    ]
+
+
+def test_embedding():
+    e = np.asarray(unet.timestep_embedding(jnp.arange(1000), 128), np.float64)
+    assert e.shape == (1000, 128)
+    assert e[1, 0] == pytest.approx(0.8414709848, abs=1e-7)
+    assert e[1, 63] == pytest.approx(9.99999998e-5, rel=1e-5)
+    assert e[1, 64] == pytest.approx(0.5403023059, abs=1e-7)
+    np.testing.assert_allclose((e**2).sum(1), 64, rtol=1e-5)
+
+
+def test_starts_near_zero():
+    """The last convolution makes the first ε almost 0, so that the first loss is about 1."""
+    model = unet.UNet(**TINY)
+    x = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
+    out = model.apply({"params": init(model, x)}, x, jnp.arange(4))
+    assert out.shape == x.shape
+    assert 0 < float(jnp.abs(out).max()) < 1e-3
+
+
+def test_initialisation_scales():
+    """Variance scaling, fan_avg, uniform: limit √(3 · scale / fan_avg)."""
+    model = unet.UNet(**{**TINY, "channels": 32})
+    params = init(model, jnp.zeros((1, 8, 8, 3)))
+    block = params["down0_block0"]
+    limit = np.sqrt(3 / (9 * 32))
+    assert 0.97 * limit < np.abs(block["conv1"]["kernel"]).max() <= limit
+    assert np.abs(block["conv2"]["kernel"]).max() <= 1e-5 * limit * 1.001
+    assert np.abs(params["middle_attention"]["proj"]["kernel"]).max() < 1e-5
+    assert np.abs(params["conv_out"]["kernel"]).max() < 1e-5
+    biases = [p for path, p in jax.tree_util.tree_leaves_with_path(params) if "bias" in str(path)]
+    assert biases and not any(b.any() for b in biases)
+
+
+@pytest.mark.parametrize("channels, size", [(1, (8, 8)), (3, (8, 16)), (4, (16, 8))])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_images_of_all_kinds(channels, size, dtype):
+    model = unet.UNet(**TINY, dtype=jnp.dtype(dtype))
+    x = jax.random.normal(jax.random.key(1), (2, *size, channels))
+    params = init(model, x)
+    assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    out = model.apply({"params": params}, x, jnp.array([0, 5]))
+    assert (out.shape, out.dtype) == (x.shape, jnp.float32)
+
+
+def test_downsampling_pads_like_ho():
+    """SAME, stride 2, even size: zeros only below and to the right."""
+    x = jnp.zeros((1, 4, 4, 1)).at[0, 0, 0, 0].set(1.0)
+    conv = unet.conv3x3(1, jnp.float32, "c", strides=2)
+    ones = {"params": {"kernel": jnp.ones((3, 3, 1, 1)), "bias": jnp.zeros(1)}}
+    out = conv.apply(ones, x)[0, :, :, 0]
+    np.testing.assert_array_equal(out, [[1, 0], [0, 0]])
+    corner = conv.apply(ones, x[:, ::-1, ::-1])[0, :, :, 0]
+    np.testing.assert_array_equal(corner, [[0, 0], [0, 1]])
+    # The pixel (2, 2) lies in all four windows only if none of them reaches past the top left.
+    centre = conv.apply(ones, jnp.zeros((1, 4, 4, 1)).at[0, 2, 2, 0].set(1.0))[0, :, :, 0]
+    np.testing.assert_array_equal(centre, [[1, 1], [1, 1]])
+
+
+def test_upsampling_is_nearest():
+    x = jnp.arange(4.0).reshape(1, 2, 2, 1)
+    expected = [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
+    np.testing.assert_array_equal(unet.upsample(x)[0, :, :, 0], expected)
+
+
+def test_every_input_reaches_the_output():
+    """Both the image and the time, and every parameter but what softmax cancels."""
+    model = unet.UNet(**TINY)
+    x = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+    params = jax.tree.map(
+        lambda p: (
+            p + 0.1 * jax.random.normal(jax.random.key(zlib.crc32(str(p.shape).encode())), p.shape)
+        ),
+        init(model, x),
+    )
+
+    def out(params, t):
+        return jnp.sum(model.apply({"params": params}, x, jnp.array(t)) ** 2)
+
+    assert out(params, [3, 3]) != out(params, [4, 4])
+    grads = jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(out))(params, [3, 7]))
+    dead = [jax.tree_util.keystr(k) for k, g in grads if float(jnp.abs(g).max()) < 1e-5]
+    assert all("key" in k and "bias" in k for k in dead), dead
+
+
+def test_dropout_depends_on_the_example_only():
+    keys = jax.random.split(jax.random.key(0), 6)
+    x = jnp.ones((6, 16, 16, 8))
+    out = unet.per_example_dropout(x, 0.25, keys, tag=7)
+    np.testing.assert_allclose(np.unique(out), [0, 1 / 0.75], rtol=1e-6)
+    assert float((out == 0).mean()) == pytest.approx(0.25, abs=0.02)
+    part = unet.per_example_dropout(x[2:4], 0.25, keys[2:4], tag=7)
+    np.testing.assert_array_equal(part, out[2:4])
+    masks = [out[0] == 0, out[1] == 0, unet.per_example_dropout(x, 0.25, keys, tag=8)[0] == 0]
+    for a, b in itertools.combinations(masks, 2):
+        assert float((a & b).mean()) == pytest.approx(0.0625, abs=0.02)
+
+
+def test_network_dropout():
+    model = unet.UNet(**TINY, dropout=0.5)
+    x = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
+    params = {"params": jax.tree.map(lambda p: p + 0.1, init(model, x))}
+    t = jnp.array([1, 1])
+    a, b = jax.random.split(jax.random.key(0), 4).reshape(2, 2)
+    apply = jax.jit(model.apply)
+    np.testing.assert_array_equal(apply(params, x, t), apply(params, x, t))
+    assert (apply(params, x, t, a) != apply(params, x, t, b)).any()
+    assert (apply(params, x, t, a) != apply(params, x, t)).any()
