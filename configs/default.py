@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 
 def get_config():
-    """The defaults."""
+    """The defaults, locked: a misspelt field is an error."""
     config = ConfigDict()
     config.seed = 0  # of the initial parameters, data order, timesteps, noise and dropout
 
@@ -66,4 +66,4 @@ def get_config():
     sample.seed = 0  # image i depends on (seed, i) only
     sample.use_ema = True  # the averaged parameters rather than the raw ones
 
-    return config
+    return config.lock()

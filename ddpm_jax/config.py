@@ -49,7 +49,7 @@ def check(config):
     for name in POSITIVE:
         _require(_all(lambda v: v > 0, fields[name]), name, fields[name], "must be above 0")
     for name in NOT_NEGATIVE:
-        _require(fields[name] >= 0, name, fields[name], "must not be negative")
+        _require(_all(lambda v: v >= 0, fields[name]), name, fields[name], "must be 0 or more")
     for name in BELOW_ONE:
         _require(0 <= fields[name] < 1, name, fields[name], "must lie in [0, 1)")
     for name, choices in CHOICES.items():
@@ -78,8 +78,10 @@ def _check_model(model, image_size):
 
 
 def _all(predicate, value):
-    values = value if isinstance(value, tuple) else (value,)
-    return all(not (isinstance(v, float) and math.isnan(v)) and predicate(v) for v in values)
+    """Whether a number, or every one of a tuple of whole numbers, satisfies the predicate."""
+    if isinstance(value, tuple):
+        return all(isinstance(v, int) and predicate(v) for v in value)
+    return math.isfinite(value) and predicate(value)
 
 
 def _require(condition, name, value, allowed):

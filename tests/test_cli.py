@@ -1,0 +1,203 @@
+"""The command line: from nothing to images, going on after a signal, and every bad input."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+
+import main
+from ddpm_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TINY = [
+    "--config.model.channels=8",
+    "--config.model.norm_groups=4",
+    "--config.model.channel_mults=(1,)",
+    "--config.model.attention_resolutions=()",
+    "--config.diffusion.num_timesteps=20",
+    "--config.train.batch_size=32",
+    "--config.train.log_every=2",
+    "--config.train.eval_every=10",
+]
+
+
+def start(*arguments, cwd):
+    """Starts main.py as a user would, in another folder than the repository's."""
+    environment = {
+        **os.environ,
+        "JAX_NUM_CPU_DEVICES": "2",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    }
+    command = [sys.executable, str(ROOT / "main.py"), *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def finish(*arguments, cwd):
+    process = start(*arguments, cwd=cwd)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out + err
+
+
+def test_train_finish_and_sample(tmp_path):
+    digits = f"--config={ROOT}/configs/digits.py"
+    train = [digits, *TINY, "--config.train.num_steps=4", "--config.sample.num_samples=5"]
+    code, text = finish(*train, cwd=tmp_path)
+    assert code == 0, text
+    run = tmp_path / "runs" / "digits"
+    for expected in ("devices: 2 x cpu", "digits, 1500 images", "parameters", "prior KL"):
+        assert expected in text
+    assert json.loads((run / "config.json").read_text())["model"]["channels"] == 8
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 4]
+    assert imageio.imread(run / "samples" / "step_000004.png").ndim == 2
+
+    code, text = finish(*train, cwd=tmp_path)
+    assert code == 0 and "finished" in text
+
+    more = ["--config.sample.num_samples=9", "--config.sample.seed=3"]
+    code, text = finish("--mode=sample", "--workdir=runs/digits", *more, cwd=tmp_path)
+    assert code == 0, text
+    images = np.load(run / "samples" / "sample_000004_seed3.npz")["images"]
+    assert (images.shape, images.dtype) == ((9, 8, 8, 1), np.uint8)
+    assert (run / "samples" / "sample_000004_seed3.png").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
+    arguments = [f"--config={ROOT}/configs/digits.py", "--workdir=run", *TINY]
+    arguments += ["--config.train.num_steps=1000000", "--config.train.checkpoint_every=1000000"]
+    arguments += ["--config.train.sample_every=1000000"]
+    process = start(*arguments, cwd=tmp_path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert "to go on, run again: python" in err and "--config.model.channels=8" in err
+    (saved,) = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert saved > 0
+    last = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert last == saved
+    arguments[-3] = f"--config.train.num_steps={saved + 2}"
+    code, text = finish(*arguments, cwd=tmp_path)
+    assert code == 0 and f"resuming from the checkpoint of step {saved}" in text, text
+
+
+def test_helpshort(tmp_path):
+    code, text = finish("--helpshort", cwd=tmp_path)
+    assert code == 0
+    for word in ("--mode", "<train|sample>", "--config", "--workdir", "configs/default.py"):
+        assert word in text
+
+
+def test_an_error_is_one_line_and_code_2(tmp_path):
+    config = f"--config={ROOT}/configs/digits.py"
+    code, text = finish(config, "--config.diffusion.num_timesteps=0", cwd=tmp_path)
+    assert code == 2
+    assert text == "error: diffusion.num_timesteps=0: must be above 0\n"
+    assert not list(tmp_path.iterdir())
+
+
+BAD = {
+    "--moed=train": "--moed",
+    "--mode=trian": "mode",
+    "extra": "extra",
+    "--config=configs/nothing.py": "configs/nothing.py",
+    "--config.model.chanels=8": "chanels",
+    "--config.modle.channels=8": "modle",
+    "--config.model.channels=wide": "wide",
+    "--config.train.batch_size=2.5": "2.5",
+    "--config.data.random_flip=perhaps": "perhaps",
+    "--config.data.image_size=8": "image_size",
+    "--config.data.image_size=(8,9)": "data.image_size=(8, 9)",
+    "--config.data.image_size=(0,8)": "data.image_size=(0, 8)",
+    "--config.data.image_size=(8,8,8)": "data.image_size=(8, 8, 8)",
+    "--config.data.image_size=('a','b')": "data.image_size",
+    "--config.data.channels=2": "data.channels=2",
+    "--config.data.name=mnits": "data.name='mnits'",
+    "--config.data.split=tain": "data.split='tain'",
+    "--config.data.eval_split=tset": "data.eval_split='tset'",
+    "--config.data.resize=pad": "data.resize='pad'",
+    "--config.diffusion.num_timesteps=0": "diffusion.num_timesteps=0",
+    "--config.diffusion.beta_start=0": "diffusion.beta_start=0",
+    "--config.diffusion.beta_end=1": "diffusion.beta_end=1",
+    "--config.diffusion.schedule=linaer": "diffusion.schedule='linaer'",
+    "--config.diffusion.variance=big": "diffusion.variance='big'",
+    "--config.model.norm_groups=5": "model.channels=32",
+    "--config.model.channel_mults=()": "model.channel_mults=()",
+    "--config.model.channel_mults=(1,1,1,1,1)": "data.image_size=(8, 8)",
+    "--config.model.attention_resolutions=(5,)": "model.attention_resolutions=(5,)",
+    "--config.model.dropout=1.0": "model.dropout=1.0",
+    "--config.model.dtype=float16": "model.dtype='float16'",
+    "--config.model.num_res_blocks=0": "model.num_res_blocks=0",
+    "--config.optim.learning_rate=nan": "optim.learning_rate=nan",
+    "--config.optim.learning_rate=-1": "optim.learning_rate=-1",
+    "--config.optim.decay=linear": "optim.decay='linear'",
+    "--config.optim.ema_decay=1.5": "optim.ema_decay=1.5",
+    "--config.train.batch_size=6": "train.batch_size=6",
+    "--config.train.batch_size=0": "train.batch_size=0",
+    "--config.train.num_steps=-5": "train.num_steps=-5",
+    "--config.train.log_every=0": "train.log_every=0",
+    "--config.train.keep_checkpoints=0": "train.keep_checkpoints=0",
+    "--config.sample.num_samples=0": "sample.num_samples=0",
+    "--config.sample.batch_size=3": "sample.batch_size=3",
+    "--config.sample.seed=-1": "sample.seed=-1",
+}
+
+
+@pytest.mark.parametrize("argument", BAD)
+def test_bad_input(argument, tmp_path, monkeypatch):
+    """Four devices here; nothing is written."""
+    monkeypatch.chdir(ROOT)
+    workdir = tmp_path / "run"
+    argv = ["main.py", "--config=configs/digits.py", f"--workdir={workdir}", argument]
+    with pytest.raises(UserError) as error:
+        main.run(argv)
+    assert BAD[argument] in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sampling_needs_a_run_with_a_checkpoint(tmp_path, config):
+    from ddpm_jax import workdir as run_files
+
+    with pytest.raises(UserError, match="holds no run"):
+        main.run(["main.py", "--mode=sample", f"--workdir={tmp_path}"])
+    with pytest.raises(UserError, match="--config: is missing"):
+        main.run(["main.py", "--mode=sample"])
+    run_files.save_config(config, tmp_path)
+    with pytest.raises(UserError, match="no checkpoint"):
+        main.run(["main.py", "--mode=sample", f"--workdir={tmp_path}"])
+    with pytest.raises(UserError, match=r"model\.channels"):
+        main.run(
+            ["main.py", "--mode=sample", f"--workdir={tmp_path}", "--config.model.channels=16"]
+        )
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_damaged_config(tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": 0')
+    with pytest.raises(UserError, match=r"config\.json: not valid JSON"):
+        main.run(["main.py", "--mode=sample", f"--workdir={tmp_path}"])
+
+
+def test_a_broken_config_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from configs import digits\ndef get_config():\n    c = digits.get_config()\n"
+                    "    c.model.chanels = 3\n    return c\n")  # fmt: skip
+    with pytest.raises(UserError, match="chanels"):
+        main.run(["main.py", f"--config={path}"])
+    path.write_text("x = 1\n")
+    with pytest.raises(UserError, match="get_config"):
+        main.run(["main.py", f"--config={path}"])

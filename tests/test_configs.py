@@ -1,0 +1,80 @@
+"""Every config builds its network without computing anything, and rejects a typo."""
+
+import pathlib
+import runpy
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ddpm_jax import config as configs
+from ddpm_jax import generate, schedules, unet, workdir
+
+FILES = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+PARAMETERS = {
+    "cifar10": 35_746_307,
+    "default": 35_746_307,
+    "celebahq256": 113_673_219,
+    "lsun256": 113_673_219,
+}
+
+
+def load(path):
+    return runpy.run_path(str(path))["get_config"]()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_builds(path):
+    config = load(path)
+    configs.check(config)
+    schedules.from_config(config.diffusion)
+    model = unet.make_model(config.model)
+    x = jnp.zeros((1, *generate.image_shape(config)))
+    params = jax.eval_shape(model.init, jax.random.key(0), x, jnp.zeros(1, int))["params"]
+    count = sum(p.size for p in jax.tree.leaves(params))
+    assert count == PARAMETERS.get(path.stem, count)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_rejects_a_typo(path):
+    config = load(path).lock()
+    with pytest.raises(AttributeError):
+        config.model.chanels = 3
+    with pytest.raises(AttributeError):
+        config.trian = 3
+    with pytest.raises(TypeError):
+        config.train.batch_size = "many"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_is_the_same_after_being_saved(path, tmp_path):
+    config = load(path)
+    workdir.save_config(config, tmp_path)
+    assert workdir.load_config(tmp_path).to_dict() == config.to_dict()
+
+
+def test_every_field_has_a_comment_and_a_reader():
+    """One comment a field in default.py; and its name occurs in the package."""
+    root = FILES[0].parent.parent
+    default = (root / "configs" / "default.py").read_text().splitlines()
+    package = "\n".join(p.read_text() for p in (root / "ddpm_jax").glob("*.py"))
+    # Read under another spelling: data[field], and the whole section as UNet's attributes.
+    package += "".join(f".{name}\n" for name in ("split", "eval_split", *unet.UNet.__annotations__))
+    for name in configs.flatten(load(root / "configs" / "default.py")):
+        (line,) = [x for x in default if f"    {name if '.' in name else f'config.{name}'} = " in x]
+        assert "  # " in line, line
+        assert f".{name.split('.')[-1]}" in package, name
+
+
+def test_papers_settings():
+    """Ho et al. 2020, App. B."""
+    cifar10 = load(FILES[0].parent / "cifar10.py")
+    assert cifar10.train.batch_size == 128 and cifar10.train.num_steps == 800_000
+    assert cifar10.optim.learning_rate == 2e-4 and cifar10.optim.warmup_steps == 5000
+    assert cifar10.optim.ema_decay == 0.9999 and cifar10.optim.grad_clip == 1.0
+    assert cifar10.model.dropout == 0.1 and cifar10.data.random_flip
+    assert cifar10.diffusion.variance == "fixed_large" and cifar10.diffusion.clip_x0
+    for name in ("celebahq256", "lsun256"):
+        large = load(FILES[0].parent / f"{name}.py")
+        assert large.train.batch_size == 64 and large.optim.learning_rate == 2e-5
+        assert large.model.dropout == 0 and large.diffusion.variance == "fixed_small"

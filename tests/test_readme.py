@@ -1,0 +1,34 @@
+"""What the README names exists."""
+
+import pathlib
+import re
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text()
+
+
+def test_paths_exist():
+    """Links, pictures, configs, requirements files, and paths in code spans."""
+    named = {*re.findall(r"\]\(([^)#:]+)\)", TEXT), *re.findall(r'src="([^":]+)"', TEXT)}
+    named |= {*re.findall(r"(?:configs|ddpm_jax|tests|benchmarks)/[\w/.]*\.\w+", TEXT)}
+    named |= {*re.findall(r"requirements[\w-]*\.txt", TEXT)}
+    assert len(named) > 20
+    missing = [path for path in named if not (ROOT / path).exists()]
+    assert not missing
+
+
+def test_functions_exist():
+    """`module.function` of the package's modules."""
+    found = 0
+    for module, name in re.findall(r"`(\w+)\.(\w+)`", TEXT):
+        path = ROOT / "ddpm_jax" / f"{module}.py"
+        if path.exists() and name != "py":
+            found += 1
+            assert re.search(rf"^(def|class) {name}\b|^{name} =", path.read_text(), re.M), name
+    assert found > 10
+
+
+def test_configs_and_rooms_are_listed():
+    """Every config and every module is named in the README."""
+    for path in [*(ROOT / "configs").glob("*.py"), *(ROOT / "ddpm_jax").glob("[a-z]*.py")]:
+        assert path.name in TEXT, path.name
