@@ -126,7 +126,7 @@ def run(argv):
 
 
 def main():
-    """Runs, and turns a UserError into one line and exit code 2."""
+    """Runs, and turns what a user got wrong into one line and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for name in ("main", "ddpm_jax"):
         logging.getLogger(name).setLevel(logging.INFO)
@@ -136,6 +136,9 @@ def main():
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was left half-written", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class Source(NamedTuple):
     """Images of one split."""
 
     size: int
-    read: Callable[[np.ndarray], np.ndarray]  # indices [B] to uint8 [B, H, W, C]
+    read: Callable[[np.ndarray], np.ndarray]  # indices [B] to a new uint8 [B, H, W, C]
 
 
 def open_source(data, field="split"):
@@ -83,7 +83,7 @@ def batches(source, *, batch_size, seed, first_step, random_flip):
         x = source.read(indices)
         if random_flip:
             flip = rng.random(len(x)) < 0.5
-            x = np.where(flip[:, None, None, None], x[:, :, ::-1], x)
+            x[flip] = x[flip, :, ::-1]  # x is this batch's own copy
         return x
 
     indices = grain.MapDataset.range(source.size).seed(seed).shuffle().repeat().batch(batch_size)

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import pathlib
 import signal
+import sys
 import time
 
 import jax
@@ -206,8 +207,9 @@ def train(config, workdir):
         }
         step_fn = make_train_step(config, model, schedule, optimizer)
         run_loop(every, first, updates(config, state, step_fn, source), metrics, actions, caught)
+        manager.wait_until_finished()
         if caught:
-            log.info("stopped by %s; its checkpoint is saved", signal.Signals(caught[0]).name)
+            log.info("stopped by %s; a checkpoint is saved", signal.Signals(caught[0]).name)
     return caught[0] if caught else 0
 
 
@@ -245,7 +247,9 @@ def run_loop(every, first, states_and_values, metrics, actions, caught):
     def due(interval):
         return step == last or (step > 0 and step % interval == 0)
 
-    with tqdm(total=last, initial=first, desc="train", unit="step", dynamic_ncols=True) as bar:
+    # A log file need not hold ten lines a second.
+    options = {"dynamic_ncols": True, "mininterval": 0.1 if sys.stderr.isatty() else 10}
+    with tqdm(total=last, initial=first, desc="train", unit="step", **options) as bar:
         for step, (state, values) in enumerate(states_and_values, first):
             if values is not None:
                 pending.append(values)
