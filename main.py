@@ -7,8 +7,10 @@
 --config.section.field=value overrides any field of the config; configs/default.py lists them all.
 """
 
+import difflib
 import logging
 import pathlib
+import re
 import runpy
 import shlex
 import sys
@@ -17,6 +19,9 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ddpm_jax import config as configs
+from ddpm_jax import generate, parallel, train
+from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError
 
 MODES = ("train", "sample")
@@ -45,8 +50,6 @@ def parse(argv):
     Raises:
       UserError: for what is not understood.
     """
-    from ddpm_jax import workdir as run_files
-
     values = define_flags()
     try:
         _, *rest = values(argv, known_only=True)
@@ -58,6 +61,8 @@ def parse(argv):
     if not (values.config or values.workdir):
         raise UserError("--config: is missing, as in --config=configs/digits.py")
     workdir = pathlib.Path(values.workdir or f"runs/{pathlib.Path(values.config).stem}")
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"workdir={workdir}: is not a folder")
     config = load_config(values.config) if values.config else run_files.load_config(workdir)
     if config is None:
         raise UserError(f"workdir={workdir}: holds no run (no config.json)")
@@ -69,29 +74,37 @@ def load_config(path):
     if not pathlib.Path(path).is_file():
         raise UserError(f"--config={path}: no such file")
     try:
-        config = runpy.run_path(path)["get_config"]()
+        names = runpy.run_path(path)
+        if "get_config" not in names:
+            raise UserError(f"--config={path}: defines no get_config()")
+        return names["get_config"]().lock()
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"--config={path}: {_one_line(error)}") from None
-    return config.lock()
 
 
 def override(config, arguments):
     """Applies --config.section.field=value arguments to a config."""
     values = flags.FlagValues()
     argv = [sys.argv[0], *arguments]
+    fields = configs.flatten(config)
     for argument in arguments:
-        if not argument.startswith(("--config.", "--noconfig.")):
+        match = re.match(r"--(?:no)?config\.([^=]+)", argument)
+        if not match:
             raise UserError(f"{argument}: unknown argument; see --helpshort")
+        if match[1] not in fields:
+            close = difflib.get_close_matches(match[1], fields, n=1)
+            hint = f"did you mean {close[0]}?" if close else "see configs/default.py"
+            raise UserError(f"--config.{match[1]}: no such field; {hint}")
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         values(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (flags.Error, TypeError, ValueError) as error:
         raise UserError(_one_line(error)) from None
     return values.config
 
 
 def _one_line(error):
-    return " ".join(str(error).split()).strip("\"'")
+    return " ".join(str(error).split())
 
 
 def run(argv):
@@ -103,11 +116,6 @@ def run(argv):
     mode, config, workdir = parse(argv)
     if mode is None:
         return 0
-    # JAX takes seconds to import; a mistyped flag need not wait for it.
-    from ddpm_jax import config as configs
-    from ddpm_jax import generate, parallel, train
-    from ddpm_jax import workdir as run_files
-
     parallel.use_cpu_cores(config.train.batch_size, config.sample.batch_size)
     configs.check(config)
     if mode == "sample":

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from ddpm_jax import unet
+from ddpm_jax import parallel, unet
+from ddpm_jax.config import image_shape
 from ddpm_jax.errors import UserError
 from ddpm_jax.state import TrainState
 
@@ -71,7 +72,7 @@ def restore_params(config, workdir):
     """Reads the parameters (EMA or raw, `sample.use_ema`) of the newest checkpoint.
 
     Returns:
-      (step, params).
+      (step, params), the parameters on all devices.
 
     Raises:
       UserError: if there is no checkpoint.
@@ -79,9 +80,10 @@ def restore_params(config, workdir):
     folder = _folder(workdir)
     if not folder.exists() or not ocp.utils.checkpoint_steps(folder):
         raise UserError(f"workdir={workdir}: has no checkpoint yet; train it first")
-    x, t = jnp.zeros((1, *config.data.image_size, config.data.channels)), jnp.zeros(1, jnp.int32)
-    model = unet.make_model(config.model)
-    params = jax.eval_shape(model.init, jax.random.key(0), x, t)["params"]
+    x, t = jnp.zeros((1, *image_shape(config))), jnp.zeros(1, jnp.int32)
+    params = jax.eval_shape(unet.make_model(config.model).init, jax.random.key(0), x, t)["params"]
+    here = parallel.replicated()  # not where they were saved: those devices may not exist
+    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=here), params)
     name = "ema_params" if config.sample.use_ema else "params"
     with ocp.CheckpointManager(folder, item_names=ITEMS) as manager:
         step = manager.latest_step()

@@ -43,6 +43,11 @@ def flatten(config):
     return flat
 
 
+def image_shape(config):
+    """(H, W, C) of the images that a config is about."""
+    return (*config.data.image_size, config.data.channels)
+
+
 def check(config):
     """Raises a UserError that names the first field whose value cannot work."""
     fields = flatten(config)

@@ -9,16 +9,12 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ddpm_jax import checkpoint, images, parallel, sampling, schedules, unet
+from ddpm_jax import config as configs
 from ddpm_jax.workdir import write_npz
 
 log = logging.getLogger(__name__)
 
 GRID_IMAGES = 256  # nobody looks at a picture of more
-
-
-def image_shape(config):
-    """(H, W, C) of the images that a config is about."""
-    return (*config.data.image_size, config.data.channels)
 
 
 def make_sampler(config, frames_at=()):
@@ -35,7 +31,7 @@ def make_sampler(config, frames_at=()):
     """
     schedule = schedules.from_config(config.diffusion)
     model = unet.make_model(config.model)
-    num_timesteps, shape = schedule.num_timesteps, image_shape(config)
+    num_timesteps, shape = schedule.num_timesteps, configs.image_shape(config)
 
     def start(keys):
         x = sampling.prior(keys, num_timesteps, shape)
@@ -116,7 +112,7 @@ def sample(config, workdir):
     seed, count = config.sample.seed, config.sample.num_samples
     which = "EMA" if config.sample.use_ema else "raw"
     log.info("sampling %d images from the %s parameters of step %d", count, which, step)
-    x, _ = make_sampler(config)(parallel.replicate(params), count, seed)
+    x, _ = make_sampler(config)(params, count, seed)
     path = pathlib.Path(workdir) / "samples" / f"sample_{step:06d}_seed{seed}.npz"
     write_npz(path, images=x)
     images.write_png(path.with_suffix(".png"), images.grid(x[:GRID_IMAGES]))

@@ -44,6 +44,11 @@ def check_batch_size(field, batch_size):
         raise UserError(f"{field}={batch_size}: must be a multiple of the {devices} devices")
 
 
+def replicated(devices=None):
+    """The sharding of an array that every device has a whole copy of."""
+    return NamedSharding(Mesh(devices or jax.devices(), (AXIS,)), PartitionSpec())
+
+
 def replicate(tree, devices=None):
     """Puts a whole copy of every array on each device.
 
@@ -55,8 +60,7 @@ def replicate(tree, devices=None):
       The tree, as arrays that pmap takes with in_axes=None as they are (uncommitted arrays would
       make it compile a second time).
     """
-    mesh = Mesh(devices or jax.devices(), (AXIS,))
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return jax.device_put(tree, replicated(devices))
 
 
 def split(array, num_devices=None):

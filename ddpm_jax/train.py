@@ -176,7 +176,7 @@ def train(config, workdir):
     source, eval_source = (data.open_source(config.data, f) for f in ("split", "eval_split"))
     run_files.save_config(config, workdir)
 
-    state = states.create_state(model, optimizer, generate.image_shape(config), config.seed)
+    state = states.create_state(model, optimizer, configs.image_shape(config), config.seed)
     with contextlib.ExitStack() as stack:
         manager = stack.enter_context(checkpoint.open_manager(workdir, config.train))
         caught = stack.enter_context(catch_signals())
@@ -307,7 +307,7 @@ def describe(config, state, schedule, source, eval_source):
     """Logs what is about to be trained, and warns of a chain that does not end in noise."""
     devices = jax.devices()
     log.info("devices: %d x %s", len(devices), devices[0].device_kind)
-    height, width, channels = generate.image_shape(config)
+    height, width, channels = configs.image_shape(config)
     text = "data: %s, %d images to train, %d held out, %dx%dx%d"
     log.info(text, config.data.name, source.size, eval_source.size, height, width, channels)
     log.info("network: %s parameters", f"{sum(p.size for p in jax.tree.leaves(state.params)):,}")

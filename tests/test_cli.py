@@ -28,11 +28,11 @@ TINY = [
 ]
 
 
-def start(*arguments, cwd):
+def start(*arguments, cwd, devices=2):
     """Starts main.py as a user would, in another folder than the repository's."""
     environment = {
         **os.environ,
-        "JAX_NUM_CPU_DEVICES": "2",
+        "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
     }
     command = [sys.executable, str(ROOT / "main.py"), *arguments]
@@ -40,8 +40,8 @@ def start(*arguments, cwd):
     return subprocess.Popen(command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
-def finish(*arguments, cwd):
-    process = start(*arguments, cwd=cwd)
+def finish(*arguments, cwd, devices=2):
+    process = start(*arguments, cwd=cwd, devices=devices)
     out, err = process.communicate(timeout=300)
     return process.returncode, out + err
 
@@ -63,7 +63,8 @@ def test_train_finish_and_sample(tmp_path):
     assert code == 0 and "finished" in text
 
     more = ["--config.sample.num_samples=9", "--config.sample.seed=3"]
-    code, text = finish("--mode=sample", "--workdir=runs/digits", *more, cwd=tmp_path)
+    sample = ["--mode=sample", "--workdir=runs/digits", *more]
+    code, text = finish(*sample, cwd=tmp_path, devices=1)  # fewer than it was trained on
     assert code == 0, text
     images = np.load(run / "samples" / "sample_000004_seed3.npz")["images"]
     assert (images.shape, images.dtype) == ((9, 8, 8, 1), np.uint8)
@@ -114,9 +115,9 @@ BAD = {
     "--mode=trian": "mode",
     "extra": "extra",
     "--config=configs/nothing.py": "configs/nothing.py",
-    "--config.model.chanels=8": "chanels",
-    "--config.modle.channels=8": "modle",
-    "--config.model.channels=wide": "wide",
+    "--config.model.chanels=8": "no such field; did you mean model.channels?",
+    "--config.modle.channels=8": "modle.channels",
+    "--config.model.channels=wide": "--config.model.channels=wide",
     "--config.train.batch_size=2.5": "2.5",
     "--config.data.random_flip=perhaps": "perhaps",
     "--config.data.image_size=8": "image_size",
@@ -184,6 +185,13 @@ def test_sampling_needs_a_run_with_a_checkpoint(tmp_path, config):
             ["main.py", "--mode=sample", f"--workdir={tmp_path}", "--config.model.channels=16"]
         )
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_the_workdir_is_a_folder(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("")
+    with pytest.raises(UserError, match=r"workdir=.*not a folder"):
+        main.run(["main.py", f"--config={ROOT}/configs/digits.py", f"--workdir={path}"])
 
 
 def test_damaged_config(tmp_path):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from ddpm_jax import config as configs
-from ddpm_jax import generate, schedules, unet, workdir
+from ddpm_jax import schedules, unet, workdir
 
 FILES = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 PARAMETERS = {
@@ -29,7 +29,7 @@ def test_builds(path):
     configs.check(config)
     schedules.from_config(config.diffusion)
     model = unet.make_model(config.model)
-    x = jnp.zeros((1, *generate.image_shape(config)))
+    x = jnp.zeros((1, *configs.image_shape(config)))
     params = jax.eval_shape(model.init, jax.random.key(0), x, jnp.zeros(1, int))["params"]
     count = sum(p.size for p in jax.tree.leaves(params))
     assert count == PARAMETERS.get(path.stem, count)

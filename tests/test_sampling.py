@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddpm_jax import config as configs
 from ddpm_jax import generate, parallel, sampling, schedules, state, unet
 
 HO = schedules.make_schedule("linear", 1000, 1e-4, 0.02)
@@ -129,7 +130,7 @@ def some_params(config):
     """Parameters that make the network's output depend on its input."""
     optimizer = state.make_optimizer(config.optim, 10)
     model = unet.make_model(config.model)
-    params = state.create_state(model, optimizer, generate.image_shape(config), 0).params
+    params = state.create_state(model, optimizer, configs.image_shape(config), 0).params
     return parallel.replicate(jax.tree.map(lambda p: p + 0.02, params))
 
 

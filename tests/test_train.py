@@ -18,7 +18,7 @@ def setup(config, num_devices, count_traces=None):
     devices = jax.devices()[:num_devices]
     optimizer = states.make_optimizer(config.optim, config.train.num_steps)
     model = unet.make_model(config.model)
-    state = states.create_state(model, optimizer, generate.image_shape(config), config.seed)
+    state = states.create_state(model, optimizer, configs.image_shape(config), config.seed)
     if count_traces is not None:
         model = Counting(model, count_traces)
     schedule = schedules.from_config(config.diffusion)
