@@ -19,10 +19,11 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from configs import default
 from ddpm_jax import config as configs
 from ddpm_jax import generate, parallel, train
 from ddpm_jax import workdir as run_files
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import UserError, one_line
 
 MODES = ("train", "sample")
 log = logging.getLogger("main")
@@ -54,7 +55,7 @@ def parse(argv):
     try:
         _, *rest = values(argv, known_only=True)
     except flags.Error as error:
-        raise UserError(_one_line(error)) from None
+        raise UserError(one_line(error)) from None
     if values.helpshort:
         print(__doc__, values.get_help(include_special_flags=False), sep="\n")
         return None, None, None
@@ -66,7 +67,18 @@ def parse(argv):
     config = load_config(values.config) if values.config else run_files.load_config(workdir)
     if config is None:
         raise UserError(f"workdir={workdir}: holds no run (no config.json)")
-    return values.mode, override(config, rest), workdir
+    config = override(complete(config, values.config or workdir / "config.json"), rest)
+    return values.mode, config, workdir
+
+
+def complete(config, origin):
+    """Returns a config if it has exactly the fields of configs/default.py."""
+    fields, known = configs.flatten(config), configs.flatten(default.get_config())
+    if missing := known.keys() - fields.keys():
+        raise UserError(f"{origin}: lacks {', '.join(sorted(missing))}; see configs/default.py")
+    if unknown := fields.keys() - known.keys():
+        raise UserError(f"{origin}: has unknown fields {', '.join(sorted(unknown))}")
+    return config
 
 
 def load_config(path):
@@ -78,8 +90,8 @@ def load_config(path):
         if "get_config" not in names:
             raise UserError(f"--config={path}: defines no get_config()")
         return names["get_config"]().lock()
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"--config={path}: {_one_line(error)}") from None
+    except (AttributeError, ImportError, KeyError, NameError, SyntaxError, TypeError) as error:
+        raise UserError(f"--config={path}: {one_line(error)}") from None
 
 
 def override(config, arguments):
@@ -99,12 +111,8 @@ def override(config, arguments):
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         values(argv)
     except (flags.Error, TypeError, ValueError) as error:
-        raise UserError(_one_line(error)) from None
+        raise UserError(one_line(error)) from None
     return values.config
-
-
-def _one_line(error):
-    return " ".join(str(error).split())
 
 
 def run(argv):
@@ -116,13 +124,14 @@ def run(argv):
     mode, config, workdir = parse(argv)
     if mode is None:
         return 0
-    parallel.use_cpu_cores(config.train.batch_size, config.sample.batch_size)
-    configs.check(config)
+    batch_sizes = configs.BATCH_SIZES[mode]
+    parallel.use_cpu_cores(*(configs.flatten(config)[name] for name in batch_sizes))
+    configs.check(config, mode)
     if mode == "sample":
         saved = run_files.load_config(workdir)
         if saved is None:
             raise UserError(f"workdir={workdir}: holds no run (no config.json)")
-        configs.check_same_run(saved, config, workdir)
+        configs.check_same_run(saved, config, workdir, mode)
         generate.sample(config, workdir)
         return 0
     caught = train.train(config, workdir)
@@ -145,7 +154,7 @@ def main():
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; nothing was left half-written", file=sys.stderr)
+        print("interrupted; nothing was lost, the same command starts again", file=sys.stderr)
         sys.exit(130)
 
 

@@ -6,8 +6,8 @@ from ddpm_jax import diffusion, parallel, schedules
 from ddpm_jax.errors import UserError
 
 POSITIVE = """
-    data.image_size diffusion.num_timesteps model.channels model.channel_mults
-    model.num_res_blocks model.norm_groups optim.learning_rate train.batch_size train.num_steps
+    data.image_size model.channels model.channel_mults model.num_res_blocks model.norm_groups
+    optim.learning_rate train.batch_size train.num_steps
     train.log_every train.eval_every train.eval_images train.sample_every
     train.checkpoint_every train.keep_checkpoints sample.num_samples sample.batch_size
 """.split()
@@ -19,16 +19,23 @@ BELOW_ONE = ("model.dropout", "optim.ema_decay")  # in [0, 1)
 CHOICES = {
     "data.resize": ("crop", "squash"),
     "data.channels": (1, 3, 4),
-    "diffusion.schedule": tuple(schedules.SCHEDULES),
     "diffusion.variance": diffusion.VARIANCES,
     "model.dtype": ("float32", "bfloat16"),
     "optim.decay": ("constant", "cosine"),
 }
-# A run's identity, less what changes neither its model nor its data.
-IDENTITY = ("seed", "data", "diffusion", "model", "train.batch_size")
+# What has to divide over the devices, in each mode.
+BATCH_SIZES = {
+    "train": ("train.batch_size", "sample.batch_size"),
+    "sample": ("sample.batch_size",),
+}
+# What a run may not change later, in each mode: its model, and to train on, its data.
+IDENTITY = {
+    "train": ("seed", "data", "diffusion", "model", "train.batch_size"),
+    "sample": ("data.image_size", "data.channels", "diffusion", "model"),
+}
+# But for these.
 FREE = """
-    data.path data.data_dir data.max_ram_gib data.skip_unreadable data.eval_split
-    diffusion.variance diffusion.clip_x0
+    data.data_dir data.max_ram_gib data.eval_split diffusion.variance diffusion.clip_x0
 """.split()
 
 
@@ -48,11 +55,13 @@ def image_shape(config):
     return (*config.data.image_size, config.data.channels)
 
 
-def check(config):
+def check(config, mode="train"):
     """Raises a UserError that names the first field whose value cannot work."""
     fields = flatten(config)
     for name in POSITIVE:
-        _require(_all(lambda v: v > 0, fields[name]), name, fields[name], "must be above 0")
+        kind = "whole numbers " if isinstance(fields[name], tuple) else ""
+        allowed = f"must be {kind}above 0"
+        _require(_all(lambda v: v > 0, fields[name]), name, fields[name], allowed)
     for name in NOT_NEGATIVE:
         _require(_all(lambda v: v >= 0, fields[name]), name, fields[name], "must be 0 or more")
     for name in BELOW_ONE:
@@ -60,9 +69,12 @@ def check(config):
     for name, choices in CHOICES.items():
         allowed = f"choose from {', '.join(map(str, choices))}"
         _require(fields[name] in choices, name, fields[name], allowed)
+    for name in ("seed", "sample.seed"):
+        _require(fields[name] < 2**32, name, fields[name], "must be below 2**32")
+    schedules.from_config(config.diffusion)
     _check_model(config.model, config.data.image_size)
-    parallel.check_batch_size("train.batch_size", config.train.batch_size)
-    parallel.check_batch_size("sample.batch_size", config.sample.batch_size)
+    for name in BATCH_SIZES[mode]:
+        parallel.check_batch_size(name, fields[name])
 
 
 def _check_model(model, image_size):
@@ -94,7 +106,7 @@ def _require(condition, name, value, allowed):
         raise UserError(f"{name}={value!r}: {allowed}")
 
 
-def check_same_run(saved, config, workdir):
+def check_same_run(saved, config, workdir, mode="train"):
     """Raises a UserError unless `config` can go on with the run that `saved` describes.
 
     Steps, logging, optimizer and sampling may change; what decides the model or the data may not.
@@ -103,7 +115,7 @@ def check_same_run(saved, config, workdir):
     changed = [
         f"{name} {saved.get(name)!r} -> {new.get(name)!r}"
         for name in sorted(saved.keys() | new.keys())
-        if name not in FREE and name.startswith(IDENTITY) and saved.get(name) != new.get(name)
+        if name not in FREE and name.startswith(IDENTITY[mode]) and saved.get(name) != new.get(name)
     ]
     if changed:
         raise UserError(f"workdir={workdir}: was made with another config: {', '.join(changed)}")

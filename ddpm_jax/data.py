@@ -4,6 +4,7 @@ A `Source` is a split of a dataset whose images are already of the size and chan
 config asks for. What fits in memory is read once; the rest is read at random as it is needed.
 """
 
+import functools
 import io
 import logging
 import pathlib
@@ -15,15 +16,20 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image, ImageOps
-from tensorflow_datasets.core.download import downloader
+from tensorflow_datasets.core.download import download_manager, downloader, extractor
 from tqdm.auto import tqdm
 
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # PIL's, by number of channels
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+DOWNLOAD_ERRORS = (
+    tfds.download.DownloadError,
+    download_manager.NonMatchingChecksumError,
+    extractor.ExtractError,
+)
 BLOCK = 1000  # images read at a time while a dataset is loaded
 
 
@@ -32,6 +38,10 @@ class Source(NamedTuple):
 
     size: int
     read: Callable[[np.ndarray], np.ndarray]  # indices [B] to a new uint8 [B, H, W, C]
+
+
+class BadSplit(Exception):
+    """A split that TFDS does not understand, or that the dataset does not have."""
 
 
 def open_source(data, field="split"):
@@ -52,10 +62,8 @@ def open_source(data, field="split"):
     opener = {"digits": _open_digits, "folder": _open_folder}.get(data.name, _open_tfds)
     try:
         source = opener(data, data[field])
-    except UserError:
-        raise
-    except ValueError as error:  # TFDS, about the split
-        raise UserError(f"data.{field}={data[field]!r}: {_one_line(error)}") from None
+    except BadSplit as error:
+        raise UserError(f"data.{field}={data[field]!r}: {one_line(error)}") from None
     if source.size == 0:
         raise UserError(f"data.{field}={data[field]!r}: holds no images")
     if source.size * np.prod(data.image_size) * data.channels > data.max_ram_gib * 2**30:
@@ -103,6 +111,8 @@ def fit(image, data):
       uint8 [H, W, C].
     """
     height, width = data.image_size
+    if image.mode.startswith("I;16"):  # PIL would clip 16 bits at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image = image.convert(MODES[data.channels])
     if image.size != (width, height):
         if data.resize == "crop":
@@ -138,27 +148,28 @@ def _open_digits(data, split):
 
 def _open_folder(data, split):
     """Every image file below `data.path`; one split, "train"."""
-    if not pathlib.Path(data.path).is_dir() or not data.path:
-        raise UserError(f"data.path={data.path!r}: is not a folder")
-    paths = sorted(p for p in pathlib.Path(data.path).rglob("*") if p.suffix.lower() in EXTENSIONS)
-    if not paths:
-        raise UserError(f"data.path={data.path!r}: holds no {', '.join(sorted(EXTENSIONS))}")
-    paths = _readable(paths, data)
+    paths = _readable(data.path, data.skip_unreadable)
     paths = [paths[i] for i in _select(split, len(paths))]
     return _decoding_source(data, len(paths), lambda indices: [paths[i] for i in indices])
 
 
-def _readable(paths, data):
-    """Names the files that do not decode; drops them if `data.skip_unreadable`."""
+@functools.lru_cache(maxsize=1)  # both splits of a run are of one folder
+def _readable(folder, skip_unreadable):
+    """The images below a folder, sorted; those that do not decode are named, or left out."""
+    if not folder or not pathlib.Path(folder).is_dir():
+        raise UserError(f"data.path={folder!r}: is not a folder")
+    paths = sorted(p for p in pathlib.Path(folder).rglob("*") if p.suffix.lower() in EXTENSIONS)
+    if not paths:
+        raise UserError(f"data.path={folder!r}: holds no {', '.join(sorted(EXTENSIONS))}")
 
     def decodes(path):
         try:
             with Image.open(path) as image:
                 image.draft("L", (1, 1))  # JPEGs are read whole, but at an eighth of the size
                 image.load()
+                return image.mode not in ("I", "F")  # of no known range
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             return False
-        return True
 
     with ThreadPoolExecutor() as pool:
         results = pool.map(decodes, paths)
@@ -166,8 +177,10 @@ def _readable(paths, data):
     broken = [str(path) for path, ok in zip(paths, good, strict=True) if not ok]
     if broken:
         names = ", ".join(broken[:5]) + (f" and {len(broken) - 5} more" if broken[5:] else "")
-        message = f"data.path={data.path!r}: {len(broken)} unreadable images: {names}"
-        if not data.skip_unreadable or len(broken) == len(paths):
+        message = f"data.path={folder!r}: {len(broken)} of {len(paths)} unreadable: {names}"
+        if len(broken) == len(paths):
+            raise UserError(message)
+        if not skip_unreadable:
             raise UserError(f"{message}; data.skip_unreadable=true trains without them")
         log.warning("%s (skipped)", message)
     return [path for path, ok in zip(paths, good, strict=True) if ok]
@@ -175,13 +188,17 @@ def _readable(paths, data):
 
 def _open_tfds(data, split):
     """A TFDS dataset in array_record format, prepared first if it is not there yet."""
+    data_dir = data.data_dir or None
     try:
-        builder = tfds.builder(
-            data.name, data_dir=data.data_dir or None, file_format="array_record"
-        )
+        builder = tfds.builder(data.name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
         known = "digits, folder, or a TFDS name such as mnist, cifar10, tf_flowers, celeb_a"
         raise UserError(f"data.name={data.name!r}: unknown dataset; use {known}") from None
+    except (ValueError, AssertionError, ImportError) as error:
+        text = f"data.name={data.name!r}: {one_line(error)[:200]}"
+        if "already set to" in text:  # TFDS's own default is tfrecord, which needs TensorFlow
+            text += "; set data.data_dir to a folder in which it can be array_record"
+        raise UserError(text) from None
     features = builder.info.features
     if "image" not in features or not isinstance(features["image"], tfds.features.Image):
         raise UserError(f"data.name={data.name!r}: its examples have no 'image'")
@@ -189,7 +206,10 @@ def _open_tfds(data, split):
         _prepare(builder, data.name)
     # The files' bytes: decoding is the same for every dataset, and then runs in threads.
     raw = {"image": tfds.decode.SkipDecoding()}
-    examples = builder.as_data_source(split=split, decoders=raw)
+    try:
+        examples = builder.as_data_source(split=split, decoders=raw)
+    except ValueError as error:
+        raise BadSplit(error) from None
 
     def files(indices):
         return [io.BytesIO(e["image"]) for e in examples.__getitems__(indices.tolist())]
@@ -199,16 +219,17 @@ def _open_tfds(data, split):
 
 def _prepare(builder, name):
     """Downloads and writes a TFDS dataset (this needs TensorFlow; reading does not)."""
-    command = f"tfds build {name} --file_format=array_record"
+    data_dir = builder.data_path.parent.parent
+    command = f"tfds build {name} --file_format=array_record --data_dir={data_dir}"
     log.info("preparing %s in %s (once)", name, builder.data_dir)
     # Ten by default: without a network, 204 seconds.
     downloader.MAX_RETRIES = 2
     try:
         builder.download_and_prepare()
-    except (OSError, ImportError, AssertionError, tfds.download.DownloadError) as error:
+    except (OSError, ImportError, AssertionError, *DOWNLOAD_ERRORS) as error:
         raise UserError(
             f"data.name={name!r}: is not in {builder.data_dir} and could not be prepared "
-            f"({_one_line(error)[:120]}); on a machine with network, run: {command}"
+            f"({one_line(error)[:120]}); on a machine with network, run: {command}"
         ) from None
 
 
@@ -229,10 +250,9 @@ def _select(spec, size):
     The order is shuffled, always the same way, so that a slice is a fair sample.
     """
     info = tfds.core.SplitInfo(name="train", shard_lengths=[size], num_bytes=0)
-    parts = tfds.core.ReadInstruction.from_spec(spec).to_absolute({"train": info})
+    try:
+        parts = tfds.core.ReadInstruction.from_spec(spec).to_absolute({"train": info})
+    except ValueError as error:
+        raise BadSplit(error) from None
     order = np.random.default_rng(0).permutation(size)
     return np.concatenate([order[part.from_ : part.to] for part in parts])
-
-
-def _one_line(error):
-    return " ".join(str(error).split())

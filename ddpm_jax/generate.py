@@ -77,15 +77,13 @@ def make_sampler(config, frames_at=()):
 
 
 def segments(num_timesteps):
-    """All timesteps, last first, in equal parts: 20, or as many more as divide T evenly.
+    """All timesteps, last first, in 20 parts of at most two lengths.
 
-    One scan over all of them would compute the same; in parts it can show progress and be
-    interrupted, and equal parts share one compilation.
+    One scan over all of them would compute the same; in parts it shows progress and can be
+    interrupted, and each length is compiled once.
     """
-    parts = next(
-        n for n in range(min(20, num_timesteps), num_timesteps + 1) if num_timesteps % n == 0
-    )
-    return np.split(np.arange(num_timesteps, dtype=np.int32)[::-1], parts)
+    ts = np.arange(num_timesteps, dtype=np.int32)[::-1]
+    return np.array_split(ts, min(20, num_timesteps))
 
 
 def _to_host(x, frames):
@@ -98,7 +96,7 @@ def _to_host(x, frames):
 def sample(config, workdir):
     """Generates `sample.num_samples` images from a run's newest checkpoint.
 
-    Writes samples/sample_<step>_seed<seed>.npz (`images`, uint8 [N, H, W, C]) and a .png that
+    Writes samples/sample_<step>_seed<seed>[_raw].npz (`images`, uint8 [N, H, W, C]) and a .png that
     shows the first of them.
 
     Args:
@@ -110,10 +108,10 @@ def sample(config, workdir):
     """
     step, params = checkpoint.restore_params(config, workdir)
     seed, count = config.sample.seed, config.sample.num_samples
-    which = "EMA" if config.sample.use_ema else "raw"
+    which, raw = ("EMA", "") if config.sample.use_ema else ("raw", "_raw")
     log.info("sampling %d images from the %s parameters of step %d", count, which, step)
     x, _ = make_sampler(config)(params, count, seed)
-    path = pathlib.Path(workdir) / "samples" / f"sample_{step:06d}_seed{seed}.npz"
+    path = pathlib.Path(workdir) / "samples" / f"sample_{step:06d}_seed{seed}{raw}.npz"
     write_npz(path, images=x)
     images.write_png(path.with_suffix(".png"), images.grid(x[:GRID_IMAGES]))
     log.info("wrote %s and .png", path)

@@ -101,6 +101,11 @@ def make_schedule(name, num_timesteps, beta_start=1e-4, beta_end=0.02):
             f"diffusion.schedule={name!r} with num_timesteps={num_timesteps}: its largest β is "
             f"{betas.max():.4g} and must lie in (0, 1); use more timesteps or a smaller beta_end"
         )
+    if np.prod(1 - betas) < np.finfo(np.float32).tiny:
+        raise UserError(
+            f"diffusion.num_timesteps={num_timesteps} with beta_end={beta_end}: float32 cannot "
+            "hold 1 / ᾱ_T; use a smaller beta_end or schedule=linear_rescaled"
+        )
     return from_betas(betas)
 
 

@@ -125,7 +125,8 @@ def make_eval_loss(config, model, schedule, source):
       source: the held-out images.
 
     Returns:
-      eval_loss(params) → L_simple over the first `train.eval_images` images.
+      eval_loss(params, stop=()) → L_simple over the first `train.eval_images` images; or None as
+      soon as `stop` holds something.
     """
     count, size = min(config.train.eval_images, source.size), config.train.batch_size
     num_timesteps = schedule.num_timesteps
@@ -142,12 +143,14 @@ def make_eval_loss(config, model, schedule, source):
 
     batch_loss = parallel.pmap(batch_loss, in_axes=(None, 0, 0), out_axes=None)
 
-    def eval_loss(params):
+    def eval_loss(params, stop=()):
         total = 0.0
         for first in range(0, count, size):
             indices = first + np.arange(size)  # those from `count` on are padding
             batch = source.read(np.minimum(indices, count - 1))
             total += float(batch_loss(params, parallel.split(batch), parallel.split(indices)))
+            if stop:
+                return None
         return total / count
 
     return eval_loss
@@ -190,11 +193,15 @@ def train(config, workdir):
 
         def evaluate(step, state):
             if step > first:  # at `first` it was done before the interruption
-                losses = eval_loss(state.params), eval_loss(state.ema_params)
-                metrics.write(step, eval_loss=losses[0], eval_loss_ema=losses[1])
+                raw = eval_loss(state.params, stop=caught)
+                ema = eval_loss(state.ema_params, stop=caught)
+                if not caught:
+                    metrics.write(step, eval_loss=raw, eval_loss_ema=ema)
 
         def draw(step, state):
-            write_grid(sample, config, state, pathlib.Path(workdir), step, caught)
+            path = pathlib.Path(workdir) / "samples" / f"step_{step:06d}.png"
+            if step > first or not path.exists():
+                write_grid(path, sample, config, state, caught)
 
         def save(step, state):
             checkpoint.save(manager, step, state)
@@ -254,11 +261,14 @@ def run_loop(every, first, states_and_values, metrics, actions, caught):
             if values is not None:
                 pending.append(values)
                 bar.update()
+            if step == first + 1:  # compilation does not count as training
+                jax.block_until_ready(values)
+                log.info("first step, with compilation: %.1f s", time.monotonic() - mark[1])
+                mark = step, time.monotonic()
             now = [] if caught else [do for do, interval in actions.items() if due(interval)]
             if pending and (caught or now or due(every.log_every)):
                 means = summarize(pending, step)
-                steps, seconds = step - mark[0], time.monotonic() - mark[1]
-                speed = steps * every.batch_size / seconds
+                speed = (step - mark[0]) * every.batch_size / (time.monotonic() - mark[1])
                 metrics.write(step, **means, images_per_second=speed)
                 bar.set_postfix_str(f"loss {means['loss']:.4f}, {speed:.0f} img/s")
                 pending, mark = [], (step, time.monotonic())
@@ -267,11 +277,8 @@ def run_loop(every, first, states_and_values, metrics, actions, caught):
             if caught or step >= last:
                 save(step, state)
                 break
-            if step == first + 1:
-                jax.block_until_ready(values)
-                log.info("first step, with compilation: %.1f s", time.monotonic() - mark[1])
-            if now or step == first + 1:
-                mark = step, time.monotonic()  # neither counts as training
+            if now:
+                mark = step, time.monotonic()  # nor does this
 
 
 def summarize(pending, step):
@@ -292,11 +299,8 @@ def summarize(pending, step):
     return {k: float(v.mean()) for k, v in columns.items()}
 
 
-def write_grid(sample, config, state, workdir, step, caught):
-    """Writes samples/step_<step>.png, unless it is there already or a signal comes first."""
-    path = workdir / "samples" / f"step_{step:06d}.png"
-    if path.exists():
-        return
+def write_grid(path, sample, config, state, caught):
+    """Draws samples from a state and writes them to path, unless a signal comes first."""
     params = state.ema_params if config.sample.use_ema else state.params
     generated = sample(params, config.sample.num_samples, config.sample.seed, stop=caught)
     if generated is not None:

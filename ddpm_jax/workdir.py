@@ -46,8 +46,10 @@ def load_config(workdir):
         return None
     try:
         fields = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: is not a JSON object")
     config = ml_collections.ConfigDict(_tuples(fields))
     return config.lock()
 
@@ -71,18 +73,26 @@ def write_npz(path, **arrays):
         np.savez_compressed(file, **arrays)
 
 
+def _step_of(line):
+    """The step of a line of metrics.jsonl; infinite if it is not whole."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
 class Metrics:
     """Appends to metrics.jsonl and to TensorBoard's event file.
 
-    What an interrupted run logged after `step`, the checkpoint it resumes from, is dropped: those
-    steps are about to be done again.
+    What an interrupted run logged after `step`, the checkpoint it resumes from, is dropped, as is
+    a line it did not finish: those steps are about to be done again.
     """
 
     def __init__(self, workdir, step):
         path = pathlib.Path(workdir) / "metrics.jsonl"
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            kept = [line for line in lines if _step_of(line) <= step]
             if len(kept) < len(lines):
                 with atomic_write(path) as temporary:
                     temporary.write_text("".join(kept))

@@ -1,5 +1,6 @@
 """Four virtual CPU devices, strict JAX, tiny networks."""
 
+import getpass
 import os
 import pathlib
 import sys
@@ -13,7 +14,8 @@ sys.path.insert(0, str(ROOT))  # for configs/ and main.py
 
 # Compilations are shared by the tests, by the programs they start, and by the next run.
 CACHE = os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / "ddpm_jax_tests")
+    "JAX_COMPILATION_CACHE_DIR",
+    str(pathlib.Path(tempfile.gettempdir()) / f"ddpm_jax_tests_{getpass.getuser()}"),
 )
 
 jax.config.update("jax_platforms", "cpu")

@@ -106,7 +106,7 @@ def test_an_error_is_one_line_and_code_2(tmp_path):
     config = f"--config={ROOT}/configs/digits.py"
     code, text = finish(config, "--config.diffusion.num_timesteps=0", cwd=tmp_path)
     assert code == 2
-    assert text == "error: diffusion.num_timesteps=0: must be above 0\n"
+    assert text == "error: diffusion.num_timesteps=0: must be at least 1\n"
     assert not list(tmp_path.iterdir())
 
 
@@ -139,6 +139,7 @@ BAD = {
     "--config.model.channel_mults=()": "model.channel_mults=()",
     "--config.model.channel_mults=(1,1,1,1,1)": "data.image_size=(8, 8)",
     "--config.model.attention_resolutions=(5,)": "model.attention_resolutions=(5,)",
+    "--config.model.channel_mults=(1.5,2)": "whole numbers above 0",
     "--config.model.dropout=1.0": "model.dropout=1.0",
     "--config.model.dtype=float16": "model.dtype='float16'",
     "--config.model.num_res_blocks=0": "model.num_res_blocks=0",
@@ -154,6 +155,10 @@ BAD = {
     "--config.sample.num_samples=0": "sample.num_samples=0",
     "--config.sample.batch_size=3": "sample.batch_size=3",
     "--config.sample.seed=-1": "sample.seed=-1",
+    "--config.seed=5000000000": "seed=5000000000",
+    "--config.data.name=mnist:9.9.9": "data.name='mnist:9.9.9'",
+    "--config.data.name=mnist/foo": "data.name='mnist/foo'",
+    "--config.data.name=": "data.name=''",
 }
 
 
@@ -195,9 +200,14 @@ def test_the_workdir_is_a_folder(tmp_path):
 
 
 def test_damaged_config(tmp_path):
-    (tmp_path / "config.json").write_text('{"seed": 0')
-    with pytest.raises(UserError, match=r"config\.json: not valid JSON"):
-        main.run(["main.py", "--mode=sample", f"--workdir={tmp_path}"])
+    for text, message in (
+        ('{"seed": 0', r"config\.json: not valid JSON"),
+        ("[]", r"config\.json: is not a JSON object"),
+        ("{}", r"config\.json: lacks data\.channels"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            main.run(["main.py", "--mode=sample", f"--workdir={tmp_path}"])
 
 
 def test_a_broken_config_file(tmp_path):
@@ -206,6 +216,11 @@ def test_a_broken_config_file(tmp_path):
                     "    c.model.chanels = 3\n    return c\n")  # fmt: skip
     with pytest.raises(UserError, match="chanels"):
         main.run(["main.py", f"--config={path}"])
-    path.write_text("x = 1\n")
-    with pytest.raises(UserError, match="get_config"):
-        main.run(["main.py", f"--config={path}"])
+    for text, message in (
+        ("x = 1", "get_config"),
+        ("x = = 1", "invalid syntax"),
+        ("import no_such_module", "no_such_module"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            main.run(["main.py", f"--config={path}"])

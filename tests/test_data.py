@@ -150,6 +150,12 @@ def test_resizing_is_antialiased():
     assert np.abs(small.astype(int) - 127).max() < 16
 
 
+def test_sixteen_bits_are_scaled():
+    ramp = Image.fromarray(np.arange(0, 65536, 1024, np.uint16).reshape(8, 8))
+    x = data.fit(ramp, section(image_size=(8, 8), channels=1))
+    np.testing.assert_array_equal(x.ravel(), np.arange(0, 256, 4))
+
+
 def test_broken_images_are_named(folder):
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     for name in ("truncated.png", "truncated.jpg"):
@@ -159,7 +165,7 @@ def test_broken_images_are_named(folder):
     (folder / "empty.jpg").write_bytes(b"")
     with pytest.raises(UserError) as error:
         data.open_source(folder_section(folder))
-    assert "3 unreadable" in str(error.value)
+    assert "3 of 13 unreadable" in str(error.value)
     for name in ("truncated.png", "truncated.jpg", "empty.jpg"):
         assert name in str(error.value)
     assert data.open_source(folder_section(folder, skip_unreadable=True)).size == 10
@@ -253,4 +259,4 @@ def test_not_prepared_and_no_network(tmp_path, monkeypatch):
     with pytest.raises(UserError) as error:
         data.open_source(section(name="mnist", data_dir=str(tmp_path / "none")))
     assert "data.name='mnist'" in str(error.value)
-    assert "tfds build mnist --file_format=array_record" in str(error.value)
+    assert "tfds build mnist --file_format=array_record --data_dir" in str(error.value)

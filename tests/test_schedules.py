@@ -92,6 +92,7 @@ def test_is_a_frozen_pytree_of_float32(name):
         (dict(name="linear", num_timesteps=10, beta_end=1.0), "diffusion.beta_end=1.0"),
         (dict(name="linear", num_timesteps=10, beta_end=float("nan")), "diffusion.beta_end=nan"),
         (dict(name="linear_rescaled", num_timesteps=20), "num_timesteps=20"),
+        (dict(name="linear", num_timesteps=20_000), "num_timesteps=20000"),
     ],
 )
 def test_bad_input(kwargs, field):

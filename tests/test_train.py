@@ -200,7 +200,7 @@ def test_metrics_of_lost_steps_are_dropped(config, tmp_path):
     config.train.num_steps = 2
     train.train(config, tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "loss": 9.0}\n')
+        file.write('{"step": 3, "loss": 9.0}\n{"step": 3, "lo')
     config.train.num_steps = 3
     train.train(config, tmp_path)
     assert [line["loss"] for line in lines(tmp_path) if line["step"] == 3 and "loss" in line] != [9]
@@ -212,6 +212,7 @@ def test_metrics_of_lost_steps_are_dropped(config, tmp_path):
         ("model.channels", 16),
         ("diffusion.num_timesteps", 30),
         ("data.split", "train[:700]"),
+        ("data.path", "elsewhere"),
         ("seed", 3),
     ],
 )
