@@ -144,7 +144,7 @@ def run(argv):
 
 def main():
     """Runs, and turns what a user got wrong into one line and exit code 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     for name in ("main", "ddpm_jax"):
         logging.getLogger(name).setLevel(logging.INFO)
     try:

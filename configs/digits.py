@@ -1,7 +1,9 @@
 """scikit-learn's 1,797 digits, 8×8 gray: the whole of diffusion in under three minutes on a CPU.
 
-python main.py --config=configs/digits.py
+    python main.py --config=configs/digits.py
 
+On 2 CPU cores: 145 s in all, 1,100 to 1,750 images/s; held-out loss 0.141. A classifier of real
+digits is sure of 0.78 of 512 samples, and of 0.85 of real ones (benchmarks/digits_quality.py).
 """
 
 from configs import default
@@ -22,19 +24,19 @@ def get_config():
         channels=32,
         channel_mults=(1, 2),
         num_res_blocks=1,
-        attention_resolutions=(4,),
+        attention_resolutions=(),
         dropout=0.0,
         norm_groups=8,
     )
     config.optim.update(learning_rate=3e-3, warmup_steps=100, decay="cosine", ema_decay=0.995)
     config.train.update(
         batch_size=64,
-        num_steps=2400,
+        num_steps=2200,
         log_every=50,
-        eval_every=400,
+        eval_every=550,
         eval_images=297,
-        sample_every=800,
-        checkpoint_every=800,
+        sample_every=1100,
+        checkpoint_every=1100,
         keep_every=0,
     )
     return config

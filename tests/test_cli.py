@@ -52,7 +52,7 @@ def test_train_finish_and_sample(tmp_path):
     code, text = finish(*train, cwd=tmp_path)
     assert code == 0, text
     run = tmp_path / "runs" / "digits"
-    for expected in ("devices: 2 x cpu", "digits, 1500 images", "parameters", "prior KL"):
+    for expected in ("\ndevices: 2 x cpu", "digits, 1500 images", "parameters", "prior KL"):
         assert expected in text
     assert json.loads((run / "config.json").read_text())["model"]["channels"] == 8
     lines = (run / "metrics.jsonl").read_text().splitlines()
