@@ -3,6 +3,9 @@
 import pathlib
 import re
 
+from configs import default
+from ddpm_jax import config as configs
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
 
@@ -17,12 +20,13 @@ def test_paths_exist():
     assert not missing
 
 
-def test_functions_exist():
-    """`module.function` of the package's modules."""
+def test_functions_and_fields_exist():
+    """`module.function` of the package's modules, and `section.field` of a config."""
+    fields = configs.flatten(default.get_config())
     found = 0
     for module, name in re.findall(r"`(\w+)\.(\w+)`", TEXT):
         path = ROOT / "ddpm_jax" / f"{module}.py"
-        if path.exists() and name != "py":
+        if path.exists() and name != "py" and f"{module}.{name}" not in fields:
             found += 1
             assert re.search(rf"^(def|class) {name}\b|^{name} =", path.read_text(), re.M), name
     assert found > 10
