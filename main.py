@@ -1,8 +1,10 @@
-"""Trains a diffusion model, or samples from one.
+"""Trains a diffusion model, samples from one, or exchanges its weights with diffusers.
 
   python main.py --config=configs/digits.py
   python main.py --config=configs/cifar10.py --config.train.batch_size=64
   python main.py --mode=sample --workdir=runs/cifar10 --config.sample.num_samples=256
+  python main.py --mode=import --weights=FOLDER --workdir=runs/x
+  python main.py --mode=export --workdir=runs/x --weights=FOLDER
 
 --config.section.field=value overrides any field of the config; configs/default.py lists them all.
 """
@@ -14,29 +16,41 @@ import re
 import runpy
 import shlex
 import sys
+from typing import NamedTuple
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from configs import default
 from ddpm_jax import config as configs
-from ddpm_jax import generate, parallel, train
+from ddpm_jax import generate, interop, parallel, train
 from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError, one_line
 
-MODES = ("train", "sample")
+MODES = ("train", "sample", "import", "export")
 log = logging.getLogger("main")
+
+
+class Command(NamedTuple):
+    """What a command line asks for."""
+
+    mode: str
+    config: ConfigDict  # with its overrides
+    workdir: pathlib.Path
+    weights: str | None
 
 
 def define_flags():
     """Every flag but the overrides of the config."""
     values = flags.FlagValues()
     flags.DEFINE_enum("mode", "train", MODES, "what to do", flag_values=values)
-    text = "a config file; sample needs none, it reads the run's own"
+    text = "a config file; without one, the run's own"
     flags.DEFINE_string("config", None, text, flag_values=values)
     text = "the run's folder; runs/<config name> by default"
     flags.DEFINE_string("workdir", None, text, flag_values=values)
+    text = "a folder of diffusers, which import reads and export writes"
+    flags.DEFINE_string("weights", None, text, flag_values=values)
     flags.DEFINE_boolean("helpshort", False, "explain the flags", flag_values=values)
     flags.DEFINE_alias("help", "helpshort", flag_values=values)
     return values
@@ -46,7 +60,7 @@ def parse(argv):
     """Reads the command line.
 
     Returns:
-      (mode, config with its overrides, workdir); (None, None, None) when help was asked for.
+      A Command, or None when help was asked for.
 
     Raises:
       UserError: for what is not understood.
@@ -58,17 +72,24 @@ def parse(argv):
         raise UserError(one_line(error)) from None
     if values.helpshort:
         print(__doc__, values.get_help(include_special_flags=False), sep="\n")
-        return None, None, None
+        return None
     if not (values.config or values.workdir):
         raise UserError("--config: is missing, as in --config=configs/digits.py")
+    needed = values.mode in ("import", "export")
+    if needed != bool(values.weights):
+        text = f"is missing; {values.mode} needs it" if needed else "only import and export use it"
+        raise UserError(f"--weights: {text}")
     workdir = pathlib.Path(values.workdir or f"runs/{pathlib.Path(values.config).stem}")
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"workdir={workdir}: is not a folder")
-    config = load_config(values.config) if values.config else run_files.load_config(workdir)
-    if config is None:
-        raise UserError(f"workdir={workdir}: holds no run (no config.json)")
-    config = override(complete(config, values.config or workdir / "config.json"), rest)
-    return values.mode, config, workdir
+    if values.config:
+        config = complete(load_config(values.config), values.config)
+    elif values.mode == "import":
+        config = default.get_config()
+        config.data.name = ""  # weights do not say what they were trained on
+    else:
+        config = complete(saved_config(workdir), workdir / "config.json")
+    return Command(values.mode, override(config, rest), workdir, values.weights)
 
 
 def complete(config, origin):
@@ -78,6 +99,14 @@ def complete(config, origin):
         raise UserError(f"{origin}: lacks {', '.join(sorted(missing))}; see configs/default.py")
     if unknown := fields.keys() - known.keys():
         raise UserError(f"{origin}: has unknown fields {', '.join(sorted(unknown))}")
+    return config
+
+
+def saved_config(workdir):
+    """The config of a run."""
+    config = run_files.load_config(workdir)
+    if config is None:
+        raise UserError(f"workdir={workdir}: holds no run (no config.json)")
     return config
 
 
@@ -121,24 +150,27 @@ def run(argv):
     Returns:
       The exit code: 128 + the signal's number when one ended the training early.
     """
-    mode, config, workdir = parse(argv)
-    if mode is None:
+    command = parse(argv)
+    if command is None:
         return 0
+    mode, config, workdir, weights = command
     batch_sizes = configs.BATCH_SIZES[mode]
     parallel.use_cpu_cores(*(configs.flatten(config)[name] for name in batch_sizes))
     configs.check(config, mode)
-    if mode == "sample":
-        saved = run_files.load_config(workdir)
-        if saved is None:
-            raise UserError(f"workdir={workdir}: holds no run (no config.json)")
-        configs.check_same_run(saved, config, workdir, mode)
-        generate.sample(config, workdir)
-        return 0
-    caught = train.train(config, workdir)
-    if caught:
-        log.info("stopped; to go on, run again: python %s", shlex.join(argv))
-        return 128 + caught
-    log.info("done: %s", workdir)
+    if mode == "train":
+        caught = train.train(config, workdir)
+        if caught:
+            log.info("stopped; to go on, run again: python %s", shlex.join(argv))
+            return 128 + caught
+        log.info("done: %s", workdir)
+    elif mode == "import":
+        interop.import_run(config, weights, workdir)
+    else:
+        configs.check_same_run(saved_config(workdir), config, workdir, "use")
+        if mode == "sample":
+            generate.sample(config, workdir)
+        else:
+            interop.export_run(config, workdir, weights)
     return 0
 
 

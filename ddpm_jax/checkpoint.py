@@ -15,9 +15,9 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from ddpm_jax import parallel, unet
 from ddpm_jax.config import image_shape
 from ddpm_jax.errors import UserError
-from ddpm_jax.state import TrainState
 
 ITEMS = ("params", "ema_params", "opt_state")
+IMPORTED = ("params", "ema_params")  # what step 0 has: only an imported run saves it
 
 
 def open_manager(workdir, train):
@@ -58,14 +58,32 @@ def restore(manager, state):
     if step is None:
         return state
     items = {
-        name: ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, item))
-        for name, item in vars(state).items()
-        if name in ITEMS
+        name: ocp.args.StandardRestore(
+            jax.tree.map(ocp.utils.to_shape_dtype_struct, getattr(state, name))
+        )
+        for name in (ITEMS if step > 0 else IMPORTED)
     }
     restored = manager.restore(step, args=ocp.args.Composite(**items))
-    return TrainState(
-        step=jax.device_put(jnp.asarray(step, jnp.int32), state.step.sharding), **restored
-    )
+    step = jax.device_put(jnp.asarray(step, jnp.int32), state.step.sharding)
+    return state.replace(step=step, **restored)
+
+
+def save_imported(workdir, params):
+    """Writes parameters that were not trained here as step 0, which has no optimizer state.
+
+    Args:
+      workdir: the run's folder; has no checkpoint.
+      params: a tree of numpy arrays, which is the EMA too.
+    """
+    item = ocp.args.StandardSave(params)
+    with ocp.CheckpointManager(_folder(workdir), item_names=ITEMS) as manager:
+        manager.save(0, args=ocp.args.Composite(**dict.fromkeys(IMPORTED, item)))
+
+
+def latest_step(workdir):
+    """The step of the newest checkpoint, or None where there is none."""
+    folder = _folder(workdir)
+    return max(ocp.utils.checkpoint_steps(folder), default=None) if folder.exists() else None
 
 
 def restore_params(config, workdir):
@@ -77,15 +95,13 @@ def restore_params(config, workdir):
     Raises:
       UserError: if there is no checkpoint.
     """
-    folder = _folder(workdir)
-    if not folder.exists() or not ocp.utils.checkpoint_steps(folder):
+    if latest_step(workdir) is None:
         raise UserError(f"workdir={workdir}: has no checkpoint yet; train it first")
-    x, t = jnp.zeros((1, *image_shape(config))), jnp.zeros(1, jnp.int32)
-    params = jax.eval_shape(unet.make_model(config.model).init, jax.random.key(0), x, t)["params"]
+    params = unet.param_shapes(unet.make_model(config.model), image_shape(config))
     here = parallel.replicated()  # not where they were saved: those devices may not exist
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=here), params)
     name = "ema_params" if config.sample.use_ema else "params"
-    with ocp.CheckpointManager(folder, item_names=ITEMS) as manager:
+    with ocp.CheckpointManager(_folder(workdir), item_names=ITEMS) as manager:
         step = manager.latest_step()
         items = ocp.args.Composite(**{name: ocp.args.StandardRestore(params)})
         return step, manager.restore(step, args=items)[name]

@@ -27,16 +27,22 @@ CHOICES = {
 BATCH_SIZES = {
     "train": ("train.batch_size", "sample.batch_size"),
     "sample": ("sample.batch_size",),
+    "import": (),
+    "export": (),
 }
-# What a run may not change later, in each mode: its model, and to train on, its data.
+# What a run may not change later: to go on training, its data, noise and network; to be used
+# otherwise, its network and chain.
 IDENTITY = {
     "train": ("seed", "data", "diffusion", "model", "train.batch_size"),
-    "sample": ("data.image_size", "data.channels", "diffusion", "model"),
+    "use": ("data.image_size", "data.channels", "diffusion", "model"),
 }
 # But for these.
-FREE = """
-    data.data_dir data.max_ram_gib data.eval_split diffusion.variance diffusion.clip_x0
-""".split()
+FREE = {
+    "train": """
+        data.data_dir data.max_ram_gib data.eval_split diffusion.variance diffusion.clip_x0
+    """.split(),
+    "use": "diffusion.variance diffusion.clip_x0 model.dropout model.dtype".split(),
+}
 
 
 def flatten(config):
@@ -106,16 +112,21 @@ def _require(condition, name, value, allowed):
         raise UserError(f"{name}={value!r}: {allowed}")
 
 
-def check_same_run(saved, config, workdir, mode="train"):
+def check_same_run(saved, config, workdir, purpose):
     """Raises a UserError unless `config` can go on with the run that `saved` describes.
 
-    Steps, logging, optimizer and sampling may change; what decides the model or the data may not.
+    Args:
+      saved: the run's config.
+      config: the wanted one.
+      workdir: the run's folder, for the error.
+      purpose: "train" (steps, logging, optimizer and sampling may change; what decides the
+        network or the data may not) or "use".
     """
     saved, new = flatten(saved), flatten(config)
     changed = [
         f"{name} {saved.get(name)!r} -> {new.get(name)!r}"
-        for name in sorted(saved.keys() | new.keys())
-        if name not in FREE and name.startswith(IDENTITY[mode]) and saved.get(name) != new.get(name)
+        for name in sorted((saved.keys() | new.keys()) - set(FREE[purpose]))
+        if name.startswith(IDENTITY[purpose]) and saved.get(name) != new.get(name)
     ]
     if changed:
         raise UserError(f"workdir={workdir}: was made with another config: {', '.join(changed)}")

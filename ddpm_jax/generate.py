@@ -38,15 +38,14 @@ def make_sampler(config, frames_at=()):
         return x, jnp.zeros((len(frames_at), *x.shape), x.dtype)
 
     def run(params, carry, keys, ts):
+        eps_fn = unet.eps_fn(model, params)
+
         def step(x_t, t):
             eps = sampling.noise(keys, t, shape)
             variance, clip_x0 = config.diffusion.variance, config.diffusion.clip_x0
             return sampling.ancestral_step(
                 schedule, eps_fn, x_t, t, eps, variance=variance, clip_x0=clip_x0
             )
-
-        def eps_fn(x_t, t):
-            return model.apply({"params": params}, x_t, t)
 
         x, frames = carry
         return sampling.reverse_process(step, x, ts, frames_at, frames)

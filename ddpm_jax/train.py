@@ -85,9 +85,7 @@ def train_step(state, batch, *, model, schedule, optimizer, ema_decay, seed):
     x0 = images.to_float(batch)
 
     def loss_fn(params):
-        def eps_fn(x_t, t):
-            return model.apply({"params": params}, x_t, t, dropout_keys)
-
+        eps_fn = unet.eps_fn(model, params, dropout_keys)
         return diffusion.simple_loss(schedule, eps_fn, x0, t, eps).mean()
 
     loss, grads = jax.lax.pmean(jax.value_and_grad(loss_fn)(state.params), parallel.AXIS)
@@ -134,10 +132,7 @@ def make_eval_loss(config, model, schedule, source):
     def batch_loss(params, batch, indices):
         _, eps, _ = draw(step_keys(EVAL_SEED, 0, indices), batch.shape[1:], num_timesteps)
         t = jnp.minimum(indices, count - 1) * num_timesteps // count
-
-        def eps_fn(x_t, t):
-            return model.apply({"params": params}, x_t, t)
-
+        eps_fn = unet.eps_fn(model, params)
         loss = diffusion.simple_loss(schedule, eps_fn, images.to_float(batch), t, eps)
         return jax.lax.psum(jnp.sum(jnp.where(indices < count, loss, 0)), parallel.AXIS)
 
@@ -172,7 +167,9 @@ def train(config, workdir):
     """
     saved = run_files.load_config(workdir)
     if saved is not None:
-        configs.check_same_run(saved, config, workdir)
+        # At step 0 is an imported run, or one that has not begun: nothing depends on the data yet.
+        trained = checkpoint.latest_step(workdir) != 0
+        configs.check_same_run(saved, config, workdir, "train" if trained else "use")
     schedule = schedules.from_config(config.diffusion)
     model = unet.make_model(config.model)
     optimizer = states.make_optimizer(config.optim, config.train.num_steps)
@@ -204,7 +201,8 @@ def train(config, workdir):
                 write_grid(path, sample, config, state, caught)
 
         def save(step, state):
-            checkpoint.save(manager, step, state)
+            if step > first:
+                checkpoint.save(manager, step, state)
 
         every = config.train
         actions = {
@@ -216,7 +214,8 @@ def train(config, workdir):
         run_loop(every, first, updates(config, state, step_fn, source), metrics, actions, caught)
         manager.wait_until_finished()
         if caught:
-            log.info("stopped by %s; a checkpoint is saved", signal.Signals(caught[0]).name)
+            name, step = signal.Signals(caught[0]).name, manager.latest_step()
+            log.info("stopped by %s; the newest checkpoint is of step %s", name, step)
     return caught[0] if caught else 0
 
 

@@ -47,11 +47,12 @@ def timestep_embedding(t, dim):
       dim: its size, even and at least 4.
 
     Returns:
-      [B, dim] float32: sines, then cosines, at frequencies 10000^(-i / (dim / 2 - 1)).
+      [B, dim] float32 (float64 under jax_enable_x64): sines, then cosines, at frequencies
+      10000^(-i / (dim / 2 - 1)).
     """
     half = dim // 2
     frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half) / (half - 1))
-    angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
+    angles = t.astype(frequencies.dtype)[:, None] * frequencies[None, :]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
@@ -107,11 +108,15 @@ class AttentionBlock(nn.Module):
     def __call__(self, x):
         batch, height, width, channels = x.shape
         h = group_norm(self.norm_groups, self.dtype, "norm")(x)
-        h = h.reshape(batch, height * width, 1, channels)  # [B, positions, heads, C]
+        h = h.reshape(batch, height * width, channels)
         query = dense(channels, self.dtype, "query")(h)
         key = dense(channels, self.dtype, "key")(h)
         value = dense(channels, self.dtype, "value")(h)
-        h = jax.nn.dot_product_attention(query, key, value)
+        # The softmax is float32 at least (jax.nn's is at most, too).
+        at_least = jnp.promote_types(query.dtype, jnp.float32)
+        scores = jnp.einsum("bqc,bkc->bqk", query, key, preferred_element_type=at_least)
+        weights = nn.softmax(scores / channels**0.5).astype(value.dtype)
+        h = jnp.einsum("bqk,bkc->bqc", weights, value)
         h = dense(channels, self.dtype, "proj", NEAR_ZERO)(h)
         return x + h.reshape(x.shape)
 
@@ -197,3 +202,19 @@ class UNet(nn.Module):
 def make_model(model):
     """The U-Net that a config's `model` section describes; dtype is a name there."""
     return UNet(**{**model, "dtype": jnp.dtype(model.dtype)})
+
+
+def param_shapes(model, image_shape):
+    """The tree of a network's parameters, as ShapeDtypeStructs.
+
+    Args:
+      model: the U-Net.
+      image_shape: (H, W, C).
+    """
+    x, t = jnp.zeros((1, *image_shape)), jnp.zeros(1, jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), x, t)["params"]
+
+
+def eps_fn(model, params, dropout_keys=None):
+    """The network as diffusion.py wants it: (x_t [B, H, W, C], t [B]) to ε."""
+    return lambda x_t, t: model.apply({"params": params}, x_t, t, dropout_keys)

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 
 import ml_collections
 import numpy as np
@@ -30,6 +31,31 @@ def atomic_write(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_free(flag, folder):
+    """Raises a UserError unless a folder does not exist yet, or is empty."""
+    folder = pathlib.Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{flag}={folder}: exists, and is not an empty folder")
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """Yields a temporary folder beside `folder`, and renames it to that when all went well.
+
+    Args:
+      folder: one that check_free has accepted.
+    """
+    folder = pathlib.Path(folder)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_config(workdir):

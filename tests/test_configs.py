@@ -4,7 +4,6 @@ import pathlib
 import runpy
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from ddpm_jax import config as configs
@@ -29,8 +28,7 @@ def test_builds(path):
     configs.check(config)
     schedules.from_config(config.diffusion)
     model = unet.make_model(config.model)
-    x = jnp.zeros((1, *configs.image_shape(config)))
-    params = jax.eval_shape(model.init, jax.random.key(0), x, jnp.zeros(1, int))["params"]
+    params = unet.param_shapes(model, configs.image_shape(config))
     count = sum(p.size for p in jax.tree.leaves(params))
     assert count == PARAMETERS.get(path.stem, count)
 

@@ -222,7 +222,7 @@ def test_another_config_is_refused(config, tmp_path, field, value):
     from ml_collections import ConfigDict
 
     with pytest.raises(UserError, match=f"workdir=.*{field} ") as error:
-        configs.check_same_run(ConfigDict(saved), config, "runs/x")
+        configs.check_same_run(ConfigDict(saved), config, "runs/x", "train")
     assert str(error.value).count("->") == 1
 
 
@@ -233,7 +233,7 @@ def test_training_longer_is_not_another_config(config):
     config.train.num_steps = 1000
     config.optim.learning_rate = 1e-5
     config.diffusion.variance = "fixed_large"
-    configs.check_same_run(saved, config, "runs/x")
+    configs.check_same_run(saved, config, "runs/x", "train")
 
 
 def test_a_chain_that_does_not_end_in_noise_is_reported(config, caplog):

@@ -1,0 +1,524 @@
+"""Weights of diffusers' UNet2DModel, in and out.
+
+Its folders are flat, or a pipeline with a subfolder for each part:
+
+  config.json                            unet/config.json
+  diffusion_pytorch_model.safetensors    unet/diffusion_pytorch_model.safetensors
+  scheduler_config.json                  scheduler/scheduler_config.json
+
+Its tensors are laid out as PyTorch's: convolutions [out, in, height, width], dense maps [out, in].
+"""
+
+import json
+import logging
+import pathlib
+import re
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+
+from ddpm_jax import checkpoint, schedules, unet
+from ddpm_jax import config as configs
+from ddpm_jax import workdir as run_files
+from ddpm_jax.errors import UserError, one_line
+
+log = logging.getLogger(__name__)
+
+VERSION = "0.42.1"  # of diffusers, whose files these are
+TENSORS = "diffusion_pytorch_model.safetensors"
+
+# The fields of a UNet2DModel that our U-Net has one value of: (diffusers' default, that value).
+FIXED = {
+    "center_input_sample": (False, False),
+    "time_embedding_type": ("positional", "positional"),
+    "freq_shift": (0, 1),
+    "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2D"),
+    "mid_block_scale_factor": (1, 1),
+    "downsample_padding": (1, 0),  # 0 is the padding of (0, 1)
+    "downsample_type": ("conv", "conv"),
+    "upsample_type": ("conv", "conv"),
+    "act_fn": ("silu", "silu"),
+    "norm_eps": (1e-5, 1e-6),
+    "resnet_time_scale_shift": ("default", "default"),
+    "add_attention": (True, True),
+    "class_embed_type": (None, None),
+    "num_class_embeds": (None, None),
+}
+# The others, with diffusers' defaults.
+DEFAULTS = {
+    "sample_size": None,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (224, 448, 672, 896),
+    "down_block_types": ("DownBlock2D", *3 * ["AttnDownBlock2D"]),
+    "up_block_types": (*3 * ["AttnUpBlock2D"], "UpBlock2D"),
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "attention_head_dim": 8,
+    "attn_norm_num_groups": None,
+    "time_embedding_dim": None,
+    "flip_sin_to_cos": True,  # the cosines first
+    "dropout": 0.0,
+    "num_train_timesteps": None,  # of an embedding that we do not have
+}
+SCHEDULES = {
+    "linear": "linear",
+    "scaled_linear": "quadratic",
+    "squaredcos_cap_v2": "cosine",
+    "sigmoid": "sigmoid",
+}
+# fixed_small_log takes the square root another way.
+VARIANCES = {
+    "fixed_small": "fixed_small",
+    "fixed_small_log": "fixed_small",
+    "fixed_large": "fixed_large",
+}
+# Our modules and parameters, in diffusers' words.
+MODULES = {
+    "conv_in": "conv_in",
+    "conv_out": "conv_out",
+    "norm_out": "conv_norm_out",
+    "temb1": "time_embedding.linear_1",
+    "temb2": "time_embedding.linear_2",
+    "middle_block0": "mid_block.resnets.0",
+    "middle_attention": "mid_block.attentions.0",
+    "middle_block1": "mid_block.resnets.1",
+    # in a residual block
+    "norm1": "norm1",
+    "conv1": "conv1",
+    "temb": "time_emb_proj",
+    "norm2": "norm2",
+    "conv2": "conv2",
+    "shortcut": "conv_shortcut",
+    # in an attention block
+    "norm": "group_norm",
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "proj": "to_out.0",
+    # in a layer
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+}
+# The names of attention layers before diffusers 0.15; the published weights have them.
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def import_run(config, weights, workdir):
+    """Makes a run of a folder of diffusers: sampled from, or trained further, like any other.
+
+    Its parameters and their EMA are the weights, its step is 0.
+
+    Args:
+      config: what the folder does not say is taken from here.
+      weights: the folder.
+      workdir: where the run goes; must not exist, or be empty.
+
+    Raises:
+      UserError: for a network that our U-Net cannot express, a folder that is not whole, or a
+        workdir that holds something; nothing is written then.
+    """
+    run_files.check_free("workdir", workdir)
+    weights = pathlib.Path(weights)
+    network = _find(weights, "unet", "config.json")
+    if network is None:
+        raise UserError(f"weights={weights}: has no config.json (nor unet/config.json)")
+    fields = network_fields(_read_json(network), network)
+    schedule = _find(weights, "scheduler", "scheduler_config.json")
+    if schedule is None:
+        log.info("no scheduler_config.json in %s: the config's diffusion section is kept", weights)
+    else:
+        fields |= diffusion_fields(_read_json(schedule), schedule)
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(fields)
+    configs.check(config, "import")
+    flip = _read_json(network).get("flip_sin_to_cos", DEFAULTS["flip_sin_to_cos"])
+    params = read_params(network.with_name(TENSORS), config, flip_sin_to_cos=flip)
+    with run_files.new_folder(workdir) as folder:
+        checkpoint.save_imported(folder, params)
+        run_files.save_config(config, folder)
+    log.info("wrote %s: %s", workdir, ", ".join(f"{k}={v}" for k, v in fields.items()))
+
+
+def export_run(config, workdir, weights):
+    """Writes a run's newest checkpoint as a folder that diffusers' DDPMPipeline loads.
+
+    Args:
+      config: the run's config; `sample.use_ema` chooses the parameters.
+      workdir: the run's folder.
+      weights: the folder to write; must not exist, or be empty.
+
+    Raises:
+      UserError: for a network that diffusers cannot express, no checkpoint, or a folder that holds
+        something; nothing is written then.
+    """
+    run_files.check_free("weights", weights)
+    files = {
+        "model_index.json": {
+            "_class_name": "DDPMPipeline",
+            "_diffusers_version": VERSION,
+            "scheduler": ["diffusers", "DDPMScheduler"],
+            "unet": ["diffusers", "UNet2DModel"],
+        },
+        "unet/config.json": diffusers_network(config),
+        "scheduler/scheduler_config.json": diffusers_scheduler(config),
+    }
+    step, params = checkpoint.restore_params(config, workdir)
+    levels = len(config.model.channel_mults)
+    tensors = {}
+    for path, array in traverse_util.flatten_dict(params).items():
+        name = tensor_name(path, levels)
+        tensors[name] = np.ascontiguousarray(to_diffusers(name, np.asarray(array)))
+    with run_files.new_folder(weights) as folder:
+        for name, content in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        # PyTorch's readers ask where the tensors come from.
+        safetensors.numpy.save_file(tensors, folder / "unet" / TENSORS, metadata={"format": "pt"})
+    which = "EMA" if config.sample.use_ema else "raw"
+    log.info("wrote %s: the %s parameters of step %d", weights, which, step)
+
+
+def network_fields(network, origin):
+    """What a UNet2DModel's config says, in the fields of ours.
+
+    Args:
+      network: the content of its config.json.
+      origin: the file, for errors.
+
+    Returns:
+      {"section.field": value}.
+
+    Raises:
+      UserError: naming the first field that our U-Net cannot express.
+    """
+    silent = {name: default for name, (default, _) in FIXED.items()}
+    fields = {"_class_name": None, **silent, **DEFAULTS, **network}
+
+    def require(fits, name, allowed):
+        if not fits:
+            raise UserError(f"{origin}: {name}={_json(fields[name])}: {allowed}")
+
+    def is_sizes(value):
+        return isinstance(value, list | tuple) and value and all(_is_size(v) for v in value)
+
+    require(fields["_class_name"] == "UNet2DModel", "_class_name", 'must be "UNet2DModel"')
+    for name, (_, ours) in FIXED.items():
+        fits = fields[name] == ours or (name, fields[name]) == ("act_fn", "swish")
+        require(fits, name, f"our U-Net has {_json(ours)}")
+    for name in sorted(fields):
+        known = name in FIXED or name in DEFAULTS or name.startswith("_") or fields[name] is None
+        require(known, name, "is not a field that our U-Net knows")
+    require(isinstance(fields["dropout"], float | int), "dropout", "must be a number")
+    for name in ("in_channels", "layers_per_block", "norm_num_groups"):
+        require(_is_size(fields[name]), name, "must be a whole number above 0")
+
+    widths, size, channels = (
+        fields[name] for name in ("block_out_channels", "sample_size", "in_channels")
+    )
+    size = [size, size] if _is_size(size) else size
+    require(is_sizes(size) and len(size) == 2, "sample_size", "must be the images' size")
+    require(fields["out_channels"] == channels, "out_channels", f"must be in_channels={channels}")
+    fits = is_sizes(widths) and all(width % widths[0] == 0 for width in widths)
+    require(fits, "block_out_channels", "must be multiples of the first one")
+
+    attends = _attends(fields["down_block_types"], "DownBlock2D")
+    fits = attends is not None and len(attends) == len(widths)
+    allowed = f"must be {len(widths)} of DownBlock2D and AttnDownBlock2D"
+    require(fits, "down_block_types", allowed)
+    fits = _attends(fields["up_block_types"], "UpBlock2D") == attends[::-1]
+    allowed = "must be UpBlock2D and AttnUpBlock2D, with attention where down_block_types has it"
+    require(fits, "up_block_types", allowed)
+    heads = {width for width, attend in zip(widths, attends, strict=True) if attend} | {widths[-1]}
+    fits = fields["attention_head_dim"] is None or heads == {fields["attention_head_dim"]}
+    allowed = f"our attention has one head: null, or the width, {sorted(heads)}"
+    require(fits, "attention_head_dim", allowed)
+    for name, ours in (
+        ("attn_norm_num_groups", fields["norm_num_groups"]),
+        ("time_embedding_dim", 4 * widths[0]),
+    ):
+        require(fields[name] in (None, ours), name, f"our U-Net has {ours}")
+
+    # Older files are silent about dropout, which matters in training only.
+    dropout = {"model.dropout": network["dropout"]} if "dropout" in network else {}
+    return dropout | {
+        "data.image_size": tuple(size),
+        "data.channels": channels,
+        "model.channels": widths[0],
+        "model.channel_mults": tuple(width // widths[0] for width in widths),
+        "model.num_res_blocks": fields["layers_per_block"],
+        "model.attention_resolutions": tuple(
+            size[0] // 2**level for level, attend in enumerate(attends) if attend
+        ),
+        "model.norm_groups": fields["norm_num_groups"],
+    }
+
+
+def diffusion_fields(scheduler, origin):
+    """What a DDPMScheduler's config says, in the fields of ours (others share most of its fields).
+
+    Args:
+      scheduler: the content of its scheduler_config.json.
+      origin: the file, for errors.
+
+    Returns:
+      {"section.field": value}.
+
+    Raises:
+      UserError: naming the first field that our diffusion cannot express.
+    """
+    name = scheduler.get("_class_name")
+    if name not in ("DDPMScheduler", "DDIMScheduler") and "beta_schedule" not in scheduler:
+        raise UserError(f"{origin}: _class_name={_json(name)}: is not a scheduler with β's")
+
+    def take(name, default, choices):
+        value = scheduler.get(name, default)
+        if value not in list(choices):  # it need not be hashable
+            text = f"choose from {', '.join(map(_json, choices))}"
+            raise UserError(f"{origin}: {name}={_json(value)}: {text}")
+        return choices[value]
+
+    take("prediction_type", "epsilon", {"epsilon": "eps"})
+    take("thresholding", False, {False: False})
+    take("rescale_betas_zero_snr", False, {False: False})
+    clip_x0 = take("clip_sample", True, {True: True, False: False})
+    if clip_x0:
+        take("clip_sample_range", 1.0, {1.0: 1.0})
+    variance = take("variance_type", "fixed_small", VARIANCES)
+    name = take("beta_schedule", "linear", SCHEDULES)
+    steps, start, end = (
+        scheduler.get(field, default)
+        for field, default in (
+            ("num_train_timesteps", 1000),
+            ("beta_start", 1e-4),
+            ("beta_end", 0.02),
+        )
+    )
+    numbers = {"num_train_timesteps": steps, "beta_start": start, "beta_end": end}
+    if not _is_size(steps) or not all(isinstance(v, float | int) for v in numbers.values()):
+        text = ", ".join(f"{name}={_json(value)}" for name, value in numbers.items())
+        raise UserError(f"{origin}: {text}: must be numbers")
+    betas = scheduler.get("trained_betas")
+    if betas is not None:
+        ours = schedules.make_schedule(name, steps, start, end).betas
+        if np.shape(betas) != ours.shape or not np.allclose(betas, ours, rtol=1e-5, atol=0):
+            raise UserError(f"{origin}: trained_betas=[…]: are not those of its beta_schedule")
+    return {
+        "diffusion.schedule": name,
+        "diffusion.num_timesteps": steps,
+        "diffusion.beta_start": start,
+        "diffusion.beta_end": end,
+        "diffusion.variance": variance,
+        "diffusion.clip_x0": clip_x0,
+    }
+
+
+def diffusers_network(config):
+    """The config.json of the UNet2DModel that computes what a config's network does."""
+    model, size = config.model, config.data.image_size
+    mults = model.channel_mults
+    if mults[0] != 1:
+        raise UserError(f"model.channel_mults={mults!r}: diffusers needs 1 as the first")
+    attends = [size[0] // 2**level in model.attention_resolutions for level in range(len(mults))]
+    return {
+        "_class_name": "UNet2DModel",
+        "_diffusers_version": VERSION,
+        **{name: ours for name, (_, ours) in FIXED.items()},
+        **DEFAULTS,
+        "sample_size": size[0] if size[0] == size[1] else list(size),
+        "in_channels": config.data.channels,
+        "out_channels": config.data.channels,
+        "block_out_channels": [mult * model.channels for mult in mults],
+        "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+        "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in attends[::-1]],
+        "layers_per_block": model.num_res_blocks,
+        "norm_num_groups": model.norm_groups,
+        "attention_head_dim": None,
+        "flip_sin_to_cos": False,
+        "dropout": model.dropout,
+    }
+
+
+def diffusers_scheduler(config):
+    """The scheduler_config.json of the DDPMScheduler that takes a config's reverse steps."""
+    diffusion = config.diffusion
+    betas = schedules.from_config(diffusion).betas
+    scale, name = 1.0, diffusion.schedule
+    if name == "linear_rescaled":
+        scale, name = 1000 / diffusion.num_timesteps, "linear"
+    theirs = {ours: theirs for theirs, ours in SCHEDULES.items()}[name]
+    return {
+        "_class_name": "DDPMScheduler",
+        "_diffusers_version": VERSION,
+        "num_train_timesteps": diffusion.num_timesteps,
+        "beta_schedule": theirs,
+        "beta_start": scale * diffusion.beta_start,
+        "beta_end": scale * diffusion.beta_end,
+        # DDIMScheduler does not know sigmoid, but takes β's.
+        "trained_betas": np.asarray(betas).tolist() if name == "sigmoid" else None,
+        "variance_type": diffusion.variance,
+        "clip_sample": diffusion.clip_x0,
+        "prediction_type": "epsilon",
+    }
+
+
+def tensor_name(path, levels):
+    """diffusers' name of one of our parameters.
+
+    Args:
+      path: its place in the tree, as ("up0_block1", "conv1", "kernel").
+      levels: of the U-Net; diffusers counts those of the way up from below.
+
+    Returns:
+      As "up_blocks.3.resnets.1.conv1.weight".
+    """
+    return ".".join(MODULES.get(module) or _block_name(module, levels) for module in path)
+
+
+def _block_name(module, levels):
+    side, level, what, attention = re.fullmatch(
+        r"(down|up)(\d+)_(conv|block\d+)(_attention)?", module
+    ).groups()
+    level = int(level)
+    if what == "conv":  # ours leads into a level, or out of it; diffusers' always out of it
+        below = f"down_blocks.{level - 1}.downsamplers.0.conv"
+        return below if side == "down" else f"up_blocks.{levels - 1 - level}.upsamplers.0.conv"
+    place = level if side == "down" else levels - 1 - level
+    kind = "attentions" if attention else "resnets"
+    return f"{side}_blocks.{place}.{kind}.{what.removeprefix('block')}"
+
+
+def to_diffusers(name, array):
+    """A parameter of ours in PyTorch's layout."""
+    if array.ndim == 4:
+        return array.transpose(3, 2, 0, 1)
+    if "conv_shortcut" in name and array.ndim == 2:
+        return array.T[:, :, None, None]
+    return array.T
+
+
+def from_diffusers(name, array):
+    """The inverse of to_diffusers."""
+    if "conv_shortcut" in name and array.ndim == 4:
+        return array[:, :, 0, 0].T
+    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+
+
+def read_params(path, config, flip_sin_to_cos=False):
+    """Reads a network's parameters, tensor by tensor, so that memory holds them about once.
+
+    Args:
+      path: a .safetensors file.
+      config: its data and model sections say what has to be in it.
+      flip_sin_to_cos: whether its time embedding has the cosines first.
+
+    Returns:
+      A tree of numpy arrays, float32.
+
+    Raises:
+      UserError: if it is missing, damaged, or lacks or has tensors that it should not.
+    """
+    shapes = unet.param_shapes(unet.make_model(config.model), configs.image_shape(config))
+    shapes, levels = traverse_util.flatten_dict(shapes), len(config.model.channel_mults)
+    names = {place: tensor_name(place, levels) for place in shapes}
+    expected = {
+        name: to_diffusers(name, np.broadcast_to(np.float32(0), shapes[place].shape)).shape
+        for place, name in names.items()
+    }
+    with _open(path) as file:
+        stored = {_new_name(name): name for name in file.keys()}  # noqa: SIM118 (not a dict)
+        _check_tensors(path, file, stored, expected)
+        params = {}
+        for place, name in names.items():
+            array = from_diffusers(name, file.get_tensor(stored[name]))
+            params[place] = np.ascontiguousarray(array, np.float32)
+    if flip_sin_to_cos:
+        kernel = params["temb1", "kernel"]  # [embedding, out]
+        params["temb1", "kernel"] = np.roll(kernel, len(kernel) // 2, axis=0)
+    return traverse_util.unflatten_dict(params)
+
+
+def _check_tensors(path, file, stored, expected):
+    """Raises a UserError that names what a file has too little, too much or of another shape."""
+    problems = {
+        "lacks": expected.keys() - stored.keys(),
+        "has, and should not,": stored.keys() - expected.keys(),
+        "has of another shape or type": set(),
+    }
+    for name in expected.keys() & stored.keys():
+        tensor = file.get_slice(stored[name])
+        shape, kind = tuple(tensor.get_shape()), tensor.get_dtype()
+        if shape != expected[name] or kind not in ("F32", "F16", "BF16"):
+            text = f"{name} {kind} {list(shape)}, not {list(expected[name])}"
+            problems["has of another shape or type"].add(text)
+    texts = [f"{what} {_listed(names)}" for what, names in problems.items() if names]
+    if texts:
+        raise UserError(f"{path}: {'; '.join(texts)}")
+
+
+def _listed(names, most=4):
+    """A few names, and how many there are besides."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(sorted(names)[:most]) + more
+
+
+def _new_name(name):
+    """A tensor's name as diffusers writes it today."""
+    *head, layer, leaf = name.split(".")
+    if "attentions" in head and layer in OLD_NAMES:
+        return ".".join([*head, OLD_NAMES[layer], leaf])
+    return name
+
+
+def _open(path):
+    """Opens a .safetensors file; a pickle is never read."""
+    if not path.exists():
+        pickle = path.with_suffix(".bin")
+        if pickle.exists():
+            new = path.parent.with_name(path.parent.name + "-safetensors")
+            raise UserError(
+                f"{pickle}: is a pickle, which is not read; convert it with diffusers: "
+                f"UNet2DModel.from_pretrained({str(path.parent)!r}).save_pretrained({str(new)!r})"
+            )
+        raise UserError(f"{path}: no such file")
+    try:
+        return safetensors.safe_open(path, framework="np")
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path}: is not a whole safetensors file ({one_line(error)})") from None
+
+
+def _find(folder, part, name):
+    """The file `name` of a part of a pipeline, in either layout, or None."""
+    found = (path for path in (folder / part / name, folder / name) if path.is_file())
+    return next(found, None)
+
+
+def _read_json(path):
+    try:
+        fields = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: is not a JSON object")
+    return fields
+
+
+def _json(value):
+    """A value as it stands in a JSON file."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _is_size(value):
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _attends(types, plain):
+    """Whether each of these blocks has attention; None if one is of another type."""
+    if not isinstance(types, list | tuple):
+        return None
+    kinds = {plain: False, f"Attn{plain}": True}
+    attends = [kinds.get(str(name).removeprefix("UNetRes")) for name in types]
+    return None if None in attends else attends

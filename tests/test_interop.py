@@ -1,0 +1,296 @@
+"""Weights that diffusers wrote: in, used, trained further, out again, and every bad folder."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+import references
+import safetensors.numpy
+from references import FIXTURES
+
+import main
+from configs import celebahq256, cifar10, default
+from ddpm_jax import config as configs
+from ddpm_jax import interop
+from ddpm_jax import workdir as run_files
+from ddpm_jax.errors import UserError
+
+TENSORS = f"unet/{interop.TENSORS}"
+
+
+def run(mode, *arguments):
+    assert main.run(["main.py", f"--mode={mode}", *arguments]) == 0
+
+
+def edit(path, **changes):
+    """Changes fields of a JSON file; None takes one away."""
+    fields = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in fields.items() if v != "away"}))
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A copy of the fixtures' folder."""
+    return pathlib.Path(shutil.copytree(FIXTURES, tmp_path / "weights"))
+
+
+def test_gradient_of_each_tensor():
+    """references.py asserts them as one vector."""
+    theirs, ours = references.expected_gradients(), references.network_gradients()
+    assert theirs.keys() == ours.keys()
+    everything = np.linalg.norm(references.flat(theirs))
+    for name, gradient in theirs.items():
+        allowed = 1e-4 * np.linalg.norm(gradient) + 1e-6 * everything
+        assert np.linalg.norm(ours[name] - gradient) <= allowed, name
+
+
+def test_import_sample_train_and_export(tmp_path, weights):
+    """The run is like any other; raw and averaged weights go out with the bits they came with."""
+    workdir, out = f"--workdir={tmp_path / 'run'}", tmp_path / "out"
+    run("import", workdir, f"--weights={weights}")
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoints", "config.json"]
+    run("export", workdir, f"--weights={out}", "--noconfig.sample.use_ema")
+    before, after = (safetensors.numpy.load_file(f / TENSORS) for f in (weights, out))
+    assert before.keys() == after.keys()
+    assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+    for name in ("unet/config.json", "scheduler/scheduler_config.json", "model_index.json"):
+        theirs, ours = (json.loads((folder / name).read_text()) for folder in (weights, out))
+        assert {name: theirs[name] for name in ours} == ours  # what it is silent about is default
+
+    few = ["--config.sample.num_samples=4", "--config.sample.batch_size=4"]
+    run("sample", workdir, *few)
+    images = np.load(tmp_path / "run/samples/sample_000000_seed0.npz")["images"]
+    assert images.shape == (4, 8, 8, 3)
+    with pytest.raises(UserError, match=r"data\.name=''"):
+        run("train", workdir)
+    digits = ["--config.data.name=digits", "--config.train.batch_size=8", "--config.seed=3"]
+    run("train", workdir, *digits, *few, "--config.train.num_steps=2")
+    run("export", workdir, f"--weights={tmp_path / 'trained'}")
+    trained = safetensors.numpy.load_file(tmp_path / "trained" / TENSORS)
+    moved = [np.abs(trained[name] - before[name]).max() for name in before]
+    assert 0 < max(moved) < 1e-6  # one update at 1/5000 of the learning rate, and 1e-4 of it
+    with pytest.raises(UserError, match="seed 3 -> 4"):  # now the data count
+        run("train", workdir, "--config.seed=4")
+
+
+@pytest.mark.parametrize("make", [cifar10, celebahq256], ids=["cifar10", "celebahq256"])
+def test_the_published_networks_are_the_paper_s(make):
+    """google/ddpm-cifar10-32 and -celebahq-256 say this, and nothing else that counts."""
+    config = make.get_config()
+    cifar = make is cifar10
+    fields = {
+        "_class_name": "UNet2DModel",
+        "act_fn": "silu",
+        "attention_head_dim": None,
+        "block_out_channels": [128, 256, 256, 256] if cifar else [128, 128, 256, 256, 512, 512],
+        "center_input_sample": False,
+        "down_block_types": ["DownBlock2D"] * (4 if cifar else 6),
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "in_channels": 3,
+        "layers_per_block": 2,
+        "mid_block_scale_factor": 1,
+        "norm_eps": 1e-06,
+        "norm_num_groups": 32,
+        "out_channels": 3,
+        "sample_size": 32 if cifar else 256,
+        "time_embedding_type": "positional",
+        "up_block_types": ["UpBlock2D"] * (4 if cifar else 6),
+    }
+    fields["down_block_types"][1 if cifar else 4] = "AttnDownBlock2D"
+    fields["up_block_types"][2 if cifar else 1] = "AttnUpBlock2D"
+    scheduler = {
+        "_class_name": "DDPMScheduler",
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "beta_start": 0.0001,
+        "clip_sample": True,
+        "num_train_timesteps": 1000,
+        "trained_betas": None,
+        "variance_type": "fixed_large" if cifar else "fixed_small",
+    }
+    found = interop.network_fields(fields, "f") | interop.diffusion_fields(scheduler, "f")
+    expected = configs.flatten(config)
+    assert found == {name: expected[name] for name in found}
+    assert len(found) == 13
+
+
+def test_old_names_flat_folder_and_half_precision(tmp_path, weights):
+    """As the published weights are, and as smaller copies of weights are."""
+    flat = tmp_path / "flat"
+    shutil.copytree(weights / "unet", flat)
+    shutil.copy(weights / "scheduler" / "scheduler_config.json", flat)
+    tensors = safetensors.numpy.load_file(flat / interop.TENSORS)
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, array in tensors.items():
+        for new, before in old.items():
+            name = name.replace(f".{new}.", f".{before}.")
+        renamed[name] = array.astype(np.float16)
+    assert any(".query." in name for name in renamed)
+    safetensors.numpy.save_file(renamed, flat / interop.TENSORS)
+    run("import", f"--workdir={tmp_path / 'run'}", f"--weights={flat}")
+    run("export", f"--workdir={tmp_path / 'run'}", f"--weights={tmp_path / 'out'}")
+    out = safetensors.numpy.load_file(tmp_path / "out" / TENSORS)
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(out[name], np.float32(np.float16(array)))
+
+
+def test_cosines_first(weights):
+    """The same network with the halves of its time embedding the other way round."""
+    config, path = references.fixture_config(), weights / TENSORS
+    tensors = safetensors.numpy.load_file(path)
+    name = "time_embedding.linear_1.weight"
+    tensors[name] = np.ascontiguousarray(tensors[name][:, [4, 5, 6, 7, 0, 1, 2, 3]])
+    before = interop.read_params(path, config)
+    safetensors.numpy.save_file(tensors, path)
+    after = interop.read_params(path, config, flip_sin_to_cos=True)
+    np.testing.assert_array_equal(before["temb1"]["kernel"], after["temb1"]["kernel"])
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_rescaled", "cosine", "quadratic", "sigmoid"])
+def test_schedules_survive(name):
+    config = default.get_config()
+    config.diffusion.update(schedule=name, num_timesteps=100, variance="fixed_small")
+    scheduler = json.loads(json.dumps(interop.diffusers_scheduler(config)))
+    fields = interop.diffusion_fields(scheduler, "f")
+    again = default.get_config()
+    again.update_from_flattened_dict(fields)
+    betas = [references.schedules.from_config(c.diffusion).betas for c in (config, again)]
+    np.testing.assert_allclose(*betas, rtol=1e-6)
+    assert (again.diffusion.variance, again.diffusion.clip_x0) == ("fixed_small", True)
+
+
+NETWORKS = {
+    "_class_name": ("UNet2DConditionModel", 'must be "UNet2DModel"'),
+    "norm_eps": (1e-5, "our U-Net has 1e-06"),
+    "downsample_padding": (1, "our U-Net has 0"),
+    "freq_shift": ("away", "our U-Net has 1"),
+    "mid_block_type": (None, "our U-Net has"),
+    "time_embedding_type": ("fourier", "our U-Net has"),
+    "num_class_embeds": (10, "our U-Net has null"),
+    "add_attention": (False, "our U-Net has true"),
+    "attention_head_dim": (8, "one head"),
+    "attn_norm_num_groups": (2, "our U-Net has 4"),
+    "time_embedding_dim": (64, "our U-Net has 32"),
+    "out_channels": (6, "must be in_channels=3"),
+    "in_channels": ("three", "whole number"),
+    "block_out_channels": ([8, 12], "multiples of the first"),
+    "down_block_types": (["DownBlock2D", "SkipDownBlock2D"], "DownBlock2D and AttnDownBlock2D"),
+    "up_block_types": (["UpBlock2D", "AttnUpBlock2D"], "where down_block_types has it"),
+    "sample_size": (None, "must be the images' size"),
+    "layers_per_block": (2, "lacks down_blocks.0.resnets.1.conv1.bias"),
+    "norm_num_groups": (3, "model.channels=8"),
+    "dropout": ("some", "must be a number"),
+    "window_size": (7, "is not a field that our U-Net knows"),
+}
+SCHEDULERS = {
+    "_class_name": ("ScoreSdeVeScheduler", "is not a scheduler with"),
+    "beta_schedule": ("laplace", "choose from"),
+    "num_train_timesteps": (0, "must be numbers"),
+    "beta_end": ("big", "must be numbers"),
+    "variance_type": ("learned_range", "choose from"),
+    "prediction_type": ("v_prediction", "choose from"),
+    "thresholding": (True, "choose from false"),
+    "clip_sample_range": (2.0, "choose from 1.0"),
+    "rescale_betas_zero_snr": (True, "choose from false"),
+    "trained_betas": ([0.1] * 50, "are not those of its beta_schedule"),
+}
+
+
+def refused(tmp_path, weights, match, *arguments):
+    """Importing says one line that holds `match`, and writes nothing."""
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError) as error:
+        run("import", f"--workdir={tmp_path / 'run'}", f"--weights={weights}", *arguments)
+    assert match in str(error.value) and "\n" not in str(error.value)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("field", NETWORKS)
+def test_a_network_that_is_not_ours(tmp_path, weights, field):
+    value, message = NETWORKS[field]
+    edit(weights / "unet/config.json", **{field: value})
+    refused(tmp_path, weights, message)
+
+
+@pytest.mark.parametrize("field", SCHEDULERS)
+def test_a_scheduler_that_is_not_ours(tmp_path, weights, field):
+    value, message = SCHEDULERS[field]
+    path = weights / "scheduler/scheduler_config.json"
+    if field == "_class_name":
+        edit(path, beta_schedule="away")
+    edit(path, **{field: value})
+    refused(tmp_path, weights, message)
+    refused(tmp_path, weights, f"{path}: {field}=" if field != "beta_end" else "beta_end=")
+
+
+def test_tensors_that_do_not_fit(tmp_path, weights):
+    path = weights / TENSORS
+    tensors = safetensors.numpy.load_file(path)
+    bias, kernel = tensors.pop("conv_in.bias"), tensors["conv_in.weight"]
+    safetensors.numpy.save_file(tensors, path)
+    refused(tmp_path, weights, "lacks conv_in.bias")
+    safetensors.numpy.save_file({**tensors, "conv_in.bias": bias, "more.bias": bias}, path)
+    refused(tmp_path, weights, "should not, more.bias")
+    wide = np.zeros((16, *kernel.shape[1:]), np.float32)
+    safetensors.numpy.save_file({**tensors, "conv_in.bias": bias, "conv_in.weight": wide}, path)
+    refused(tmp_path, weights, "conv_in.weight F32 [16, 3, 3, 3], not [8, 3, 3, 3]")
+    safetensors.numpy.save_file({**tensors, "conv_in.bias": np.int32(bias)}, path)
+    refused(tmp_path, weights, "conv_in.bias I32 [8]")
+
+
+def test_weights_of_another_width(tmp_path, weights):
+    edit(weights / "unet/config.json", block_out_channels=[16, 32])
+    refused(tmp_path, weights, "conv_in.bias F32 [8], not [16]")
+
+
+def test_damaged_folders(tmp_path, weights):
+    refused(tmp_path, tmp_path / "nowhere", "has no config.json")
+    path = weights / TENSORS
+    whole = path.read_bytes()
+    for damaged in (whole[:-100], whole[:50], b"", b"\x80\x02}q\x00." * 30):
+        path.write_bytes(damaged)
+        refused(tmp_path, weights, f"{path}: is not a whole safetensors file")
+    path.unlink()
+    refused(tmp_path, weights, f"{path}: no such file")
+    path.with_suffix(".bin").write_bytes(b"\x80\x02}q\x00.")
+    refused(tmp_path, weights, "from_pretrained")
+    (weights / "unet/config.json").write_text("{")
+    refused(tmp_path, weights, "config.json: not valid JSON")
+    (weights / "unet/config.json").unlink()
+    refused(tmp_path, weights, "has no config.json")
+
+
+def test_what_import_and_export_need(tmp_path, weights, config):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    refused(tmp_path, weights, "exists, and is not an empty folder")
+    workdir = f"--workdir={tmp_path / 'run'}"
+    with pytest.raises(UserError, match="--weights: is missing"):
+        run("import", workdir)
+    with pytest.raises(UserError, match="--weights: only import and export"):
+        run("sample", workdir, "--weights=x")
+    run_files.save_config(config, tmp_path / "run")
+    with pytest.raises(UserError, match="has no checkpoint"):
+        run("export", workdir, f"--weights={tmp_path / 'out'}")
+    with pytest.raises(UserError, match=r"weights=.* is not an empty folder"):
+        run("export", workdir, f"--weights={weights}")
+    config.model.channel_mults = (2,)
+    run_files.save_config(config, tmp_path / "run")
+    with pytest.raises(UserError, match=r"channel_mults=.2,.: diffusers"):
+        run("export", workdir, f"--weights={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_scheduler_the_config_decides(tmp_path, weights, caplog):
+    caplog.set_level("INFO")
+    shutil.rmtree(weights / "scheduler")
+    arguments = ["--config.diffusion.schedule=cosine", "--config.data.name=digits"]
+    run("import", f"--workdir={tmp_path / 'run'}", f"--weights={weights}", *arguments)
+    saved = run_files.load_config(tmp_path / "run")
+    assert (saved.diffusion.schedule, saved.data.name) == ("cosine", "digits")
+    assert "no scheduler_config.json" in caplog.text

@@ -1,0 +1,257 @@
+"""Live against diffusers and PyTorch: many networks, full sizes, long chains, optimisation.
+
+pip install -r requirements-parity.txt && python -m pytest -m parity
+"""
+
+import importlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+import main
+from configs import default
+from ddpm_jax import config as configs
+from ddpm_jax import diffusion, interop, sampling, schedules, state, unet
+
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+
+SMALL = dict(sample_size=8, norm_num_groups=4, layers_per_block=1)
+# widths, levels with attention, the other arguments of UNet2DModel
+NETWORKS = {
+    "cifar10, a quarter wide": ((32, 64, 64, 64), {1}, dict(sample_size=32)),
+    "256², a quarter wide": ((32, 32, 64, 64, 128, 128), {4}, dict(sample_size=256)),
+    "gray": ((32, 64), {1}, dict(sample_size=16, in_channels=1, out_channels=1)),
+    "RGBA": ((32, 64), {0}, dict(sample_size=16, in_channels=4, out_channels=4)),
+    "not square": ((32, 64, 64), {1}, dict(sample_size=(16, 24), layers_per_block=1)),
+    "attention on two levels": ((16, 32, 32), {0, 2}, dict(sample_size=16, norm_num_groups=8)),
+    "attention in the middle only": ((32, 64), set(), dict(sample_size=16)),
+    "one level": ((32,), {0}, dict(sample_size=8, layers_per_block=3)),
+    "cosines first": ((32, 64), {1}, dict(sample_size=8, flip_sin_to_cos=True)),
+    "one head said otherwise": ((32, 64), {1}, dict(sample_size=8, attention_head_dim=64)),
+}
+FULL = {
+    "cifar10": ((128, 256, 256, 256), {1}, dict(sample_size=32)),
+    "256²": ((128, 128, 256, 256, 512, 512), {4}, dict(sample_size=256)),
+}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """torch_reference.py; imported late, so that only these tests need PyTorch."""
+    return importlib.import_module("torch_reference")
+
+
+def converted(network, folder):
+    """(model, params) of a UNet2DModel, by way of its files."""
+    network.save_pretrained(folder)
+    config = default.get_config()
+    fields = json.loads((folder / "config.json").read_text())
+    config.update_from_flattened_dict(interop.network_fields(fields, "config.json"))
+    configs.check(config, "import")
+    flip = fields["flip_sin_to_cos"]
+    params = interop.read_params(folder / interop.TENSORS, config, flip_sin_to_cos=flip)
+    return unet.make_model(config.model), params
+
+
+def batch(network, size=2, seed=0):
+    """x_t, t, eps."""
+    rng, shape = np.random.default_rng(seed), network.config.sample_size
+    shape = (size, *np.broadcast_to(shape, 2), network.config.in_channels)
+    x_t, eps = rng.standard_normal((2, *shape), np.float32)
+    return x_t, rng.integers(1000, size=size), eps
+
+
+def gradients(model, params, x_t, t, eps):
+    """{diffusers' name: gradient of the ε-MSE}."""
+
+    @jax.jit
+    def grad(params):
+        def loss(params):
+            return jnp.mean(jnp.square(unet.eps_fn(model, params)(x_t, t) - eps))
+
+        return jax.grad(loss)(params)
+
+    return in_their_words(grad(params), len(model.channel_mults))
+
+
+def in_their_words(params, levels):
+    """{diffusers' name: array} of a tree of ours."""
+    named = (
+        (interop.tensor_name(path, levels), np.asarray(array))
+        for path, array in traverse_util.flatten_dict(params).items()
+    )
+    return {name: interop.to_diffusers(name, array) for name, array in named}
+
+
+def assert_same_gradients(ours, theirs):
+    """Per tensor; a key's bias, which softmax cancels, has an exact gradient of 0."""
+    assert ours.keys() == theirs.keys()
+    everything = np.sqrt(sum(np.sum(np.square(g)) for g in theirs.values()))
+    for name, gradient in theirs.items():
+        allowed = 1e-4 * np.linalg.norm(gradient) + 1e-6 * everything
+        assert np.linalg.norm(ours[name] - gradient) <= allowed, name
+
+
+def relative_error(ours, theirs):
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+def swapped(gradient, name):
+    """What read_params does to a network with its cosines first."""
+    return np.roll(gradient, gradient.shape[1] // 2, 1) if "linear_1.weight" in name else gradient
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network(name, reference, tmp_path):
+    """float32, float64, and every gradient."""
+    widths, attention, kwargs = NETWORKS[name]
+    network = reference.make_network(widths, attention, **kwargs)
+    model, params = converted(network, tmp_path)
+    x_t, t, eps = batch(network, size=1 if "256" in name else 2)
+    out = jax.jit(unet.eps_fn(model, params))(x_t, t)
+    error = relative_error(out, reference.forward(network, x_t, t))
+    assert error <= 1e-5
+    theirs = reference.gradients(network, x_t, t, eps)
+    if kwargs.get("flip_sin_to_cos"):
+        theirs = {name: swapped(g, name) for name, g in theirs.items()}
+    assert_same_gradients(gradients(model, params, x_t, t, eps), theirs)
+    if not kwargs.get("flip_sin_to_cos"):  # torch_reference writes its own embedding
+        with jax.enable_x64(True):
+            double = jax.tree.map(np.float64, params)
+            eps_fn = unet.eps_fn(model.clone(dtype=jnp.float64), double)
+            out = jax.jit(eps_fn)(np.float64(x_t), t)
+        theirs = reference.forward(reference.embed_in_float64(network), np.float64(x_t), t)
+        assert out.dtype == np.float64 and relative_error(out, theirs) <= 1e-12
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_full_size(name, reference, tmp_path):
+    """The published networks: the output, and for CIFAR-10 every gradient."""
+    widths, attention, kwargs = FULL[name]
+    network = reference.make_network(widths, attention, **kwargs)
+    model, params = converted(network, tmp_path)
+    x_t, t, eps = batch(network, size=2 if name == "cifar10" else 1)
+    out = jax.jit(unet.eps_fn(model, params))(x_t, t)
+    assert relative_error(out, reference.forward(network, x_t, t)) <= 1e-5
+    if name == "cifar10":
+        theirs = reference.gradients(network, x_t, t, eps)
+        assert_same_gradients(gradients(model, params, x_t, t, eps), theirs)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_reverse_chain(variance, clip, reference, tmp_path):
+    """1,000 steps with the same noises, through a network."""
+    network = reference.make_network((8, 16), {1}, **SMALL)
+    model, params = converted(network, tmp_path)
+    x_T, *_ = batch(network, size=1)
+    noises = np.random.default_rng(1).standard_normal((1000, *x_T.shape), np.float32)
+    kwargs = dict(variance_type=variance, clip_sample=clip)
+    theirs = reference.reverse_chain(network, x_T, noises, **kwargs)
+
+    schedule = schedules.make_schedule("linear", 1000)
+    eps_fn, noises = unet.eps_fn(model, params), jnp.asarray(noises)
+
+    def step(x, t):
+        kwargs = dict(variance=variance, clip_x0=clip)
+        return sampling.ancestral_step(schedule, eps_fn, x, t, noises[t], **kwargs)
+
+    ours, _ = jax.jit(lambda x: sampling.reverse_process(step, x, jnp.arange(1000)[::-1]))(x_T)
+    # A network that was not trained drives images to hundreds, unless they are clipped.
+    assert np.abs(ours - theirs).max() <= 1e-4 * max(1, np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_rescaled", "cosine", "quadratic", "sigmoid"])
+def test_schedules(name, reference):
+    """DDPMScheduler computes in float32: its 1 - ᾱ is off by up to 1e-7, whatever it is."""
+    config = default.get_config()
+    config.diffusion.update(schedule=name, num_timesteps=500)
+    ours = schedules.from_config(config.diffusion)
+    fields = interop.diffusers_scheduler(config)
+    for kind in ("DDPMScheduler", "DDIMScheduler"):
+        theirs = getattr(importlib.import_module("diffusers"), kind).from_config(fields)
+        np.testing.assert_allclose(ours.betas, theirs.betas, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(ours.alpha_bars, theirs.alphas_cumprod, rtol=1e-4, atol=1e-7)
+
+
+def test_optimisation(reference, tmp_path):
+    """Ten steps of Adam: a warm-up of 5, clipping that bites, EMA, no dropout."""
+    network = reference.make_network((8, 16), {1}, **SMALL)
+    model, params = converted(network, tmp_path)
+    batches = [batch(network, size=4, seed=seed) for seed in range(10)]
+    settings = dict(learning_rate=1e-3, warmup_steps=5, grad_clip=0.1, ema_decay=0.9)
+    before = in_their_words(params, 2)
+    *theirs, norms = reference.optimise(network, batches, **settings)
+    assert min(norms) > 2 * settings["grad_clip"]
+
+    config = default.get_config()
+    decay = settings.pop("ema_decay")
+    config.optim.update(settings)
+    optimizer = state.make_optimizer(config.optim, 10)
+    params = jax.tree.map(jnp.asarray, params)
+    ours = state.TrainState(jnp.int32(0), params, params, optimizer.init(params))
+
+    @jax.jit
+    def step(ours, x_t, t, eps):
+        def loss(params):
+            return jnp.mean(jnp.square(unet.eps_fn(model, params)(x_t, t) - eps))
+
+        grads = jax.grad(loss)(ours.params)
+        return state.apply_gradients(ours, grads, optimizer, decay)
+
+    for x_t, t, eps in batches:
+        ours = step(ours, x_t, t, eps)
+    zero = {name for name in before if name.endswith("to_k.bias")}
+    for mine, yours in zip((ours.params, ours.ema_params), theirs, strict=True):
+        mine = in_their_words(mine, 2)
+        for name in before.keys() - zero:
+            moved, error = yours[name] - before[name], mine[name] - yours[name]
+            assert np.linalg.norm(moved) > 0
+            assert np.linalg.norm(error) <= 1e-3 * np.linalg.norm(moved), name
+
+
+@pytest.mark.parametrize("schedule", ["linear", "sigmoid"])
+def test_pipelines_load_what_we_export(schedule, reference, tmp_path):
+    """DDPMPipeline and DDIMPipeline generate; the first one the images that we do."""
+    from diffusers import DDIMPipeline, DDPMPipeline
+
+    network = reference.make_network((8, 16), {1}, **{**SMALL, "sample_size": (8, 16)})
+    network.save_pretrained(tmp_path / "weights")
+    run = f"--workdir={tmp_path / 'run'}"
+    chain = [f"--config.diffusion.schedule={schedule}", "--config.diffusion.num_timesteps=20"]
+    chain += ["--config.diffusion.beta_end=0.4"]
+    main.run(["main", "--mode=import", run, f"--weights={tmp_path / 'weights'}", *chain])
+    main.run(["main", "--mode=export", run, f"--weights={tmp_path / 'out'}"])
+
+    options = dict(batch_size=2, output_type="np", num_inference_steps=20)
+    ddim = DDIMPipeline.from_pretrained(tmp_path / "out")
+    images = ddim(**options).images
+    assert images.shape == (2, 8, 16, 3) and np.isfinite(images).all()
+    ddpm = DDPMPipeline.from_pretrained(tmp_path / "out")
+    for name, tensor in ddpm.unet.state_dict().items():
+        assert tensor.numpy().tobytes() == network.state_dict()[name].numpy().tobytes()
+
+    main.run(["main", "--mode=sample", run, *(f"--config.sample.{n}=4" for n in
+              ("num_samples", "batch_size"))])  # fmt: skip
+    ours = np.load(tmp_path / "run/samples/sample_000000_seed0.npz")["images"]
+    keys = sampling.image_keys(0, jnp.arange(4))
+    theirs = reference.pipeline_images(
+        ddpm, [np.asarray(sampling.noise(keys, t, (8, 16, 3))) for t in range(20, 0, -1)]
+    )
+    assert np.abs(ours - np.float64(theirs)).max() <= 1
+
+
+def test_loss_is_the_one_of_pytorch(reference):
+    """mse_loss, of which the gradients above are."""
+    import torch
+
+    x0, eps = np.random.default_rng(0).standard_normal((2, 3, 4, 4, 1), np.float32)
+    schedule, t = schedules.make_schedule("linear", 10), jnp.array([0, 3, 9])
+    ours = diffusion.simple_loss(schedule, lambda x_t, _: x_t, x0, t, eps).mean()
+    x_t = np.array(diffusion.q_sample(schedule, x0, t, eps))
+    theirs = torch.nn.functional.mse_loss(torch.from_numpy(x_t), torch.from_numpy(eps))
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-6)

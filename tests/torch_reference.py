@@ -1,0 +1,196 @@
+"""What diffusers and PyTorch compute, for the parity tests; images are [B, H, W, C] arrays.
+
+tests/test_parity.py compares with it as it runs. tests/test_interop.py compares with what it once
+computed, in tests/fixtures, so that it needs no PyTorch. To write those files again:
+
+    pip install -r requirements-parity.txt && python tests/torch_reference.py
+"""
+
+import contextlib
+import pathlib
+import unittest.mock
+
+import numpy as np
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+FIXTURES = pathlib.Path(__file__).resolve().parent / "fixtures"
+# Where Ho's U-Net is not diffusers' default.
+HO = dict(
+    norm_eps=1e-6,
+    downsample_padding=0,
+    freq_shift=1,
+    flip_sin_to_cos=False,
+    attention_head_dim=None,
+)
+
+
+def make_network(widths, attention, seed=0, **changes):
+    """A UNet2DModel with random weights.
+
+    Args:
+      widths: of each level.
+      attention: levels that have it.
+      seed: of the weights.
+      **changes: its other arguments.
+    """
+    torch.manual_seed(seed)
+    attends = [level in attention for level in range(len(widths))]
+    network = UNet2DModel(
+        block_out_channels=widths,
+        down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+        up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in attends[::-1]],
+        **{**HO, **changes},
+    )
+    with torch.no_grad():  # biases and norms would be zeros and ones
+        for parameter in network.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return network.eval()
+
+
+def to_torch(images):
+    """[B, H, W, C] to [B, C, H, W]."""
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+def from_torch(images):
+    """[B, C, H, W] to [B, H, W, C]."""
+    return images.detach().numpy().transpose(0, 2, 3, 1)
+
+
+def forward(network, x_t, t):
+    """ε of a batch."""
+    with torch.no_grad():
+        return from_torch(network(to_torch(x_t), torch.from_numpy(t)).sample)
+
+
+def embed_in_float64(network):
+    """Makes a network compute its time embedding in float64; diffusers rounds it to float32."""
+    half = network.config.block_out_channels[0] // 2
+
+    class Embedding(torch.nn.Module):
+        def forward(self, t):
+            frequencies = 10000.0 ** -(np.arange(half) / (half - 1))
+            angles = np.float64(t.numpy())[:, None] * frequencies
+            return torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1))
+
+    network.time_proj = Embedding()
+    return network.double()
+
+
+def gradients(network, x_t, t, eps):
+    """{name: gradient of the ε-MSE}."""
+    loss = torch.nn.functional.mse_loss(
+        network(to_torch(x_t), torch.from_numpy(t)).sample, to_torch(eps)
+    )
+    names, parameters = zip(*network.named_parameters(), strict=True)
+    grads = torch.autograd.grad(loss, parameters)
+    return {name: grad.numpy() for name, grad in zip(names, grads, strict=True)}
+
+
+def reverse_chain(network, x, noises, **scheduler):
+    """Every step of DDPMScheduler.
+
+    Args:
+      network: (x_t [B, C, H, W], t) to an object with ε as `sample`.
+      x: x_T.
+      noises: [T, B, H, W, C]; noises[t] is added in the step from t.
+      **scheduler: arguments of DDPMScheduler.
+
+    Returns:
+      x_0.
+    """
+    scheduler = DDPMScheduler(num_train_timesteps=len(noises), **scheduler)
+    x = to_torch(x)
+    with torch.no_grad():
+        for t in range(len(noises))[::-1]:
+            with given_noise(noises[t]):
+                x = scheduler.step(network(x, t).sample, t, x).prev_sample
+    return from_torch(x)
+
+
+@contextlib.contextmanager
+def given_noise(*noises):
+    """Makes DDPMScheduler and DDPMPipeline draw these noises, one after the other."""
+    noises = iter(noises)
+
+    def draw(*_, **__):
+        return to_torch(next(noises))
+
+    with (
+        unittest.mock.patch("diffusers.schedulers.scheduling_ddpm.randn_tensor", draw),
+        unittest.mock.patch("diffusers.pipelines.ddpm.pipeline_ddpm.randn_tensor", draw),
+    ):
+        yield
+
+
+def pipeline_images(pipeline, noises):
+    """What a DDPMPipeline generates, uint8.
+
+    Args:
+      pipeline: the DDPMPipeline.
+      noises: x_T, then the noise of each step but the last, as [B, H, W, C].
+    """
+    with given_noise(*noises):
+        options = dict(num_inference_steps=len(noises), output_type="np")
+        images = pipeline(batch_size=len(noises[0]), **options).images
+    return (255 * images).round().astype(np.uint8)
+
+
+def optimise(network, batches, learning_rate, warmup_steps, grad_clip, ema_decay):
+    """Adam on the ε-MSE, as Ho et al. train.
+
+    Args:
+      network: is changed.
+      batches: (x_t, t, eps) of each step.
+      learning_rate: after the warm-up.
+      warmup_steps: linear, from 0.
+      grad_clip: norm that clip_grad_norm_ clips to.
+      ema_decay: of the plain moving average.
+
+    Returns:
+      {name: parameter}, {name: its average}, and the norms of the gradients before clipping.
+    """
+    parameters = dict(network.named_parameters())
+    average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    adam = torch.optim.Adam(parameters.values(), lr=learning_rate)
+    norms = []
+    for step, (x_t, t, eps) in enumerate(batches):
+        adam.param_groups[0]["lr"] = learning_rate * min(step / warmup_steps, 1)
+        adam.zero_grad()
+        eps_pred = network(to_torch(x_t), torch.from_numpy(t)).sample
+        torch.nn.functional.mse_loss(eps_pred, to_torch(eps)).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters.values(), grad_clip)))
+        adam.step()
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                average[name] = ema_decay * average[name] + (1 - ema_decay) * parameter
+    after = {name: parameter.detach().numpy() for name, parameter in parameters.items()}
+    return after, {name: value.numpy() for name, value in average.items()}, norms
+
+
+def write_fixtures():
+    """A small network with attention, and what it computes."""
+    network = make_network((8, 16), {1}, sample_size=8, norm_num_groups=4, layers_per_block=1)
+    scheduler = DDPMScheduler(num_train_timesteps=50, beta_end=0.2)
+    DDPMPipeline(network, scheduler).save_pretrained(FIXTURES)
+
+    rng = np.random.default_rng(0)
+    x_t, eps, x_T = (rng.standard_normal((2, 8, 8, 3), np.float32) for _ in range(3))
+    t = np.array([3, 41])
+    noises = rng.standard_normal((50, 1, 8, 8, 3), np.float32)
+    arrays = dict(x_t=x_t, t=t, eps=eps, x_T=x_T[:1], noises=noises)
+    arrays["output"] = forward(network, x_t, t)
+    for name, gradient in gradients(network, x_t, t, eps).items():
+        arrays[f"gradient/{name}"] = gradient
+    for variance in ("fixed_small", "fixed_large"):
+        for clip in (True, False):
+            kwargs = dict(beta_end=0.2, variance_type=variance, clip_sample=clip)
+            arrays[f"chain/{variance}/{clip}"] = reverse_chain(network, x_T[:1], noises, **kwargs)
+    arrays["output_float64"] = forward(embed_in_float64(network), np.float64(x_t), t)
+    np.savez_compressed(FIXTURES / "expected.npz", **arrays)
+
+
+if __name__ == "__main__":
+    write_fixtures()
