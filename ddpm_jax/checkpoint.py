@@ -17,7 +17,6 @@ from ddpm_jax.config import image_shape
 from ddpm_jax.errors import UserError
 
 ITEMS = ("params", "ema_params", "opt_state")
-IMPORTED = ("params", "ema_params")  # what step 0 has: only an imported run saves it
 
 
 def open_manager(workdir, train):
@@ -61,23 +60,26 @@ def restore(manager, state):
         name: ocp.args.StandardRestore(
             jax.tree.map(ocp.utils.to_shape_dtype_struct, getattr(state, name))
         )
-        for name in (ITEMS if step > 0 else IMPORTED)
+        for name in (ITEMS if step > 0 else ITEMS[:1])  # see save_imported
     }
-    restored = manager.restore(step, args=ocp.args.Composite(**items))
+    restored = dict(manager.restore(step, args=ocp.args.Composite(**items)))
+    if step == 0:
+        restored["ema_params"] = jax.tree.map(jnp.copy, restored["params"])
     step = jax.device_put(jnp.asarray(step, jnp.int32), state.step.sharding)
     return state.replace(step=step, **restored)
 
 
 def save_imported(workdir, params):
-    """Writes parameters that were not trained here as step 0, which has no optimizer state.
+    """Writes parameters that were not trained here as step 0.
+
+    That is all it holds: the EMA starts as a copy, and the optimizer as fresh as in any run.
 
     Args:
       workdir: the run's folder; has no checkpoint.
-      params: a tree of numpy arrays, which is the EMA too.
+      params: a tree of arrays.
     """
-    item = ocp.args.StandardSave(params)
     with ocp.CheckpointManager(_folder(workdir), item_names=ITEMS) as manager:
-        manager.save(0, args=ocp.args.Composite(**dict.fromkeys(IMPORTED, item)))
+        manager.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
 
 
 def latest_step(workdir):
@@ -95,14 +97,14 @@ def restore_params(config, workdir):
     Raises:
       UserError: if there is no checkpoint.
     """
-    if latest_step(workdir) is None:
+    step = latest_step(workdir)
+    if step is None:
         raise UserError(f"workdir={workdir}: has no checkpoint yet; train it first")
     params = unet.param_shapes(unet.make_model(config.model), image_shape(config))
     here = parallel.replicated()  # not where they were saved: those devices may not exist
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=here), params)
-    name = "ema_params" if config.sample.use_ema else "params"
+    name = "ema_params" if config.sample.use_ema and step > 0 else "params"
     with ocp.CheckpointManager(_folder(workdir), item_names=ITEMS) as manager:
-        step = manager.latest_step()
         items = ocp.args.Composite(**{name: ocp.args.StandardRestore(params)})
         return step, manager.restore(step, args=items)[name]
 

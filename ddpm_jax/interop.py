@@ -14,6 +14,7 @@ import logging
 import pathlib
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -408,7 +409,7 @@ def from_diffusers(name, array):
 
 
 def read_params(path, config, flip_sin_to_cos=False):
-    """Reads a network's parameters, tensor by tensor, so that memory holds them about once.
+    """Reads a network's parameters, tensor by tensor: in memory are the file and the result.
 
     Args:
       path: a .safetensors file.
@@ -416,7 +417,7 @@ def read_params(path, config, flip_sin_to_cos=False):
       flip_sin_to_cos: whether its time embedding has the cosines first.
 
     Returns:
-      A tree of numpy arrays, float32.
+      A tree of float32 arrays.
 
     Raises:
       UserError: if it is missing, damaged, or lacks or has tensors that it should not.
@@ -434,10 +435,10 @@ def read_params(path, config, flip_sin_to_cos=False):
         params = {}
         for place, name in names.items():
             array = from_diffusers(name, file.get_tensor(stored[name]))
-            params[place] = np.ascontiguousarray(array, np.float32)
+            params[place] = jnp.asarray(array, jnp.float32)
     if flip_sin_to_cos:
         kernel = params["temb1", "kernel"]  # [embedding, out]
-        params["temb1", "kernel"] = np.roll(kernel, len(kernel) // 2, axis=0)
+        params["temb1", "kernel"] = jnp.roll(kernel, len(kernel) // 2, axis=0)
     return traverse_util.unflatten_dict(params)
 
 

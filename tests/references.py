@@ -330,19 +330,20 @@ def table():
     return rows
 
 
+def shown(value):
+    """A number; of an array, its norm."""
+    norm = "‖·‖ = " if np.ndim(value) else ""
+    value = float(np.linalg.norm(value) if norm else value)
+    return norm + (f"{value:,.0f}" if value >= 1e4 else f"{value:.8g}")
+
+
 def lines(rows):
-    """The table as Markdown; of an array, its norm is shown."""
-
-    def shown(value):
-        value = float(np.linalg.norm(value) if np.ndim(value) else value)
-        return f"{value:,.0f}" if value >= 1e4 else f"{value:.8g}"
-
+    """The table as Markdown."""
     yield "| quantity | source | reference | ours | error |"
     yield "|---|---|---|---|---|"
     for row in rows:
         ours = row.ours()
-        norm = "‖·‖ = " if np.ndim(row.reference) else ""
-        values = f"{norm}{shown(row.reference)} | {norm}{shown(ours)} | {error(row, ours):.0e}"
+        values = f"{shown(row.reference)} | {shown(ours)} | {error(row, ours):.0e}"
         yield f"| {row.quantity} | {row.source} | {values} |"
 
 

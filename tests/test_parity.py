@@ -97,6 +97,7 @@ def assert_same_gradients(ours, theirs):
 
 
 def relative_error(ours, theirs):
+    ours = np.asarray(ours)  # JAX would subtract in float32
     return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
 
 
@@ -121,9 +122,9 @@ def test_network(name, reference, tmp_path):
     assert_same_gradients(gradients(model, params, x_t, t, eps), theirs)
     if not kwargs.get("flip_sin_to_cos"):  # torch_reference writes its own embedding
         with jax.enable_x64(True):
-            double = jax.tree.map(np.float64, params)
+            double = jax.tree.map(lambda p: np.float64(np.asarray(p)), params)
             eps_fn = unet.eps_fn(model.clone(dtype=jnp.float64), double)
-            out = jax.jit(eps_fn)(np.float64(x_t), t)
+            out = np.asarray(jax.jit(eps_fn)(np.float64(x_t), t))
         theirs = reference.forward(reference.embed_in_float64(network), np.float64(x_t), t)
         assert out.dtype == np.float64 and relative_error(out, theirs) <= 1e-12
 

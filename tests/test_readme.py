@@ -3,6 +3,8 @@
 import pathlib
 import re
 
+import references
+
 from configs import default
 from ddpm_jax import config as configs
 
@@ -15,7 +17,7 @@ def test_paths_exist():
     named = {*re.findall(r"\]\(([^)#:]+)\)", TEXT), *re.findall(r'src="([^":]+)"', TEXT)}
     named |= {*re.findall(r"(?:configs|ddpm_jax|tests|benchmarks)/[\w/.]*\.\w+", TEXT)}
     named |= {*re.findall(r"requirements[\w-]*\.txt", TEXT)}
-    assert len(named) > 20
+    assert len(named) > 15
     missing = [path for path in named if not (ROOT / path).exists()]
     assert not missing
 
@@ -36,3 +38,11 @@ def test_configs_and_rooms_are_listed():
     """Every config and every module is named in the README."""
     for path in [*(ROOT / "configs").glob("*.py"), *(ROOT / "ddpm_jax").glob("[a-z]*.py")]:
         assert path.name in TEXT, path.name
+
+
+def test_the_table_of_references_is_shown():
+    """Each row's quantity, source and reference; what we get may differ in its last digits."""
+    shown = [line.split(" | ")[:3] for line in TEXT.splitlines() if line.count(" | ") == 4]
+    for row in references.table():
+        cells = [f"| {row.quantity}", row.source, references.shown(row.reference)]
+        assert cells in shown, row.quantity
