@@ -14,6 +14,7 @@ import logging
 import pathlib
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -64,6 +65,24 @@ DEFAULTS = {
     "dropout": 0.0,
     "num_train_timesteps": None,  # of an embedding that we do not have
 }
+# The same of a scheduler, and the fields that ancestral sampling of all steps takes no notice of.
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "variance_type": "fixed_small",
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "prediction_type": "epsilon",
+    "predict_epsilon": True,  # what prediction_type was called first
+    "thresholding": False,
+    "rescale_betas_zero_snr": False,
+}
+UNUSED = """
+    dynamic_thresholding_ratio sample_max_value timestep_spacing steps_offset set_alpha_to_one
+""".split()
 SCHEDULES = {
     "linear": "linear",
     "scaled_linear": "quadratic",
@@ -108,7 +127,7 @@ MODULES = {
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def import_run(config, weights, workdir):
+def import_run(config, weights, workdir, overrides=()):
     """Makes a run of a folder of diffusers: sampled from, or trained further, like any other.
 
     Its parameters and their EMA are the weights, its step is 0.
@@ -117,6 +136,8 @@ def import_run(config, weights, workdir):
       config: what the folder does not say is taken from here.
       weights: the folder.
       workdir: where the run goes; must not exist, or be empty.
+      overrides: names of the fields that the user set; one that the folder decides otherwise is an
+        error, unless it changes nothing about the weights' meaning (as dropout).
 
     Raises:
       UserError: for a network that our U-Net cannot express, a folder that is not whole, or a
@@ -124,24 +145,36 @@ def import_run(config, weights, workdir):
     """
     run_files.check_free("workdir", workdir)
     weights = pathlib.Path(weights)
-    network = _find(weights, "unet", "config.json")
-    if network is None:
+    _check_pipeline(weights)
+    path = _find(weights, "unet", "config.json")
+    if path is None:
         raise UserError(f"weights={weights}: has no config.json (nor unet/config.json)")
-    fields = network_fields(_read_json(network), network)
+    network = _read_json(path)
+    size = config.data.image_size if "data.image_size" in overrides else None
+    fields = network_fields(network, path, size)
     schedule = _find(weights, "scheduler", "scheduler_config.json")
-    if schedule is None:
-        log.info("no scheduler_config.json in %s: the config's diffusion section is kept", weights)
-    else:
+    if schedule is not None:
         fields |= diffusion_fields(_read_json(schedule), schedule)
+
+    given = configs.flatten(config)
+    for name in fields.keys() & set(overrides):
+        if name in configs.FREE["use"]:
+            fields[name] = given[name]
+        elif fields[name] != given[name]:
+            text = f"{weights} has {fields[name]!r}"
+            raise UserError(f"--config.{name}={given[name]!r}: {text}")
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(fields)
     configs.check(config, "import")
-    flip = _read_json(network).get("flip_sin_to_cos", DEFAULTS["flip_sin_to_cos"])
-    params = read_params(network.with_name(TENSORS), config, flip_sin_to_cos=flip)
-    with run_files.new_folder(workdir) as folder:
+    flip = network.get("flip_sin_to_cos", DEFAULTS["flip_sin_to_cos"])
+    params = read_params(path.with_name(TENSORS), config, flip_sin_to_cos=flip)
+    with run_files.new_folder("workdir", workdir) as folder:
         checkpoint.save_imported(folder, params)
         run_files.save_config(config, folder)
     log.info("wrote %s: %s", workdir, ", ".join(f"{k}={v}" for k, v in fields.items()))
+    if schedule is None:
+        chain = ", ".join(f"{name}={value}" for name, value in config.diffusion.items())
+        log.warning("no scheduler_config.json in %s: the chain is the config's, %s", weights, chain)
 
 
 def export_run(config, workdir, weights):
@@ -173,7 +206,7 @@ def export_run(config, workdir, weights):
     for path, array in traverse_util.flatten_dict(params).items():
         name = tensor_name(path, levels)
         tensors[name] = np.ascontiguousarray(to_diffusers(name, np.asarray(array)))
-    with run_files.new_folder(weights) as folder:
+    with run_files.new_folder("weights", weights) as folder:
         for name, content in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
@@ -181,14 +214,18 @@ def export_run(config, workdir, weights):
         safetensors.numpy.save_file(tensors, folder / "unet" / TENSORS, metadata={"format": "pt"})
     which = "EMA" if config.sample.use_ema else "raw"
     log.info("wrote %s: the %s parameters of step %d", weights, which, step)
+    steps = config.diffusion.num_timesteps
+    if steps != 1000:
+        log.info("a DDPMPipeline takes 1000 steps unless told: num_inference_steps=%d", steps)
 
 
-def network_fields(network, origin):
+def network_fields(network, origin, image_size=None):
     """What a UNet2DModel's config says, in the fields of ours.
 
     Args:
       network: the content of its config.json.
       origin: the file, for errors.
+      image_size: (H, W), for a file that does not say it.
 
     Returns:
       {"section.field": value}.
@@ -198,56 +235,19 @@ def network_fields(network, origin):
     """
     silent = {name: default for name, (default, _) in FIXED.items()}
     fields = {"_class_name": None, **silent, **DEFAULTS, **network}
+    if fields["sample_size"] is None:
+        fields["sample_size"] = image_size
+    elif _is_size(fields["sample_size"]):
+        fields["sample_size"] = 2 * [fields["sample_size"]]
+    _check_network(fields, origin)
 
-    def require(fits, name, allowed):
-        if not fits:
-            raise UserError(f"{origin}: {name}={_json(fields[name])}: {allowed}")
-
-    def is_sizes(value):
-        return isinstance(value, list | tuple) and value and all(_is_size(v) for v in value)
-
-    require(fields["_class_name"] == "UNet2DModel", "_class_name", 'must be "UNet2DModel"')
-    for name, (_, ours) in FIXED.items():
-        fits = fields[name] == ours or (name, fields[name]) == ("act_fn", "swish")
-        require(fits, name, f"our U-Net has {_json(ours)}")
-    for name in sorted(fields):
-        known = name in FIXED or name in DEFAULTS or name.startswith("_") or fields[name] is None
-        require(known, name, "is not a field that our U-Net knows")
-    require(isinstance(fields["dropout"], float | int), "dropout", "must be a number")
-    for name in ("in_channels", "layers_per_block", "norm_num_groups"):
-        require(_is_size(fields[name]), name, "must be a whole number above 0")
-
-    widths, size, channels = (
-        fields[name] for name in ("block_out_channels", "sample_size", "in_channels")
-    )
-    size = [size, size] if _is_size(size) else size
-    require(is_sizes(size) and len(size) == 2, "sample_size", "must be the images' size")
-    require(fields["out_channels"] == channels, "out_channels", f"must be in_channels={channels}")
-    fits = is_sizes(widths) and all(width % widths[0] == 0 for width in widths)
-    require(fits, "block_out_channels", "must be multiples of the first one")
-
+    widths, size = fields["block_out_channels"], fields["sample_size"]
     attends = _attends(fields["down_block_types"], "DownBlock2D")
-    fits = attends is not None and len(attends) == len(widths)
-    allowed = f"must be {len(widths)} of DownBlock2D and AttnDownBlock2D"
-    require(fits, "down_block_types", allowed)
-    fits = _attends(fields["up_block_types"], "UpBlock2D") == attends[::-1]
-    allowed = "must be UpBlock2D and AttnUpBlock2D, with attention where down_block_types has it"
-    require(fits, "up_block_types", allowed)
-    heads = {width for width, attend in zip(widths, attends, strict=True) if attend} | {widths[-1]}
-    fits = fields["attention_head_dim"] is None or heads == {fields["attention_head_dim"]}
-    allowed = f"our attention has one head: null, or the width, {sorted(heads)}"
-    require(fits, "attention_head_dim", allowed)
-    for name, ours in (
-        ("attn_norm_num_groups", fields["norm_num_groups"]),
-        ("time_embedding_dim", 4 * widths[0]),
-    ):
-        require(fields[name] in (None, ours), name, f"our U-Net has {ours}")
-
     # Older files are silent about dropout, which matters in training only.
-    dropout = {"model.dropout": network["dropout"]} if "dropout" in network else {}
+    dropout = {"model.dropout": float(network["dropout"])} if "dropout" in network else {}
     return dropout | {
         "data.image_size": tuple(size),
-        "data.channels": channels,
+        "data.channels": fields["in_channels"],
         "model.channels": widths[0],
         "model.channel_mults": tuple(width // widths[0] for width in widths),
         "model.num_res_blocks": fields["layers_per_block"],
@@ -258,8 +258,64 @@ def network_fields(network, origin):
     }
 
 
+def _check_network(fields, origin):
+    """Raises a UserError that names the first field of a UNet2DModel that does not fit."""
+
+    def require(fits, name, allowed):
+        if not fits:
+            raise UserError(f"{origin}: {name}={_json(fields[name])}: {allowed}")
+
+    require(fields["_class_name"] == "UNet2DModel", "_class_name", 'must be "UNet2DModel"')
+    widths, size, groups, channels = (
+        fields[name]
+        for name in ("block_out_channels", "sample_size", "norm_num_groups", "in_channels")
+    )
+    for name in ("layers_per_block", "norm_num_groups"):
+        require(_is_size(fields[name]), name, "must be a whole number above 0")
+    fits = _are_sizes(widths) and all(width % widths[0] == 0 for width in widths)
+    require(fits, "block_out_channels", "must be a list of multiples of its first number")
+    fits = widths[0] % 2 == 0 and widths[0] >= 4
+    require(fits, "block_out_channels", "the first must be even, at least 4")
+    fits = widths[0] % groups == 0
+    require(fits, "norm_num_groups", f"must divide the first of block_out_channels, {widths[0]}")
+
+    for name, (_, ours) in FIXED.items():
+        same = fields[name] == ours or (name, fields[name]) == ("act_fn", "swish")
+        unused = name.startswith("downsample") and len(widths) == 1
+        require(same or unused, name, f"our U-Net has {_json(ours)}")
+    for name in sorted(fields):
+        known = name in FIXED or name in DEFAULTS or name.startswith("_") or fields[name] is None
+        require(known, name, "is not a field that our U-Net knows")
+
+    factor = 2 ** (len(widths) - 1)
+    fits = _are_sizes(size) and len(size) == 2 and all(side % factor == 0 for side in size)
+    allowed = f"must be the images' height and width, multiples of {factor}"
+    require(fits, "sample_size", f"{allowed} (or null, and --config.data.image_size=H,W)")
+    choices = configs.CHOICES["data.channels"]
+    require(channels in choices, "in_channels", f"choose from {', '.join(map(str, choices))}")
+    require(fields["out_channels"] == channels, "out_channels", f"must be in_channels={channels}")
+    dropout = fields["dropout"]
+    fits = isinstance(dropout, float | int) and 0 <= dropout < 1
+    require(fits, "dropout", "must lie in [0, 1)")
+
+    attends = _attends(fields["down_block_types"], "DownBlock2D")
+    fits = attends is not None and len(attends) == len(widths)
+    allowed = f"must be {len(widths)} of DownBlock2D and AttnDownBlock2D"
+    require(fits, "down_block_types", allowed)
+    fits = _attends(fields["up_block_types"], "UpBlock2D") == attends[::-1]
+    allowed = "must be UpBlock2D and AttnUpBlock2D, with attention where down_block_types has it"
+    require(fits, "up_block_types", allowed)
+    heads = {width for width, attend in zip(widths, attends, strict=True) if attend} | {widths[-1]}
+    size = fields["attention_head_dim"]
+    fits = size is None or all(width == size for width in heads)
+    allowed = f"our attention has one head: must be null, or the width, {sorted(heads)}"
+    require(fits, "attention_head_dim", allowed)
+    for name, ours in (("attn_norm_num_groups", groups), ("time_embedding_dim", 4 * widths[0])):
+        require(fields[name] in (None, ours), name, f"our U-Net has {ours}")
+
+
 def diffusion_fields(scheduler, origin):
-    """What a DDPMScheduler's config says, in the fields of ours (others share most of its fields).
+    """What a DDPMScheduler's or DDIMScheduler's config says, in the fields of ours.
 
     Args:
       scheduler: the content of its scheduler_config.json.
@@ -271,50 +327,61 @@ def diffusion_fields(scheduler, origin):
     Raises:
       UserError: naming the first field that our diffusion cannot express.
     """
-    name = scheduler.get("_class_name")
-    if name not in ("DDPMScheduler", "DDIMScheduler") and "beta_schedule" not in scheduler:
-        raise UserError(f"{origin}: _class_name={_json(name)}: is not a scheduler with β's")
+    fields = {**SCHEDULER, **scheduler}
 
-    def take(name, default, choices):
-        value = scheduler.get(name, default)
-        if value not in list(choices):  # it need not be hashable
-            text = f"choose from {', '.join(map(_json, choices))}"
-            raise UserError(f"{origin}: {name}={_json(value)}: {text}")
-        return choices[value]
+    def require(fits, name, allowed):
+        if not fits:
+            raise UserError(f"{origin}: {name}={_json(fields.get(name))}: {allowed}")
 
-    take("prediction_type", "epsilon", {"epsilon": "eps"})
-    take("thresholding", False, {False: False})
-    take("rescale_betas_zero_snr", False, {False: False})
-    clip_x0 = take("clip_sample", True, {True: True, False: False})
-    if clip_x0:
-        take("clip_sample_range", 1.0, {1.0: 1.0})
-    variance = take("variance_type", "fixed_small", VARIANCES)
-    name = take("beta_schedule", "linear", SCHEDULES)
-    steps, start, end = (
-        scheduler.get(field, default)
-        for field, default in (
-            ("num_train_timesteps", 1000),
-            ("beta_start", 1e-4),
-            ("beta_end", 0.02),
-        )
-    )
-    numbers = {"num_train_timesteps": steps, "beta_start": start, "beta_end": end}
-    if not _is_size(steps) or not all(isinstance(v, float | int) for v in numbers.values()):
-        text = ", ".join(f"{name}={_json(value)}" for name, value in numbers.items())
-        raise UserError(f"{origin}: {text}: must be numbers")
-    betas = scheduler.get("trained_betas")
-    if betas is not None:
-        ours = schedules.make_schedule(name, steps, start, end).betas
-        if np.shape(betas) != ours.shape or not np.allclose(betas, ours, rtol=1e-5, atol=0):
-            raise UserError(f"{origin}: trained_betas=[…]: are not those of its beta_schedule")
+    def take(name, choices):
+        fits = isinstance(fields[name], str) and fields[name] in choices
+        require(fits, name, f"choose from {', '.join(choices)}")
+        return choices[fields[name]]
+
+    classes = ("DDPMScheduler", "DDIMScheduler")
+    allowed = f"must be {' or '.join(classes)} (without the file, --config says the chain)"
+    require(fields.get("_class_name") in classes, "_class_name", allowed)
+    for name in sorted(fields):
+        known = name in SCHEDULER or name in UNUSED or name.startswith("_")
+        require(known or fields[name] is None, name, "is not a field that our diffusion knows")
+    for name in ("thresholding", "rescale_betas_zero_snr"):
+        require(fields[name] is False, name, "must be false")
+    require(isinstance(fields["clip_sample"], bool), "clip_sample", "must be true or false")
+    if fields["clip_sample"]:
+        require(fields["clip_sample_range"] == 1, "clip_sample_range", "must be 1.0")
+    require(fields["predict_epsilon"] is True, "predict_epsilon", "must be true")
+    take("prediction_type", {"epsilon": "eps"})
+    steps, start, end = (fields[n] for n in ("num_train_timesteps", "beta_start", "beta_end"))
+    require(_is_size(steps), "num_train_timesteps", "must be a whole number above 0")
+    for name in ("beta_start", "beta_end"):
+        fits = isinstance(fields[name], float | int) and 0 < fields[name] < 1
+        require(fits, name, "must lie in (0, 1)")
+    name = take("beta_schedule", SCHEDULES)
+    if fields["trained_betas"] is not None:
+        name = _schedule_of(fields["trained_betas"], steps, start, end)
+        allowed = f"must be those of one of {', '.join(SCHEDULES)}"
+        require(name, "trained_betas", allowed)
     return {
         "diffusion.schedule": name,
         "diffusion.num_timesteps": steps,
-        "diffusion.beta_start": start,
-        "diffusion.beta_end": end,
-        "diffusion.variance": variance,
-        "diffusion.clip_x0": clip_x0,
+        "diffusion.beta_start": float(start),
+        "diffusion.beta_end": float(end),
+        "diffusion.variance": take("variance_type", VARIANCES),
+        "diffusion.clip_x0": fields["clip_sample"],
     }
+
+
+def _schedule_of(betas, steps, start, end):
+    """The name of the schedule that has these β's, or None."""
+    try:
+        betas = np.asarray(betas, np.float64)
+    except (TypeError, ValueError):
+        return None
+    for name in SCHEDULES.values():
+        ours = schedules.SCHEDULES[name](steps, start, end)
+        if betas.shape == ours.shape and np.allclose(betas, ours, rtol=1e-5, atol=0):
+            return name
+    return None
 
 
 def diffusers_network(config):
@@ -426,11 +493,15 @@ def read_params(path, config, flip_sin_to_cos=False):
     shapes, levels = traverse_util.flatten_dict(shapes), len(config.model.channel_mults)
     names = {place: tensor_name(place, levels) for place in shapes}
     expected = {
-        name: to_diffusers(name, np.broadcast_to(np.float32(0), shapes[place].shape)).shape
+        name: jax.eval_shape(lambda p, name=name: to_diffusers(name, p), shapes[place]).shape
         for place, name in names.items()
     }
     with _open(path) as file:
-        stored = {_new_name(name): name for name in file.keys()}  # noqa: SIM118 (not a dict)
+        keys = file.keys()
+        stored = {_new_name(name): name for name in keys}
+        if len(stored) < len(keys):
+            twice = _listed(set(keys) - set(stored.values()))
+            raise UserError(f"{path}: has tensors under an old and a new name: {twice}")
         _check_tensors(path, file, stored, expected)
         params = {}
         for place, name in names.items():
@@ -453,7 +524,7 @@ def _check_tensors(path, file, stored, expected):
         tensor = file.get_slice(stored[name])
         shape, kind = tuple(tensor.get_shape()), tensor.get_dtype()
         if shape != expected[name] or kind not in ("F32", "F16", "BF16"):
-            text = f"{name} {kind} {list(shape)}, not {list(expected[name])}"
+            text = f"{name} {kind} {list(shape)}, not F32 {list(expected[name])}"
             problems["has of another shape or type"].add(text)
     texts = [f"{what} {_listed(names)}" for what, names in problems.items() if names]
     if texts:
@@ -468,10 +539,10 @@ def _listed(names, most=4):
 
 def _new_name(name):
     """A tensor's name as diffusers writes it today."""
-    *head, layer, leaf = name.split(".")
-    if "attentions" in head and layer in OLD_NAMES:
-        return ".".join([*head, OLD_NAMES[layer], leaf])
-    return name
+    parts = name.split(".")
+    if "attentions" in parts and parts[-2] in OLD_NAMES:
+        parts[-2] = OLD_NAMES[parts[-2]]
+    return ".".join(parts)
 
 
 def _open(path):
@@ -479,28 +550,40 @@ def _open(path):
     if not path.exists():
         pickle = path.with_suffix(".bin")
         if pickle.exists():
-            new = path.parent.with_name(path.parent.name + "-safetensors")
+            folder = str(path.parent)
             raise UserError(
-                f"{pickle}: is a pickle, which is not read; convert it with diffusers: "
-                f"UNet2DModel.from_pretrained({str(path.parent)!r}).save_pretrained({str(new)!r})"
+                f"{pickle}: is a pickle, which is not read; diffusers writes safetensors beside "
+                f"it: UNet2DModel.from_pretrained({folder!r}).save_pretrained({folder!r})"
             )
         raise UserError(f"{path}: no such file")
     try:
         return safetensors.safe_open(path, framework="np")
-    except safetensors.SafetensorError as error:
+    except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: is not a whole safetensors file ({one_line(error)})") from None
+
+
+def _check_pipeline(folder):
+    """Raises a UserError for a pipeline with more parts than a network and a scheduler."""
+    index = folder / "model_index.json"
+    if index.is_file():
+        parts = {name for name in _read_json(index) if not name.startswith("_")}
+        if parts - {"unet", "scheduler"}:
+            others = ", ".join(sorted(parts - {"unet", "scheduler"}))
+            raise UserError(f"{index}: has {others}; our pipeline is unet and scheduler")
 
 
 def _find(folder, part, name):
     """The file `name` of a part of a pipeline, in either layout, or None."""
-    found = (path for path in (folder / part / name, folder / name) if path.is_file())
-    return next(found, None)
+    places = [folder / part, folder]
+    if folder.absolute().name == "unet":
+        places.append(folder.absolute().parent / part)
+    return next((place / name for place in places if (place / name).is_file()), None)
 
 
 def _read_json(path):
     try:
         fields = json.loads(path.read_text())
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path}: is not a JSON object")
@@ -513,7 +596,11 @@ def _json(value):
 
 
 def _is_size(value):
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**20
+
+
+def _are_sizes(value):
+    return isinstance(value, list | tuple) and value and all(map(_is_size, value))
 
 
 def _attends(types, plain):

@@ -160,14 +160,14 @@ def train(config, workdir):
 
     Returns:
       0 when the run is finished, or the signal's number when SIGINT or SIGTERM ended it early
-      (a checkpoint is saved first).
+      (what was trained is saved first).
 
     Raises:
       UserError: for a folder that holds another run, bad data, or a loss that is not finite.
     """
     saved = run_files.load_config(workdir)
     if saved is not None:
-        # At step 0 is an imported run, or one that has not begun: nothing depends on the data yet.
+        # At step 0 is a run that was imported: nothing depends on data and seed yet.
         trained = checkpoint.latest_step(workdir) != 0
         configs.check_same_run(saved, config, workdir, "train" if trained else "use")
     schedule = schedules.from_config(config.diffusion)
@@ -215,7 +215,8 @@ def train(config, workdir):
         manager.wait_until_finished()
         if caught:
             name, step = signal.Signals(caught[0]).name, manager.latest_step()
-            log.info("stopped by %s; the newest checkpoint is of step %s", name, step)
+            saved = "nothing was trained" if step is None else f"step {step} is saved"
+            log.info("stopped by %s; %s", name, saved)
     return caught[0] if caught else 0
 
 

@@ -211,7 +211,8 @@ def param_shapes(model, image_shape):
       model: the U-Net.
       image_shape: (H, W, C).
     """
-    x, t = jnp.zeros((1, *image_shape)), jnp.zeros(1, jnp.int32)
+    x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    t = jax.ShapeDtypeStruct((1,), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), x, t)["params"]
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import shutil
+import tempfile
 
 import ml_collections
 import numpy as np
@@ -35,27 +36,43 @@ def atomic_write(path):
 
 def check_free(flag, folder):
     """Raises a UserError unless a folder does not exist yet, or is empty."""
-    folder = pathlib.Path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{flag}={folder}: exists, and is not an empty folder")
+    with _named_errors(flag, folder):
+        path = pathlib.Path(folder).resolve()
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise UserError(f"{flag}={folder}: exists, and is not an empty folder")
 
 
 @contextlib.contextmanager
-def new_folder(folder):
+def new_folder(flag, folder):
     """Yields a temporary folder beside `folder`, and renames it to that when all went well.
 
     Args:
+      flag: where the user named it, for errors.
       folder: one that check_free has accepted.
+
+    Raises:
+      UserError: if it cannot be written.
     """
-    folder = pathlib.Path(folder)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
-    temporary.mkdir(parents=True)
+    with _named_errors(flag, folder):
+        path = pathlib.Path(folder).resolve()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        around = tempfile.mkdtemp(prefix=f".{path.name[:100]}.", dir=path.parent)
+        try:
+            temporary = pathlib.Path(around) / "new"  # mkdtemp's own is for our eyes only
+            temporary.mkdir()
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(around, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _named_errors(flag, folder):
+    """Turns what the file system says into a UserError."""
     try:
-        yield temporary
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        yield
+    except OSError as error:
+        raise UserError(f"{flag}={folder}: cannot be used ({error.strerror})") from None
 
 
 def load_config(workdir):

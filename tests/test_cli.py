@@ -98,7 +98,13 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
 def test_helpshort(tmp_path):
     code, text = finish("--helpshort", cwd=tmp_path)
     assert code == 0
-    for word in ("--mode", "<train|sample>", "--config", "--workdir", "configs/default.py"):
+    for word in (
+        "--mode",
+        "<train|sample|evaluate|compare|import|export>",
+        "--config",
+        "--workdir",
+        "configs/default.py",
+    ):
         assert word in text
 
 

@@ -25,7 +25,7 @@ def run(mode, *arguments):
 
 
 def edit(path, **changes):
-    """Changes fields of a JSON file; None takes one away."""
+    """Changes fields of a JSON file; "away" takes one away."""
     fields = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({k: v for k, v in fields.items() if v != "away"}))
 
@@ -174,32 +174,55 @@ NETWORKS = {
     "time_embedding_type": ("fourier", "our U-Net has"),
     "num_class_embeds": (10, "our U-Net has null"),
     "add_attention": (False, "our U-Net has true"),
-    "attention_head_dim": (8, "one head"),
+    "attention_head_dim": ([8, 16], "one head"),
     "attn_norm_num_groups": (2, "our U-Net has 4"),
     "time_embedding_dim": (64, "our U-Net has 32"),
     "out_channels": (6, "must be in_channels=3"),
-    "in_channels": ("three", "whole number"),
-    "block_out_channels": ([8, 12], "multiples of the first"),
+    "in_channels": (2, "choose from 1, 3, 4"),
+    "block_out_channels": ([8, 12], "multiples of its first"),
     "down_block_types": (["DownBlock2D", "SkipDownBlock2D"], "DownBlock2D and AttnDownBlock2D"),
     "up_block_types": (["UpBlock2D", "AttnUpBlock2D"], "where down_block_types has it"),
-    "sample_size": (None, "must be the images' size"),
+    "sample_size": (None, "--config.data.image_size=H,W"),
     "layers_per_block": (2, "lacks down_blocks.0.resnets.1.conv1.bias"),
-    "norm_num_groups": (3, "model.channels=8"),
-    "dropout": ("some", "must be a number"),
+    "norm_num_groups": ("4", "whole number above 0"),
+    "dropout": (1, "must lie in [0, 1)"),
     "window_size": (7, "is not a field that our U-Net knows"),
 }
 SCHEDULERS = {
-    "_class_name": ("ScoreSdeVeScheduler", "is not a scheduler with"),
-    "beta_schedule": ("laplace", "choose from"),
-    "num_train_timesteps": (0, "must be numbers"),
-    "beta_end": ("big", "must be numbers"),
-    "variance_type": ("learned_range", "choose from"),
-    "prediction_type": ("v_prediction", "choose from"),
-    "thresholding": (True, "choose from false"),
-    "clip_sample_range": (2.0, "choose from 1.0"),
-    "rescale_betas_zero_snr": (True, "choose from false"),
-    "trained_betas": ([0.1] * 50, "are not those of its beta_schedule"),
+    "_class_name": ("PNDMScheduler", "must be DDPMScheduler or DDIMScheduler"),
+    "beta_schedule": ("laplace", "choose from linear"),
+    "num_train_timesteps": (50.0, "whole number above 0"),
+    "beta_start": (0, "must lie in (0, 1)"),
+    "beta_end": ("big", "must lie in (0, 1)"),
+    "variance_type": ("learned_range", "choose from fixed_small"),
+    "prediction_type": ("v_prediction", "choose from epsilon"),
+    "predict_epsilon": (False, "must be true"),
+    "thresholding": (True, "must be false"),
+    "clip_sample": ("yes", "must be true or false"),
+    "clip_sample_range": (2.0, "must be 1.0"),
+    "rescale_betas_zero_snr": (True, "must be false"),
+    "trained_betas": ([0.1] * 50, "must be those of one of"),
+    "use_flow_sigmas": (True, "is not a field that our diffusion knows"),
 }
+MISFITS = [
+    # Values that a file can hold, and no network has.
+    ("unet/config.json", "sample_size", 9),
+    ("unet/config.json", "sample_size", 10**20),
+    ("unet/config.json", "sample_size", ["8", 8]),
+    ("unet/config.json", "norm_num_groups", 3),
+    ("unet/config.json", "block_out_channels", [10**9, 2 * 10**9]),
+    ("unet/config.json", "block_out_channels", 8),
+    ("unet/config.json", "block_out_channels", [0]),
+    ("unet/config.json", "down_block_types", {"a": 1}),
+    ("unet/config.json", "attention_head_dim", {}),
+    ("unet/config.json", "_class_name", []),
+    ("scheduler/scheduler_config.json", "num_train_timesteps", 10**30),
+    ("scheduler/scheduler_config.json", "beta_end", 10**400),
+    ("scheduler/scheduler_config.json", "trained_betas", [[1], [1, 2]]),
+    ("scheduler/scheduler_config.json", "trained_betas", [None] * 50),
+    ("scheduler/scheduler_config.json", "beta_schedule", ["linear"]),
+    ("scheduler/scheduler_config.json", "_class_name", None),
+]
 
 
 def refused(tmp_path, weights, match, *arguments):
@@ -222,11 +245,46 @@ def test_a_network_that_is_not_ours(tmp_path, weights, field):
 def test_a_scheduler_that_is_not_ours(tmp_path, weights, field):
     value, message = SCHEDULERS[field]
     path = weights / "scheduler/scheduler_config.json"
-    if field == "_class_name":
-        edit(path, beta_schedule="away")
     edit(path, **{field: value})
     refused(tmp_path, weights, message)
-    refused(tmp_path, weights, f"{path}: {field}=" if field != "beta_end" else "beta_end=")
+    refused(tmp_path, weights, f"{path}: {field}=")
+
+
+@pytest.mark.parametrize("case", MISFITS, ids=str)
+def test_values_that_fit_nothing(tmp_path, weights, case):
+    name, field, value = case
+    edit(weights / name, **{field: value})
+    refused(tmp_path, weights, f"{weights / name}: {field}=")
+
+
+def test_a_pipeline_with_more_parts(tmp_path, weights):
+    edit(weights / "model_index.json", vqvae=["diffusers", "VQModel"])
+    refused(tmp_path, weights, "has vqvae; our pipeline is unet and scheduler")
+
+
+def test_overrides_of_what_the_folder_says(tmp_path, weights):
+    refused(tmp_path, weights, "norm_groups=8: ", "--config.model.norm_groups=8")
+    refused(tmp_path, weights, "schedule='cosine': ", "--config.diffusion.schedule=cosine")
+    edit(weights / "unet/config.json", sample_size=None)
+    free = ["--config.diffusion.variance=fixed_large", "--config.model.dropout=0.2"]
+    free += ["--config.data.image_size=16,24"]
+    run("import", f"--workdir={tmp_path / 'run'}", f"--weights={weights}", *free)
+    saved = run_files.load_config(tmp_path / "run")
+    assert (saved.diffusion.variance, saved.model.dropout) == ("fixed_large", 0.2)
+    assert saved.data.image_size == (16, 24) and saved.model.attention_resolutions == (8,)
+
+
+def test_places_that_cannot_be_written(tmp_path, weights, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for workdir in (tmp_path / "file" / "run", pathlib.Path("/proc/run"), tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match=r"workdir=.*: cannot be used"):
+            run("import", f"--workdir={workdir}", f"--weights={weights}")
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.mkdir()
+    link.symlink_to(target)
+    run("import", f"--workdir={link}", f"--weights={weights}")
+    assert sorted(p.name for p in target.iterdir()) == ["checkpoints", "config.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link", "target", "weights"]
 
 
 def test_tensors_that_do_not_fit(tmp_path, weights):
@@ -239,14 +297,21 @@ def test_tensors_that_do_not_fit(tmp_path, weights):
     refused(tmp_path, weights, "should not, more.bias")
     wide = np.zeros((16, *kernel.shape[1:]), np.float32)
     safetensors.numpy.save_file({**tensors, "conv_in.bias": bias, "conv_in.weight": wide}, path)
-    refused(tmp_path, weights, "conv_in.weight F32 [16, 3, 3, 3], not [8, 3, 3, 3]")
+    refused(tmp_path, weights, "conv_in.weight F32 [16, 3, 3, 3], not F32 [8, 3, 3, 3]")
     safetensors.numpy.save_file({**tensors, "conv_in.bias": np.int32(bias)}, path)
-    refused(tmp_path, weights, "conv_in.bias I32 [8]")
+    refused(tmp_path, weights, "conv_in.bias I32 [8], not F32 [8]")
+    tensors["conv_in.bias"] = bias
+    safetensors.numpy.save_file({**tensors, "step": bias}, path)
+    refused(tmp_path, weights, "should not, step")
+    name = "mid_block.attentions.0.to_q.weight"
+    twice = {**tensors, name.replace("to_q", "query"): tensors[name]}
+    safetensors.numpy.save_file(twice, path)
+    refused(tmp_path, weights, "under an old and a new name")
 
 
 def test_weights_of_another_width(tmp_path, weights):
     edit(weights / "unet/config.json", block_out_channels=[16, 32])
-    refused(tmp_path, weights, "conv_in.bias F32 [8], not [16]")
+    refused(tmp_path, weights, "conv_in.bias F32 [8], not F32 [16]")
 
 
 def test_damaged_folders(tmp_path, weights):
@@ -260,6 +325,8 @@ def test_damaged_folders(tmp_path, weights):
     refused(tmp_path, weights, f"{path}: no such file")
     path.with_suffix(".bin").write_bytes(b"\x80\x02}q\x00.")
     refused(tmp_path, weights, "from_pretrained")
+    (weights / "unet/config.json").write_text("[" * 200_000)
+    refused(tmp_path, weights, "config.json: not valid JSON")
     (weights / "unet/config.json").write_text("{")
     refused(tmp_path, weights, "config.json: not valid JSON")
     (weights / "unet/config.json").unlink()
@@ -287,11 +354,15 @@ def test_what_import_and_export_need(tmp_path, weights, config):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_scheduler_beside_the_network_s_folder(tmp_path, weights):
+    run("import", f"--workdir={tmp_path / 'run'}", f"--weights={weights / 'unet'}")
+    assert run_files.load_config(tmp_path / "run").diffusion.num_timesteps == 50
+
+
 def test_without_a_scheduler_the_config_decides(tmp_path, weights, caplog):
-    caplog.set_level("INFO")
     shutil.rmtree(weights / "scheduler")
     arguments = ["--config.diffusion.schedule=cosine", "--config.data.name=digits"]
     run("import", f"--workdir={tmp_path / 'run'}", f"--weights={weights}", *arguments)
     saved = run_files.load_config(tmp_path / "run")
     assert (saved.diffusion.schedule, saved.data.name) == ("cosine", "digits")
-    assert "no scheduler_config.json" in caplog.text
+    assert "no scheduler_config.json" in caplog.text and "schedule=cosine" in caplog.text
