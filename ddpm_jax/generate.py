@@ -25,9 +25,10 @@ def make_sampler(config, frames_at=()):
       frames_at: distinct timesteps after which to keep the images; K of them.
 
     Returns:
-      sample(params, num_samples, seed, stop=()) → (x, frames), uint8 [N, H, W, C] and
-      [K, N, H, W, C]; or None as soon as `stop` holds something. Image i depends on (seed, i)
-      only, up to rounding. params are replicated (see parallel.py).
+      sample(params, num_samples, seed, first=0, stop=()) → (x, frames), uint8 [N, H, W, C] and
+      [K, N, H, W, C], of the images from number `first` on; or None as soon as `stop` holds
+      something. Image i depends on (seed, i) only, up to rounding. params are replicated (see
+      parallel.py).
     """
     schedule = schedules.from_config(config.diffusion)
     model = unet.make_model(config.model)
@@ -38,29 +39,21 @@ def make_sampler(config, frames_at=()):
         return x, jnp.zeros((len(frames_at), *x.shape), x.dtype)
 
     def run(params, carry, keys, ts):
-        eps_fn = unet.eps_fn(model, params)
-
-        def step(x_t, t):
-            eps = sampling.noise(keys, t, shape)
-            variance, clip_x0 = config.diffusion.variance, config.diffusion.clip_x0
-            return sampling.ancestral_step(
-                schedule, eps_fn, x_t, t, eps, variance=variance, clip_x0=clip_x0
-            )
-
+        step = make_step(config, schedule, unet.eps_fn(model, params), keys)
         x, frames = carry
         return sampling.reverse_process(step, x, ts, frames_at, frames)
 
     start = parallel.pmap(start)
     run = parallel.pmap(run, in_axes=(None, 0, 0, None), donate_argnums=1)
 
-    def sample(params, num_samples, seed, stop=()):
+    def sample(params, num_samples, seed, first=0, stop=()):
         devices = jax.device_count()
         batch_size = min(config.sample.batch_size, -(-num_samples // devices) * devices)
         batches = -(-num_samples // batch_size)
         done = []
         with tqdm(total=batches * num_timesteps, desc="sample", unit="step", leave=False) as bar:
-            for first in range(0, batches * batch_size, batch_size):
-                indices = first + jnp.arange(batch_size)
+            for start_of_batch in range(first, first + batches * batch_size, batch_size):
+                indices = start_of_batch + jnp.arange(batch_size)
                 keys = parallel.split(sampling.image_keys(seed, indices))
                 carry = start(keys)
                 for ts in segments(num_timesteps):
@@ -73,6 +66,19 @@ def make_sampler(config, frames_at=()):
         return x[:num_samples], frames[:, :num_samples]
 
     return sample
+
+
+def make_step(config, schedule, eps_fn, keys):
+    """The config's step of the reverse process, (x_t, t) to x_{t-1}, for images with these keys."""
+    variance, clip_x0 = config.diffusion.variance, config.diffusion.clip_x0
+
+    def step(x_t, t):
+        eps = sampling.noise(keys, t, x_t.shape[1:])
+        return sampling.ancestral_step(
+            schedule, eps_fn, x_t, t, eps, variance=variance, clip_x0=clip_x0
+        )
+
+    return step
 
 
 def segments(num_timesteps):

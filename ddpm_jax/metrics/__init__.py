@@ -1,0 +1,1 @@
+"""How good samples are: Inception features and the distances between sets of them."""

