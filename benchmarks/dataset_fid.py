@@ -1,0 +1,36 @@
+"""The FID between the two splits of a dataset: what a perfect model would get, measured by this code.
+
+    python -m benchmarks.dataset_fid
+    python -m benchmarks.dataset_fid --config=configs/digits.py
+
+Features are computed in files and cached as `--mode=evaluate` does, so it goes on after a kill, and
+evaluating finds them done.
+"""
+
+import runpy
+
+from absl import app, flags
+
+from ddpm_jax import data, evaluate, parallel
+from ddpm_jax.metrics import distances, features, inception
+
+CONFIG = flags.DEFINE_string("config", "configs/cifar10.py", "whose data section is used")
+
+
+def main(_):
+    """Prints the FID of split against eval_split."""
+    config = runpy.run_path(CONFIG.value)["get_config"]()
+    parallel.use_cpu_cores(features.BATCH * 64)
+    weights = inception.load(config.evaluate.inception_weights)
+    how = {"resize": config.evaluate.resize, "weights_sha256": weights.sha256}
+    extract = features.make_extractor(weights.params, config.evaluate.resize)
+    found = []
+    for field in ("eval_split", "split"):
+        source = data.open_source(config.data, field)
+        found.append(evaluate.reference(config, field, source, extract, how).statistics)
+        print(f"{config.data.name} {config.data[field]}: {found[-1].count} images", flush=True)
+    print(f"FID {distances.frechet_distance(*found):.4f}")
+
+
+if __name__ == "__main__":
+    app.run(main)
