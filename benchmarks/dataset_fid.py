@@ -1,4 +1,4 @@
-"""The FID between the two splits of a dataset: what a perfect model would get, measured by this code.
+"""The FID between the two splits of a dataset, measured by this code: what a perfect model gets.
 
     python -m benchmarks.dataset_fid
     python -m benchmarks.dataset_fid --config=configs/digits.py

@@ -148,6 +148,7 @@ def sample_quality(config, workdir, made, params, weights, train, test):
     scores = {
         "num_samples": wanted.num_samples,
         "max_features": wanted.max_features,
+        "gray_repeated_to_rgb": config.data.channels == 1,
         **how,
         "fid": distances.frechet_distance(against.statistics, statistics),
         "fid_test": distances.frechet_distance(against_test.statistics, statistics),
