@@ -81,7 +81,7 @@ def parse(argv):
         print(__doc__, values.get_help(include_special_flags=False), sep="\n")
         return None
     if values.mode == "compare":
-        if len(values.workdirs) < 2 or rest:
+        if len(set(values.workdirs)) < 2 or rest:
             raise UserError("--workdirs: compare needs two or more, as in --workdirs=runs/a,runs/b")
         return Command(values.mode, None, (), None, None, values.workdirs)
     if not (values.config or values.workdir):

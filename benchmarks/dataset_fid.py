@@ -20,10 +20,11 @@ CONFIG = flags.DEFINE_string("config", "configs/cifar10.py", "whose data section
 def main(_):
     """Prints the FID of split against eval_split."""
     config = runpy.run_path(CONFIG.value)["get_config"]()
-    parallel.use_cpu_cores(features.BATCH * 64)
+    parallel.use_cpu_cores(config.sample.batch_size)
     weights = inception.load(config.evaluate.inception_weights)
     how = {"resize": config.evaluate.resize, "weights_sha256": weights.sha256}
-    extract = features.make_extractor(weights.params, config.evaluate.resize)
+    size = config.sample.batch_size
+    extract = features.make_extractor(weights.params, config.evaluate.resize, size)
     found = []
     for field in ("eval_split", "split"):
         source = data.open_source(config.data, field)

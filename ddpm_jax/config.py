@@ -84,6 +84,11 @@ def check(config, mode="train"):
     _check_model(config.model, config.data.image_size)
     name, count = "evaluate.num_samples", config.evaluate.num_samples
     _require(count != 1, name, count, "must be 0, or 2 or more")
+    if mode in ("train", "evaluate"):
+        allowed = "must be a dataset's name, as --config.data.name=cifar10"
+        _require(config.data.name != "", "data.name", "", allowed)
+    name, features = "evaluate.max_features", config.evaluate.max_features
+    _require(features > 1, name, features, "must be 2 or more")
     if mode == "evaluate" and count:
         name, allowed = "data.channels", "Inception takes 1 or 3 (or evaluate.num_samples=0)"
         _require(config.data.channels != 4, name, 4, allowed)

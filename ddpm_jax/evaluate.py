@@ -39,13 +39,17 @@ log = logging.getLogger(__name__)
 
 SHARD = 1000  # images of a dataset in a file of features
 PROGRESSIVE_IMAGES = 8
-# Two evaluations that differ in one of these cannot be compared.
-COMPARABLE = """
-    dataset split split_images eval_split eval_split_images image_size channels
-    num_samples resize weights_sha256 max_features ema
-    bits_per_dim_split bits_per_dim_images
-""".split()
-# Ho et al. 2020, Tables 1 and 2, for configs/cifar10.py.
+FORMAT = 1  # of what is cached; counts up when features or terms are computed otherwise
+# Two evaluations that both have a score, and differ in one of these fields, cannot be compared.
+COMPARABLE = {
+    "fid": """
+        dataset split_sha256 eval_split_sha256 image_size channels num_samples resize
+        weights_sha256 ema
+    """.split(),
+    "kid": ["scored_features"],
+    "bits_per_dim": "bits_per_dim_sha256 bits_per_dim_images image_size channels ema".split(),
+}
+# Ho et al. 2020, Tables 1, 2 and 4, for configs/cifar10.py.
 PUBLISHED = {
     "fid": "3.17",
     "fid_test": "5.24",
@@ -54,6 +58,16 @@ PUBLISHED = {
     "rate": "1.78",
     "distortion": "1.97",
     "rmse": "0.95",
+    100: "0.00000, 67.60125",
+    200: "0.00013, 60.97170",
+    300: "0.00081, 54.18826",
+    400: "0.00282, 46.12765",
+    500: "0.00716, 38.03236",
+    600: "0.01507, 30.80948",
+    700: "0.02866, 24.43656",
+    800: "0.05415, 18.47482",
+    900: "0.11994, 12.02277",
+    1000: "1.77581, 0.95136",
 }
 
 
@@ -97,13 +111,13 @@ def evaluate(config, workdir):
         "image_size": list(config.data.image_size),
         "channels": config.data.channels,
     }
-    made = dict(found)  # what samples and bound depend on
+    made = dict(found)  # what samples depend on
     found |= {
         "dataset": config.data.name,
         "split": config.data.split,
-        "split_images": train.size,
+        "split_sha256": describe(config.data, config.data.split, train)["images_sha256"],
         "eval_split": config.data.eval_split,
-        "eval_split_images": test.size,
+        "eval_split_sha256": describe(config.data, config.data.eval_split, test)["images_sha256"],
     }
     if wanted.num_samples:
         found |= sample_quality(config, workdir, made, params, weights, train, test)
@@ -117,37 +131,64 @@ def evaluate(config, workdir):
     return found
 
 
+def describe(section, split, source):
+    """What tells a split's images from others: {field: value}."""
+    in_memory = source.size * np.prod(section.image_size) * section.channels
+    few = source.size if in_memory <= section.max_ram_gib * 2**30 else min(source.size, 1000)
+    digest = hashlib.sha256()
+    for part in np.array_split(np.linspace(0, source.size - 1, few).astype(int), -(-few // SHARD)):
+        digest.update(source.read(part).tobytes())
+    return {
+        "dataset": section.name,
+        "split": split,
+        "images": source.size,
+        "images_sha256": digest.hexdigest(),
+        "image_size": list(section.image_size),
+        "channels": section.channels,
+    }
+
+
 def sample_quality(config, workdir, made, params, weights, train, test):
     """FID against both splits, KID, precision, recall, and with a classifier Inception Score."""
     wanted = config.evaluate
     how = {"resize": wanted.resize, "weights_sha256": weights.sha256}
-    extract = features.make_extractor(weights.params, wanted.resize)
+    size = config.sample.batch_size
+    extract = features.make_extractor(weights.params, wanted.resize, size)
     against, against_test = (
         reference(config, field, source, extract, how)
         for field, source in (("split", train), ("eval_split", test))
     )
 
-    folder = _folder(workdir / "evaluation", {**made, **how})
+    kept = {"images": "kept"} if wanted.keep_images else {}
+    folder = _folder(workdir / "evaluation", {**made, **how, **kept})
     sample = generate.make_sampler(config)
 
     def of_samples(first, last):
-        x, _ = sample(params, last - first, config.sample.seed, first=first)
+        # A whole batch: another size would be compiled again.
+        x, _ = sample(params, size, config.sample.seed, first=first)
         if wanted.keep_images:
-            run_files.write_npz(folder / f"images_{first:07d}.npz", images=x)
-        return extract(x)
+            run_files.write_npz(folder / f"images_{first:07d}.npz", images=x[: last - first])
+        return extract(x)[: last - first]
 
-    size = config.sample.batch_size
     features.collect(folder, wanted.num_samples, size, of_samples, "evaluate samples")
     statistics = distances.statistics(features.chunks(folder, wanted.num_samples))
-    if statistics.count <= inception.FEATURES:
-        text = "only %d samples: their covariance is singular, do not compare this FID with others"
-        log.warning(text, statistics.count)
+    warnings = [
+        f"{name}: {few.count} images, so the covariance is singular; do not compare its FID"
+        for name, few in (
+            ("samples", statistics),
+            (f"fid ({config.data.split})", against.statistics),
+            (f"fid_test ({config.data.eval_split})", against_test.statistics),
+        )
+        if few.count <= inception.FEATURES
+    ]
+    for warning in warnings:
+        log.warning("%s", warning)
     fakes = features.rows(folder, min(wanted.max_features, statistics.count))
     kid = distances.kernel_distance(against.features, fakes)
     precision, recall = distances.precision_recall(against.features, fakes)
     scores = {
         "num_samples": wanted.num_samples,
-        "max_features": wanted.max_features,
+        "scored_features": [len(against.features), len(fakes)],  # by KID, precision, recall
         "gray_repeated_to_rgb": config.data.channels == 1,
         **how,
         "fid": distances.frechet_distance(against.statistics, statistics),
@@ -156,12 +197,14 @@ def sample_quality(config, workdir, made, params, weights, train, test):
         "kid_error": kid.error,
         "precision": precision,
         "recall": recall,
+        "warnings": warnings,
     }
     if weights.head is not None:
-        kernel, bias = weights.head
+        # Without the bias, as the score was first computed.
+        kernel, _ = weights.head
         chunks = features.chunks(folder, wanted.num_samples)
-        logits = np.concatenate([chunk @ kernel + bias for chunk in chunks])
-        score = distances.inception_score(jax.nn.log_softmax(logits))
+        logs = (np.asarray(jax.nn.log_softmax(chunk @ kernel)) for chunk in chunks)
+        score = distances.inception_score(logs, wanted.num_samples)
         scores |= {"inception_score": score.value, "inception_score_error": score.error}
     return scores
 
@@ -179,26 +222,19 @@ def reference(config, field, source, extract, how):
     Returns:
       A Reference.
     """
-    some = source.read(np.linspace(0, source.size - 1, min(source.size, 64)).astype(int))
-    provenance = {
-        "dataset": config.data.name,
-        "split": config.data[field],
-        "images": source.size,
-        "image_size": list(config.data.image_size),
-        "channels": config.data.channels,
-        "resized_by": config.data.resize,
-        "some_images_sha256": hashlib.sha256(some.tobytes()).hexdigest(),
-        **how,
-    }
-    cache = config.evaluate.cache_dir or pathlib.Path.home() / ".cache" / "ddpm_jax"
-    folder = _folder(pathlib.Path(cache), provenance)
+    if source.size < 2:
+        raise UserError(f"data.{field}={config.data[field]!r}: holds 1 image, FID needs 2 or more")
+    provenance = {**describe(config.data, config.data[field], source), **how}
+    cache = pathlib.Path(config.evaluate.cache_dir or "~/.cache/ddpm_jax").expanduser()
+    with run_files.named_errors("evaluate.cache_dir", cache):
+        folder = _folder(cache, provenance)
     name = f"features of {config.data.name} {config.data[field]}"
     features.collect(
         folder, source.size, SHARD, lambda a, b: extract(source.read(np.arange(a, b))), name
     )
     path = folder / "statistics.npz"
     if not path.exists():
-        statistics = distances.statistics(features.chunks(folder))
+        statistics = distances.statistics(features.chunks(folder, source.size))
         run_files.write_npz(path, **statistics._asdict())
     with np.load(path) as arrays:
         statistics = distances.Statistics(**arrays)
@@ -211,47 +247,57 @@ def bits_per_dim(config, workdir, made, params, test):
 
     Writes evaluation.npz (the terms over t) and evaluation.png.
     """
-    split = config.evaluate.split or config.data.eval_split
-    source = test
-    if split != config.data.eval_split:
-        section = config.data.copy_and_resolve_references()
+    section, source = config.data, test
+    split = config.evaluate.split or section.eval_split
+    if split != section.eval_split:
+        section = section.copy_and_resolve_references()
         section.eval_split = split
         source = data.open_source(section, "eval_split")
     count = min(config.evaluate.bits_per_dim_images, source.size)
-    folder = _folder(workdir / "evaluation", {**made, "dataset": config.data.name, "split": split})
+    about = describe(section, split, source)
+    unused = ("variance", "sampler", "sampler_steps")  # every variance is computed
+    made = {name: value for name, value in made.items() if name not in unused}
+    folder = _folder(workdir / "evaluation", {**made, **about})
     rows_of = make_bound_rows(config, params, source)
     features.collect(folder, count, config.sample.batch_size, rows_of, "evaluate bits/dim")
-    rows = np.float64(features.rows(folder, count))
+    rows = features.rows(folder, count)
 
     num_timesteps = config.diffusion.num_timesteps
     prior, *parts = np.split(rows, [1 + i * num_timesteps for i in range(3)], axis=1)
     *terms, x0_mse = parts
     terms = dict(zip(diffusion.VARIANCES, terms, strict=True))
-    totals = {name: prior[:, 0] + values.sum(axis=1) for name, values in terms.items()}
-    mine = terms[config.diffusion.variance].mean(axis=0)
-    rate, rmse = likelihood.progressive_code(mine, x0_mse.mean(axis=0), prior.mean())
-    curves = {f"terms_{name}": values.mean(axis=0) for name, values in terms.items()}
-    curves |= {"rate": rate, "rmse": rmse}
-    run_files.write_npz(workdir / "evaluation.npz", prior=prior.mean(), **curves)
-    draw_curves(workdir / "evaluation.png", curves)
+    found = {"bits_per_dim_split": split, "bits_per_dim_images": count}
+    found |= {"bits_per_dim_sha256": about["images_sha256"]}
+    for name, values in terms.items():
+        rate = prior[:, 0] + values[:, 1:].sum(axis=1, dtype=np.float64)
+        parts = {"bits_per_dim": rate + values[:, 0], "rate": rate, "distortion": values[:, 0]}
+        for part, of_images in parts.items():
+            mean, error = _mean(of_images)
+            found |= {f"{part}_{name}": mean, f"{part}_{name}_error": error}
+            if name == config.diffusion.variance:
+                found |= {part: mean, f"{part}_error": error}
 
-    total = totals[config.diffusion.variance]
+    curves = {f"terms_{name}": values.mean(0, dtype=np.float64) for name, values in terms.items()}
+    mine, mse = curves[f"terms_{config.diffusion.variance}"], x0_mse.mean(0, dtype=np.float64)
+    rate, rmse = likelihood.progressive_code(mine, mse, prior.mean(dtype=np.float64))
+    curves |= {"rate": rate, "rmse": rmse}
+    run_files.write_npz(workdir / "evaluation.npz", prior=prior.mean(dtype=np.float64), **curves)
+    draw_curves(workdir / "evaluation.png", curves)
     tenths = np.unique(np.linspace(0, num_timesteps, 11).round().astype(int))[1:]
-    return {
-        "bits_per_dim_split": split,
-        "bits_per_dim_images": count,
-        "bits_per_dim": total.mean(),
-        "bits_per_dim_error": total.std(ddof=1) / np.sqrt(count) if count > 1 else None,
-        **{f"bits_per_dim_{name}": values.mean() for name, values in totals.items()},
-        "prior_bits_per_dim": prior.mean(),
-        "rate": rate[-1],
-        "distortion": mine[0],
+    return found | {
+        "prior_bits_per_dim": float(prior.mean(dtype=np.float64)),
         "rmse": rmse[-1],
         "progressive": [
             {"steps": int(steps), "rate": rate[steps - 1], "rmse": rmse[steps - 1]}
             for steps in tenths
         ],
     }
+
+
+def _mean(values):
+    """The mean, and its standard error (None of a single value)."""
+    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else None
+    return float(values.mean()), error and float(error)
 
 
 def make_bound_rows(config, params, source):
@@ -338,34 +384,48 @@ def compare(workdirs):
         path = pathlib.Path(workdir) / "evaluation.json"
         if not path.is_file():
             raise UserError(f"--workdirs={workdir}: has no evaluation.json; evaluate it first")
-        results[workdir] = json.loads(path.read_text())
-    different = [
-        f"{name} {' / '.join(str(found.get(name)) for found in results.values())}"
-        for name in COMPARABLE
-        if len({str(found.get(name)) for found in results.values()}) > 1
-    ]
-    if different:
-        raise UserError(f"--workdirs: cannot be compared, they differ in {', '.join(different)}")
+        results[str(workdir)] = run_files.read_json(path)
+    for score, fields in COMPARABLE.items():
+        have = [found for found in results.values() if score in found]
+        different = [
+            f"{name} {' / '.join(str(found.get(name)) for found in have)}"
+            for name in fields
+            if len({str(found.get(name)) for found in have}) > 1
+        ]
+        if different:
+            text = f"{score} cannot be compared, it differs in {', '.join(different)}"
+            raise UserError(f"--workdirs: {text}")
     print("\n".join(table(results, {})))
 
 
 def table(results, published):
-    """Yields the lines of a Markdown table, a column for each of {name: evaluation}."""
+    """Yields the lines of a Markdown table.
+
+    Args:
+      results: {name: evaluation}, a column for each.
+      published: {field, or number of reverse steps: text}, the last column; {} for none.
+    """
     columns = [*results, *(["published"] if published else [])]
     yield f"| | {' | '.join(columns)} |"
     yield "|---" * (len(columns) + 1) + "|"
-    names = dict.fromkeys(name for found in results.values() for name in found)
-    for name in names:
-        if name == "progressive" or name.endswith("_error"):
-            continue
-        cells = [_cell(found, name) for found in results.values()]
-        if published:
-            cells.append(published.get(name, ""))
-        yield f"| {name} | {' | '.join(cells)} |"
-    for steps in zip(*(found.get("progressive", []) for found in results.values()), strict=False):
-        cells = [f"{step['rate']:.5f}, {step['rmse']:.5f}" for step in steps]
-        cells += [""] * bool(published)
-        yield f"| rate, RMSE after {steps[0]['steps']} steps | {' | '.join(cells)} |"
+    for name in dict.fromkeys(name for found in results.values() for name in found):
+        if name not in ("progressive", "warnings") and not name.endswith("_error"):
+            yield _row(name, [_cell(found, name) for found in results.values()], published, name)
+    codes = [
+        {
+            step["steps"]: f"{step['rate']:.5f}, {step['rmse']:.5f}"
+            for step in found.get("progressive", [])
+        }
+        for found in results.values()
+    ]
+    for steps in sorted({steps for code in codes for steps in code}):
+        cells = [code.get(steps, "") for code in codes]
+        yield _row(f"rate, RMSE after {steps} steps", cells, published, steps)
+
+
+def _row(label, cells, published, key):
+    last = [published.get(key, "")] if published else []
+    return f"| {label} | {' | '.join([*cells, *last])} |"
 
 
 def _cell(found, name):
@@ -375,16 +435,25 @@ def _cell(found, name):
 
 
 def is_papers(config):
-    """Whether a config's network, chain and data are those of the paper's CIFAR-10 model."""
+    """Whether a config is the paper's CIFAR-10 model, measured as the paper did."""
     fields = configs.flatten(config)
     papers = {
         "data.name": "cifar10",
+        "data.split": "train",
+        "data.eval_split": "test",
         "data.image_size": (32, 32),
-        "model.channels": 128,
-        "model.channel_mults": (1, 2, 2, 2),
-        "model.attention_resolutions": (16,),
         "diffusion.schedule": "linear",
         "diffusion.num_timesteps": 1000,
+        "diffusion.beta_start": 1e-4,
+        "diffusion.beta_end": 0.02,
+        "model.channels": 128,
+        "model.channel_mults": (1, 2, 2, 2),
+        "model.num_res_blocks": 2,
+        "model.attention_resolutions": (16,),
+        "sample.use_ema": True,
+        "evaluate.num_samples": 50_000,
+        "evaluate.resize": "tf1",
+        "evaluate.split": "",
     }
     return all(fields[name] == value for name, value in papers.items())
 
@@ -399,8 +468,10 @@ def digest_of(params):
 
 def _folder(parent, provenance):
     """The folder for what depends on just this; provenance.json in it says on what."""
+    provenance = {"format": FORMAT, **provenance}
     text = json.dumps(provenance, indent=2, sort_keys=True) + "\n"
     folder = parent / hashlib.sha256(text.encode()).hexdigest()[:16]
-    with run_files.atomic_write(folder / "provenance.json") as path:
-        path.write_text(text)
+    if not (folder / "provenance.json").exists():
+        with run_files.atomic_write(folder / "provenance.json") as path:
+            path.write_text(text)
     return folder

@@ -149,12 +149,12 @@ def import_run(config, weights, workdir, overrides=()):
     path = _find(weights, "unet", "config.json")
     if path is None:
         raise UserError(f"weights={weights}: has no config.json (nor unet/config.json)")
-    network = _read_json(path)
+    network = run_files.read_json(path)
     size = config.data.image_size if "data.image_size" in overrides else None
     fields = network_fields(network, path, size)
     schedule = _find(weights, "scheduler", "scheduler_config.json")
     if schedule is not None:
-        fields |= diffusion_fields(_read_json(schedule), schedule)
+        fields |= diffusion_fields(run_files.read_json(schedule), schedule)
 
     given = configs.flatten(config)
     for name in fields.keys() & set(overrides):
@@ -566,7 +566,7 @@ def _check_pipeline(folder):
     """Raises a UserError for a pipeline with more parts than a network and a scheduler."""
     index = folder / "model_index.json"
     if index.is_file():
-        parts = {name for name in _read_json(index) if not name.startswith("_")}
+        parts = {name for name in run_files.read_json(index) if not name.startswith("_")}
         if parts - {"unet", "scheduler"}:
             others = ", ".join(sorted(parts - {"unet", "scheduler"}))
             raise UserError(f"{index}: has {others}; our pipeline is unet and scheduler")
@@ -578,16 +578,6 @@ def _find(folder, part, name):
     if folder.absolute().name == "unet":
         places.append(folder.absolute().parent / part)
     return next((place / name for place in places if (place / name).is_file()), None)
-
-
-def _read_json(path):
-    try:
-        fields = json.loads(path.read_text())
-    except (RecursionError, ValueError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{path}: is not a JSON object")
-    return fields
 
 
 def _json(value):

@@ -26,7 +26,7 @@ def atomic_write(path):
     """Yields a temporary path beside `path`, and renames it to that when all went well."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -36,7 +36,7 @@ def atomic_write(path):
 
 def check_free(flag, folder):
     """Raises a UserError unless a folder does not exist yet, or is empty."""
-    with _named_errors(flag, folder):
+    with named_errors(flag, folder):
         path = pathlib.Path(folder).resolve()
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise UserError(f"{flag}={folder}: exists, and is not an empty folder")
@@ -53,7 +53,7 @@ def new_folder(flag, folder):
     Raises:
       UserError: if it cannot be written.
     """
-    with _named_errors(flag, folder):
+    with named_errors(flag, folder):
         path = pathlib.Path(folder).resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         around = tempfile.mkdtemp(prefix=f".{path.name[:100]}.", dir=path.parent)
@@ -67,7 +67,7 @@ def new_folder(flag, folder):
 
 
 @contextlib.contextmanager
-def _named_errors(flag, folder):
+def named_errors(flag, folder):
     """Turns what the file system says into a UserError."""
     try:
         yield
@@ -87,14 +87,23 @@ def load_config(workdir):
     path = pathlib.Path(workdir) / "config.json"
     if not path.exists():
         return None
+    config = ml_collections.ConfigDict(_tuples(read_json(path)))
+    return config.lock()
+
+
+def read_json(path):
+    """Reads a JSON object.
+
+    Raises:
+      UserError: if the file is something else.
+    """
     try:
         fields = json.loads(path.read_text())
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path}: is not a JSON object")
-    config = ml_collections.ConfigDict(_tuples(fields))
-    return config.lock()
+    return fields
 
 
 def _tuples(value):

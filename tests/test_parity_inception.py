@@ -39,10 +39,8 @@ def weights():
 
 @pytest.fixture(scope="module")
 def extract(weights):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "BATCH", 1)  # there are few images
-        how = ("tf1", "torch")
-        return {resize: features.make_extractor(weights.params, resize) for resize in how}
+    how = ("tf1", "torch")
+    return {resize: features.make_extractor(weights.params, resize, 4) for resize in how}
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
-from scipy.spatial import distance
 
 
 class Statistics(NamedTuple):
@@ -25,7 +24,7 @@ class Estimate(NamedTuple):
     """A number, and the standard error of it."""
 
     value: float
-    error: float
+    error: float | None  # None where it cannot be told
 
 
 def statistics(chunks):
@@ -81,16 +80,20 @@ def kernel_distance(a, b, subsets=100, size=1000, seed=0):
       seed: of the draws.
 
     Returns:
-      An Estimate.
+      An Estimate. As many subsets as the smaller set fills are independent; that many count for the
+      error.
     """
-    rng, size = np.random.default_rng(seed), min(size, len(a), len(b))
+    smaller = min(len(a), len(b))
+    rng, size = np.random.default_rng(seed), min(size, smaller)
     values = []
     for _ in range(subsets):
         x, y = (np.float64(f[rng.choice(len(f), size, replace=False)]) for f in (a, b))
         xx, yy, xy = (_kernel(*pair) for pair in ((x, x), (y, y), (x, y)))
         within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (size * (size - 1))
         values.append(within - 2 * xy.mean())
-    return Estimate(float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(subsets)))
+    independent = min(subsets, smaller // size)
+    error = np.std(values, ddof=1) / np.sqrt(independent) if independent > 1 else None
+    return Estimate(float(np.mean(values)), error and float(error))
 
 
 def _kernel(x, y):
@@ -117,37 +120,52 @@ def precision_recall(real, fake, neighbours=3, block=1000):
 
 
 def _covered(points, centres, neighbours, block):
-    """The fraction of points in the manifold of the centres."""
+    """The fraction of points in the manifold of the centres; distances are squared throughout."""
     neighbours = min(neighbours, len(centres) - 1)
+    norms = np.square(centres).sum(axis=1)
+
+    def distances(some):
+        return np.square(some).sum(axis=1)[:, None] + norms - 2 * some @ centres.T
+
     radii = np.concatenate(
         [
             # The nearest one is the centre itself.
-            np.partition(distance.cdist(centres[i : i + block], centres), neighbours, axis=1)[
-                :, neighbours
-            ]
+            np.partition(distances(centres[i : i + block]), neighbours, axis=1)[:, neighbours]
             for i in range(0, len(centres), block)
         ]
     )
     inside = [
-        (distance.cdist(points[i : i + block], centres) <= radii).any(axis=1)
+        (distances(points[i : i + block]) <= radii).any(axis=1)
         for i in range(0, len(points), block)
     ]
     return float(np.concatenate(inside).mean())
 
 
-def inception_score(log_probabilities, splits=10):
+def inception_score(chunks, count, splits=10):
     """exp(E[KL(p(y | x) ‖ p(y))]): a mean over splits of the samples.
 
     Args:
-      log_probabilities: [N, classes], of each sample.
+      chunks: iterable of [N, classes] arrays, log p(y | x).
+      count: samples in all of them.
       splits: how many, each of consecutive samples.
 
     Returns:
       An Estimate, whose error is the standard deviation over splits (as published scores have it).
     """
+    splits = min(splits, count)
+    marginal, negative_entropy, size = [0.0] * splits, [0.0] * splits, [0] * splits
+    done = 0
+    for chunk in chunks:
+        split_of = (done + np.arange(len(chunk))) * splits // count
+        done += len(chunk)
+        for i in np.unique(split_of):
+            logs = np.float64(chunk[split_of == i])
+            probabilities = np.exp(logs)
+            marginal[i] = marginal[i] + probabilities.sum(axis=0)
+            negative_entropy[i] += (probabilities * logs).sum()
+            size[i] += len(logs)
     scores = []
-    for part in np.array_split(np.float64(log_probabilities), min(splits, len(log_probabilities))):
-        probabilities = np.exp(part)
-        marginal = np.log(probabilities.mean(axis=0))
-        scores.append(np.exp((probabilities * (part - marginal)).sum(axis=1).mean()))
+    for total, entropy, n in zip(marginal, negative_entropy, size, strict=True):
+        p = total / n
+        scores.append(np.exp(entropy / n - (p * np.log(p)).sum()))
     return Estimate(float(np.mean(scores)), float(np.std(scores)))

@@ -1,6 +1,5 @@
 """Inception features of many images, in files that survive a kill."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
@@ -9,15 +8,14 @@ from ddpm_jax import parallel
 from ddpm_jax.metrics import inception
 from ddpm_jax.workdir import atomic_write
 
-BATCH = 50  # images at a time on each device
 
-
-def make_extractor(params, resize):
+def make_extractor(params, resize, batch_size):
     """Builds images → features over all devices; it compiles once.
 
     Args:
       params: of the Inception network.
       resize: "tf1" or "torch", see inception.preprocess.
+      batch_size: images at a time, a multiple of the devices.
 
     Returns:
       extract(images), uint8 [N, H, W, C] to float32 [N, 2048].
@@ -29,13 +27,13 @@ def make_extractor(params, resize):
 
     features = parallel.pmap(features, in_axes=(None, 0))
     params = parallel.replicate(params)
-    size = BATCH * jax.local_device_count()
 
     def extract(images):
         parts = []
-        for first in range(0, len(images), size):
-            batch = images[first : first + size]
-            padded = np.concatenate([batch, np.zeros_like(images[:1]).repeat(size - len(batch), 0)])
+        for first in range(0, len(images), batch_size):
+            batch = images[first : first + batch_size]
+            padding = np.zeros((batch_size - len(batch), *batch.shape[1:]), np.uint8)
+            padded = np.concatenate([batch, padding])
             out = parallel.merge(features(params, parallel.split(jnp.asarray(padded))))
             parts.append(np.asarray(out)[: len(batch)])
         return np.concatenate(parts)
@@ -55,7 +53,9 @@ def collect(folder, count, size, rows_of, description):
       rows_of: (first, last) to an array [last - first, …].
       description: for the progress bar.
     """
-    done = sum(len(rows) for rows in chunks(folder))
+    done = sum(len(rows) for rows in _files(folder).values())
+    for path in set(folder.glob("rows_*.npy")) - _files(folder).keys():
+        path.unlink()  # what comes after a file that is missing
     with tqdm(
         total=count, initial=min(done, count), desc=description, unit="img", leave=False
     ) as bar:
@@ -67,14 +67,28 @@ def collect(folder, count, size, rows_of, description):
             bar.update(last - first)
 
 
-def chunks(folder, count=None):
-    """Yields the arrays that collect has written, in order; the first `count` rows of them."""
+def _files(folder):
+    """{path: rows} (mapped, not read) of what collect has written, up to the first gap."""
+    found, done = {}, 0
     for path in sorted(folder.glob("rows_*.npy")):
+        if path.name != f"rows_{done:07d}.npy":
+            break
+        found[path] = np.load(path, mmap_mode="r")
+        done += len(found[path])
+    return found
+
+
+def chunks(folder, count, size=1000):
+    """Yields the first `count` rows that collect has written, about `size` at a time."""
+    block = []
+    for rows in _files(folder).values():
+        block.append(rows[:count])
+        count -= len(block[-1])
+        if sum(map(len, block)) >= size or count == 0:
+            yield np.concatenate(block)
+            block = []
         if count == 0:
             break
-        rows = np.load(path, mmap_mode="r")[:count]
-        count = count and count - len(rows)
-        yield rows
 
 
 def rows(folder, count):

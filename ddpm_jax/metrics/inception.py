@@ -46,7 +46,9 @@ class Inception(nn.Module):
         count = itertools.count()
 
         def conv(x, width, kernel=(1, 1), strides=1, padding="SAME"):
-            layer = nn.Conv(width, kernel, strides, padding, name=f"conv{next(count)}")
+            name = f"conv{next(count)}"
+            # GPUs would multiply in fewer bits.
+            layer = nn.Conv(width, kernel, strides, padding, precision="highest", name=name)
             return nn.relu(layer(x))
 
         def tower(x, *layers):

@@ -21,6 +21,16 @@ DTYPES = {
     "IntStorage": np.dtype("<i4"),
     "BoolStorage": np.dtype("?"),
 }
+# What unpickling says of a file that is damaged, or of another kind.
+DAMAGE = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    AttributeError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 
@@ -58,7 +68,7 @@ def read(path):
         else:
             tree, arrays = _read_stream(path)
         return dict(_flatten(tree, arrays))
-    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
+    except DAMAGE as error:
         raise UserError(f"{path}: cannot be read as tensors ({one_line(error)})") from None
 
 
@@ -146,8 +156,8 @@ def _array(tensor, arrays):
     last = tensor.offset + sum(
         (n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True)
     )
-    if last >= len(values):
-        raise ValueError(f"storage {storage.key} is too short")
+    if last >= len(values) or min(tensor.offset, *tensor.shape, *tensor.strides) < 0:
+        raise ValueError(f"a tensor reaches beyond its storage {storage.key}")
     strides = [storage.dtype.itemsize * stride for stride in tensor.strides]
     view = np.lib.stride_tricks.as_strided(values[tensor.offset :], tensor.shape, strides)
     return view.copy()
