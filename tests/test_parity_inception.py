@@ -7,7 +7,6 @@ python -m pytest -m parity
 
 import hashlib
 
-import jax
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits, load_sample_images
@@ -115,36 +114,167 @@ def test_archive_of_the_package_as_torch_reads_it():
     assert all(np.array_equal(ours[name], theirs[name].numpy()) for name in ours)
 
 
-def test_pytorch_fid_s_archive(tmp_path, weights, monkeypatch):
-    """The same weights under its names, in another order, with gammas and a classifier."""
+def pytorch_inception():
+    """The network in PyTorch with torchvision's names of modules and pytorch-fid's poolings."""
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    class Conv(nn.Module):
+        def __init__(self, width, kernel=1, stride=1, padding=0):
+            super().__init__()
+            self.conv = nn.LazyConv2d(width, kernel, stride, padding, bias=False)
+            self.bn = nn.BatchNorm2d(width, eps=0.001)
+
+        def forward(self, x):
+            return F.relu(self.bn(self.conv(x)))
+
+    class Block(nn.Module):
+        """Branches by name; a list of names is a chain, a pair at its end a fork."""
+
+        def __init__(self, pool, chains, **convolutions):
+            super().__init__()
+            for name, settings in convolutions.items():
+                setattr(self, name, Conv(*settings))
+            self.pool, self.chains = pool, chains
+
+        def forward(self, x):
+            out = []
+            for chain in self.chains:
+                h = x
+                for name in chain:
+                    if name == "pool":
+                        h = self.pool(h)
+                    elif isinstance(name, tuple):
+                        h = torch.cat([getattr(self, n)(h) for n in name], 1)
+                    else:
+                        h = getattr(self, name)(h)
+                out.append(h)
+            return torch.cat(out, 1)
+
+    average = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+    shrink, maximum = nn.MaxPool2d(3, 2), nn.MaxPool2d(3, 1, 1)
+    triple = ["branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"]
+    wide, high = ((1, 7), 1, (0, 3)), ((7, 1), 1, (3, 0))
+
+    def a(pool_width):
+        return Block(
+            average,
+            [["branch1x1"], ["branch5x5_1", "branch5x5_2"], triple, ["pool", "branch_pool"]],
+            branch1x1=(64,),
+            branch5x5_1=(48,),
+            branch5x5_2=(64, 5, 1, 2),
+            branch3x3dbl_1=(64,),
+            branch3x3dbl_2=(96, 3, 1, 1),
+            branch3x3dbl_3=(96, 3, 1, 1),
+            branch_pool=(pool_width,),
+        )
+
+    def c(width):
+        names = [f"branch7x7_{i}" for i in range(1, 4)], [f"branch7x7dbl_{i}" for i in range(1, 6)]
+        return Block(
+            average,
+            [["branch1x1"], *names, ["pool", "branch_pool"]],
+            branch1x1=(192,),
+            branch7x7_1=(width,),
+            branch7x7_2=(width, *wide),
+            branch7x7_3=(192, *high),
+            branch7x7dbl_1=(width,),
+            branch7x7dbl_2=(width, *high),
+            branch7x7dbl_3=(width, *wide),
+            branch7x7dbl_4=(width, *high),
+            branch7x7dbl_5=(192, *wide),
+            branch_pool=(192,),
+        )
+
+    def e(pool):
+        fork = [*triple[:2], ("branch3x3dbl_3a", "branch3x3dbl_3b")]
+        return Block(
+            pool,
+            [
+                ["branch1x1"],
+                ["branch3x3_1", ("branch3x3_2a", "branch3x3_2b")],
+                fork,
+                ["pool", "branch_pool"],
+            ],
+            branch1x1=(320,),
+            branch3x3_1=(384,),
+            branch3x3_2a=(384, (1, 3), 1, (0, 1)),
+            branch3x3_2b=(384, (3, 1), 1, (1, 0)),
+            branch3x3dbl_1=(448,),
+            branch3x3dbl_2=(384, 3, 1, 1),
+            branch3x3dbl_3a=(384, (1, 3), 1, (0, 1)),
+            branch3x3dbl_3b=(384, (3, 1), 1, (1, 0)),
+            branch_pool=(192,),
+        )
+
+    modules = {
+        "Conv2d_1a_3x3": Conv(32, 3, 2),
+        "Conv2d_2a_3x3": Conv(32, 3),
+        "Conv2d_2b_3x3": Conv(64, 3, 1, 1),
+        "maxpool1": shrink,
+        "Conv2d_3b_1x1": Conv(80),
+        "Conv2d_4a_3x3": Conv(192, 3),
+        "maxpool2": shrink,
+        **{f"Mixed_5{letter}": a(width) for letter, width in zip("bcd", (32, 64, 64), strict=True)},
+        "Mixed_6a": Block(
+            shrink,
+            [["branch3x3"], triple, ["pool"]],
+            branch3x3=(384, 3, 2),
+            branch3x3dbl_1=(64,),
+            branch3x3dbl_2=(96, 3, 1, 1),
+            branch3x3dbl_3=(96, 3, 2),
+        ),
+        **{f"Mixed_6{x}": c(width) for x, width in zip("bcde", (128, 160, 160, 192), strict=True)},
+        "Mixed_7a": Block(
+            shrink,
+            [["branch3x3_1", "branch3x3_2"], [f"branch7x7x3_{i}" for i in range(1, 5)], ["pool"]],
+            branch3x3_1=(192,),
+            branch3x3_2=(320, 3, 2),
+            branch7x7x3_1=(192,),
+            branch7x7x3_2=(192, *wide),
+            branch7x7x3_3=(192, *high),
+            branch7x7x3_4=(192, 3, 2),
+        ),
+        "Mixed_7b": e(average),
+        "Mixed_7c": e(maximum),
+        "avgpool": nn.AdaptiveAvgPool2d(1),
+        "flatten": nn.Flatten(),
+    }
+    network = nn.Sequential()
+    for name, module in modules.items():
+        network.add_module(name, module)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        network.eval()(torch.zeros(1, 3, 299, 299))  # makes the weights
+        for name, tensor in network.state_dict().items():
+            if "bn" in name and tensor.ndim:
+                tensor.copy_(torch.rand_like(tensor) + 0.5 * ("running_var" in name))
+    return network
+
+
+def test_pytorch_fid_s_archive(tmp_path, monkeypatch):
+    """Its names, the stream of old torch.save, gammas, a classifier, another order of tensors."""
     import torch
 
-    tensors = iter(torch_files.read(inception.packaged()).values())
-    saved = {"fc.weight": torch.randn(1008, 2048), "fc.bias": torch.randn(1008)}
-    for layer in inception.pytorch_fid_layers():
-        kernel, beta, mean, variance = (torch.from_numpy(next(tensors)) for _ in range(4))
-        saved |= {
-            f"{layer}.bn.weight": torch.full_like(beta, 2.0),
-            f"{layer}.bn.bias": beta,
-            f"{layer}.bn.running_mean": 0.5 * mean,
-            f"{layer}.bn.running_var": variance,
-            f"{layer}.bn.num_batches_tracked": torch.tensor(0),
-            f"{layer}.conv.weight": 0.5 * kernel,
-        }
+    network = pytorch_inception()
+    saved = {**network.state_dict(), "fc.weight": torch.randn(1008, 2048)}
+    saved["fc.bias"] = torch.randn(1008)
     path = tmp_path / "inception.pth"
     torch.save(dict(sorted(saved.items())), path, _use_new_zipfile_serialization=False)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setitem(inception.ARCHIVES, digest[:8], "this one")
     found = inception.load(path)
     assert found.sha256 == digest
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-        found.params,
-        weights.params,
-    )
     kernel, bias = found.head
     np.testing.assert_array_equal(kernel, saved["fc.weight"].numpy().T)
     np.testing.assert_array_equal(bias, saved["fc.bias"].numpy())
+    images = random_images()
+    x = np.asarray(inception.preprocess(images, "torch")).transpose(0, 3, 1, 2)
+    with torch.no_grad():
+        theirs = network(torch.from_numpy(x.copy())).numpy()
+    ours = features.make_extractor(found.params, "torch", 4)(images)
+    assert np.linalg.norm(ours - theirs) <= 1e-4 * np.linalg.norm(theirs)
 
 
 def test_reference_of_a_dataset(tmp_path, config, extract, weights):

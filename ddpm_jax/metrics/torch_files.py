@@ -156,7 +156,7 @@ def _array(tensor, arrays):
     last = tensor.offset + sum(
         (n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True)
     )
-    if last >= len(values) or min(tensor.offset, *tensor.shape, *tensor.strides) < 0:
+    if last >= len(values) or min((tensor.offset, *tensor.shape, *tensor.strides)) < 0:
         raise ValueError(f"a tensor reaches beyond its storage {storage.key}")
     strides = [storage.dtype.itemsize * stride for stride in tensor.strides]
     view = np.lib.stride_tricks.as_strided(values[tensor.offset :], tensor.shape, strides)
