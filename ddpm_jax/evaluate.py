@@ -38,6 +38,7 @@ from ddpm_jax.metrics import distances, features, inception
 log = logging.getLogger(__name__)
 
 SHARD = 1000  # images of a dataset in a file of features
+HASHED = 2**31  # bytes of images, up to which all of a split tell it from others
 PROGRESSIVE_IMAGES = 8
 FORMAT = 1  # of what is cached; counts up when features or terms are computed otherwise
 # Two evaluations that both have a score, and differ in one of these fields, cannot be compared.
@@ -132,11 +133,11 @@ def evaluate(config, workdir):
 
 
 def describe(section, split, source):
-    """What tells a split's images from others: {field: value}."""
-    in_memory = source.size * np.prod(section.image_size) * section.channels
-    few = source.size if in_memory <= section.max_ram_gib * 2**30 else min(source.size, 1000)
-    digest = hashlib.sha256()
-    for part in np.array_split(np.linspace(0, source.size - 1, few).astype(int), -(-few // SHARD)):
+    """What tells a split's images from others: {field: value}; of a large one, 1,000 are hashed."""
+    in_bytes = source.size * int(np.prod(section.image_size)) * section.channels
+    count = source.size if in_bytes <= HASHED else min(source.size, 1000)
+    chosen, digest = np.linspace(0, source.size - 1, count).astype(int), hashlib.sha256()
+    for part in np.array_split(chosen, -(-count // SHARD)):
         digest.update(source.read(part).tobytes())
     return {
         "dataset": section.name,
