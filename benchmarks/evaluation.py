@@ -1,0 +1,56 @@
+"""How much of an evaluation is not sampling: Inception's time beside the reverse process's.
+
+    python -m benchmarks.evaluation
+    python -m benchmarks.evaluation --config=configs/celebahq256.py --batch_size=16
+
+The network has random weights, which take as long as any. A few steps are timed, and multiplied.
+"""
+
+import runpy
+import time
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from ddpm_jax import config as configs
+from ddpm_jax import generate, parallel, unet
+from ddpm_jax.metrics import features, inception
+
+CONFIG = flags.DEFINE_string("config", "configs/cifar10.py", "whose network and T are used")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "images at a time")
+STEPS = 20  # timed; one scan each in make_sampler
+
+
+def seconds(run):
+    """The time of the second of two runs; the first one compiles."""
+    run()
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def main(_):
+    """Prints the time of each for a batch."""
+    config = runpy.run_path(CONFIG.value)["get_config"]()
+    num_timesteps, size = config.diffusion.num_timesteps, BATCH_SIZE.value
+    config.diffusion.update(num_timesteps=STEPS, schedule="cosine")
+    config.sample.batch_size = size
+    parallel.use_cpu_cores(size)
+    shape = configs.image_shape(config)
+    shapes = unet.param_shapes(unet.make_model(config.model), shape)
+    params = jax.tree.map(lambda s: np.full(s.shape, 0.01, s.dtype), shapes)
+    params = parallel.replicate(params)
+    sample = generate.make_sampler(config)
+    sampling = seconds(lambda: sample(params, size, 0)) * num_timesteps / STEPS
+
+    images = np.random.default_rng(0).integers(0, 256, (size, *shape)).astype(np.uint8)
+    extract = features.make_extractor(inception.load().params, "tf1", size)
+    scoring = seconds(lambda: extract(images))
+    print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {size} images of {shape}")
+    print(f"sampling {num_timesteps} steps: {sampling:.1f} s; Inception: {scoring:.1f} s")
+    print(f"overhead: {scoring / sampling:.2%}")
+
+
+if __name__ == "__main__":
+    app.run(main)
