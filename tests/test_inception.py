@@ -2,6 +2,8 @@
 
 import io
 import pickle
+import sys
+import types
 import zipfile
 
 import jax
@@ -99,6 +101,59 @@ def test_pickles_that_hold_more_than_tensors(tmp_path, capsys):
     with pytest.raises(UserError, match=r"asks for builtins\.print"):
         torch_files.read(path)
     assert capsys.readouterr().out == ""
+
+
+def torch_pickle(monkeypatch, **tensors):
+    """What torch.save pickles for {name: (offset, shape, strides)}, all of one storage, "0"."""
+    module, storages = types.ModuleType("torch._utils"), types.ModuleType("torch")
+    monkeypatch.setitem(sys.modules, "torch._utils", module)
+    monkeypatch.setitem(sys.modules, "torch", storages)
+    exec("def _rebuild_tensor_v2(): pass\n", module.__dict__)
+    exec("class FloatStorage: pass\n", storages.__dict__)
+    for thing, home in (("_rebuild_tensor_v2", module), ("FloatStorage", storages)):
+        getattr(home, thing).__module__ = home.__name__
+
+    class Tensor:
+        def __init__(self, *place):
+            self.place = place
+
+        def __reduce__(self):
+            return module._rebuild_tensor_v2, (Memory(), *self.place, False, None)
+
+    class Memory:
+        pass
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, thing):
+            kind = ("storage", storages.FloatStorage, "0", "cpu", 6)
+            return kind if isinstance(thing, Memory) else None
+
+    stream = io.BytesIO()
+    Pickler(stream).dump({name: Tensor(*place) for name, place in tensors.items()})
+    return stream.getvalue()
+
+
+def test_tensors_are_views_of_their_storage(tmp_path, monkeypatch):
+    path, values = tmp_path / "weights.pt", np.arange(6, dtype="<f4")
+    places = {"whole": (0, (2, 3), (3, 1)), "turned": (0, (3, 2), (1, 3)), "last": (5, (), ())}
+    archive(path, torch_pickle(monkeypatch, **places))
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("archive/data/0", values.tobytes())
+    read = torch_files.read(path)
+    assert list(read) == list(places)
+    np.testing.assert_array_equal(read["whole"], values.reshape(2, 3))
+    np.testing.assert_array_equal(read["turned"], values.reshape(2, 3).T)
+    assert read["last"] == 5
+
+
+@pytest.mark.parametrize("place", [(0, (7,), (1,)), (5, (3,), (-1,)), (-1, (2,), (1,))], ids=str)
+def test_tensors_that_reach_beyond_their_storage(tmp_path, monkeypatch, place):
+    path = tmp_path / "weights.pt"
+    archive(path, torch_pickle(monkeypatch, outside=place))
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("archive/data/0", bytes(24))
+    with pytest.raises(UserError, match="reaches beyond its storage 0"):
+        torch_files.read(path)
 
 
 def test_files_that_are_not_weights(tmp_path):
