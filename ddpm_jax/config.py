@@ -10,7 +10,6 @@ POSITIVE = """
     optim.learning_rate train.batch_size train.num_steps
     train.log_every train.eval_every train.eval_images train.sample_every
     train.checkpoint_every train.keep_checkpoints sample.num_samples sample.batch_size
-    evaluate.max_features
 """.split()
 NOT_NEGATIVE = """
     seed data.max_ram_gib optim.warmup_steps optim.weight_decay optim.grad_clip

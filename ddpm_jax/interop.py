@@ -201,11 +201,7 @@ def export_run(config, workdir, weights):
         "scheduler/scheduler_config.json": diffusers_scheduler(config),
     }
     step, params = checkpoint.restore_params(config, workdir)
-    levels = len(config.model.channel_mults)
-    tensors = {}
-    for path, array in traverse_util.flatten_dict(params).items():
-        name = tensor_name(path, levels)
-        tensors[name] = np.ascontiguousarray(to_diffusers(name, np.asarray(array)))
+    tensors = diffusers_tensors(params, len(config.model.channel_mults))
     with run_files.new_folder("weights", weights) as folder:
         for name, content in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
@@ -431,6 +427,23 @@ def diffusers_scheduler(config):
         "clip_sample": diffusion.clip_x0,
         "prediction_type": "epsilon",
     }
+
+
+def diffusers_tensors(params, levels):
+    """Our parameters (or their gradients) as diffusers names and lays them out.
+
+    Args:
+      params: the network's tree.
+      levels: of the U-Net.
+
+    Returns:
+      {name: numpy array}.
+    """
+    named = (
+        (tensor_name(path, levels), np.asarray(array))
+        for path, array in traverse_util.flatten_dict(params).items()
+    )
+    return {name: np.ascontiguousarray(to_diffusers(name, array)) for name, array in named}
 
 
 def tensor_name(path, levels):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
+from references import assert_same_gradients, gradients
 
 import main
 from configs import default
@@ -63,37 +63,6 @@ def batch(network, size=2, seed=0):
     shape = (size, *np.broadcast_to(shape, 2), network.config.in_channels)
     x_t, eps = rng.standard_normal((2, *shape), np.float32)
     return x_t, rng.integers(1000, size=size), eps
-
-
-def gradients(model, params, x_t, t, eps):
-    """{diffusers' name: gradient of the ε-MSE}."""
-
-    @jax.jit
-    def grad(params):
-        def loss(params):
-            return jnp.mean(jnp.square(unet.eps_fn(model, params)(x_t, t) - eps))
-
-        return jax.grad(loss)(params)
-
-    return in_their_words(grad(params), len(model.channel_mults))
-
-
-def in_their_words(params, levels):
-    """{diffusers' name: array} of a tree of ours."""
-    named = (
-        (interop.tensor_name(path, levels), np.asarray(array))
-        for path, array in traverse_util.flatten_dict(params).items()
-    )
-    return {name: interop.to_diffusers(name, array) for name, array in named}
-
-
-def assert_same_gradients(ours, theirs):
-    """Per tensor; a key's bias, which softmax cancels, has an exact gradient of 0."""
-    assert ours.keys() == theirs.keys()
-    everything = np.sqrt(sum(np.sum(np.square(g)) for g in theirs.values()))
-    for name, gradient in theirs.items():
-        allowed = 1e-4 * np.linalg.norm(gradient) + 1e-6 * everything
-        assert np.linalg.norm(ours[name] - gradient) <= allowed, name
 
 
 def relative_error(ours, theirs):
@@ -185,7 +154,7 @@ def test_optimisation(reference, tmp_path):
     model, params = converted(network, tmp_path)
     batches = [batch(network, size=4, seed=seed) for seed in range(10)]
     settings = dict(learning_rate=1e-3, warmup_steps=5, grad_clip=0.1, ema_decay=0.9)
-    before = in_their_words(params, 2)
+    before = interop.diffusers_tensors(params, 2)
     *theirs, norms = reference.optimise(network, batches, **settings)
     assert min(norms) > 2 * settings["grad_clip"]
 
@@ -208,7 +177,7 @@ def test_optimisation(reference, tmp_path):
         ours = step(ours, x_t, t, eps)
     zero = {name for name in before if name.endswith("to_k.bias")}
     for mine, yours in zip((ours.params, ours.ema_params), theirs, strict=True):
-        mine = in_their_words(mine, 2)
+        mine = interop.diffusers_tensors(mine, 2)
         for name in before.keys() - zero:
             moved, error = yours[name] - before[name], mine[name] - yours[name]
             assert np.linalg.norm(moved) > 0
