@@ -27,11 +27,19 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from configs import default
 from ddpm_jax import config as configs
-from ddpm_jax import evaluate, generate, interop, parallel, train
+from ddpm_jax import edit, evaluate, generate, interop, parallel, train
 from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError, one_line
 
-MODES = ("train", "sample", "evaluate", "compare", "import", "export")
+EDITS = {
+    "img2img": edit.img2img,
+    "interpolate": edit.interpolate,
+    "inpaint": edit.inpaint,
+    "invert": edit.invert,
+}
+MODES = ("train", "sample", *EDITS, "evaluate", "compare", "import", "export")
+# Flags that some modes need, and the others do not take.
+NEEDED = {"weights": ("import", "export"), "images": tuple(EDITS), "mask": ("inpaint",)}
 log = logging.getLogger("main")
 
 
@@ -44,6 +52,8 @@ class Command(NamedTuple):
     workdir: pathlib.Path | None
     weights: str | None
     workdirs: tuple = ()
+    images: tuple = ()
+    mask: str | None = None
 
 
 def define_flags():
@@ -58,6 +68,10 @@ def define_flags():
     flags.DEFINE_list("workdirs", [], text, flag_values=values)
     text = "a folder of diffusers, which import reads and export writes"
     flags.DEFINE_string("weights", None, text, flag_values=values)
+    text = "what img2img, interpolate, inpaint and invert read: files, folders, .npz of sample"
+    flags.DEFINE_list("images", [], text, flag_values=values)
+    text = "a file of the images' size; inpaint paints where it is white"
+    flags.DEFINE_string("mask", None, text, flag_values=values)
     flags.DEFINE_boolean("helpshort", False, "explain the flags", flag_values=values)
     flags.DEFINE_alias("help", "helpshort", flag_values=values)
     return values
@@ -86,10 +100,10 @@ def parse(argv):
         return Command(values.mode, None, (), None, None, values.workdirs)
     if not (values.config or values.workdir):
         raise UserError("--config: is missing, as in --config=configs/digits.py")
-    needed = values.mode in ("import", "export")
-    if needed != bool(values.weights):
-        text = f"is missing; {values.mode} needs it" if needed else "only import and export use it"
-        raise UserError(f"--weights: {text}")
+    for flag, modes in NEEDED.items():
+        if (values.mode in modes) != bool(values[flag].value):
+            text = "is missing; needed by" if values.mode in modes else "is only for"
+            raise UserError(f"--{flag}: {text} --mode={', '.join(modes)}")
     workdir = pathlib.Path(values.workdir or f"runs/{pathlib.Path(values.config).stem}")
     if os.path.exists(workdir) and not os.path.isdir(workdir):  # no error for a long name
         raise UserError(f"workdir={workdir}: is not a folder")
@@ -99,12 +113,17 @@ def parse(argv):
         config = default.get_config()
         config.data.name = ""  # weights do not say what they were trained on
     else:
-        config = saved_config(workdir)
-        if "evaluate" not in config:  # the run is older than that section
-            config = ConfigDict({**config, "evaluate": default.get_config().evaluate}).lock()
-        config = complete(config, workdir / "config.json")
+        config = complete(saved_config(workdir), workdir / "config.json")
     overrides = tuple(re.sub(r"--(no)?config\.|=.*", "", argument) for argument in rest)
-    return Command(values.mode, override(config, rest), overrides, workdir, values.weights)
+    return Command(
+        values.mode,
+        override(config, rest),
+        overrides,
+        workdir,
+        values.weights,
+        images=tuple(values.images),
+        mask=values.mask,
+    )
 
 
 def complete(config, origin):
@@ -118,11 +137,11 @@ def complete(config, origin):
 
 
 def saved_config(workdir):
-    """The config of a run."""
+    """The config of a run; fields that are newer than the run have their defaults."""
     config = run_files.load_config(workdir)
     if config is None:
         raise UserError(f"workdir={workdir}: holds no run (no config.json)")
-    return config
+    return configs.with_added(config, default.get_config())
 
 
 def load_config(path):
@@ -168,14 +187,13 @@ def run(argv):
     command = parse(argv)
     if command is None:
         return 0
-    mode, config, overrides, workdir, weights, workdirs = command
+    mode, config, workdir, weights = command.mode, command.config, command.workdir, command.weights
     if mode == "compare":
-        evaluate.compare(workdirs)
+        evaluate.compare(command.workdirs)
         return 0
-    batch_sizes = configs.BATCH_SIZES[mode]
-    parallel.use_cpu_cores(*(configs.flatten(config)[name] for name in batch_sizes))
+    parallel.use_cpu_cores(*configs.batch_sizes(config, mode).values())
     if mode == "import":  # checks the config when the weights have said their part of it
-        interop.import_run(config, weights, workdir, overrides)
+        interop.import_run(config, weights, workdir, command.overrides)
         return 0
     configs.check(config, mode)
     if mode == "train":
@@ -190,6 +208,9 @@ def run(argv):
             generate.sample(config, workdir)
         elif mode == "evaluate":
             evaluate.evaluate(config, workdir)
+        elif mode in EDITS:
+            masks = () if command.mask is None else (command.mask,)
+            EDITS[mode](config, workdir, command.images, *masks)
         else:
             interop.export_run(config, workdir, weights)
     return 0

@@ -29,7 +29,7 @@ def rate(section):
     next(batches), next(batches)
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < SECONDS:
-        count += len(next(batches))
+        count += len(next(batches).images)
     return count / (time.perf_counter() - start)
 
 

@@ -38,11 +38,11 @@ def main(_):
     config.sample.batch_size = size
     parallel.use_cpu_cores(size)
     shape = configs.image_shape(config)
-    shapes = unet.param_shapes(unet.make_model(config.model), shape)
+    shapes = unet.param_shapes(unet.make_model(config), shape)
     params = jax.tree.map(lambda s: np.full(s.shape, 0.01, s.dtype), shapes)
     params = parallel.replicate(params)
     sample = generate.make_sampler(config)
-    sampling = seconds(lambda: sample(params, size, 0)) * num_timesteps / STEPS
+    sampling = seconds(lambda: sample(params, np.arange(size))) * num_timesteps / STEPS
 
     images = np.random.default_rng(0).integers(0, 256, (size, *shape)).astype(np.uint8)
     extract = features.make_extractor(inception.load().params, "tf1", size)

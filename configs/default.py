@@ -19,6 +19,7 @@ def get_config():
     data.image_size = (32, 32)  # (height, width); images of another size are resized
     data.resize = "crop"  # to the wanted shape first, or "squash"; then antialiased bicubic
     data.channels = 3  # 1 gray, 3 RGB, 4 RGB and alpha
+    data.num_classes = 0  # above 0: the network is told an image's class; the dataset has as many
     data.random_flip = False  # mirror left-right with probability 1/2
     data.data_dir = ""  # of TFDS; empty: its default, ~/tensorflow_datasets
     data.max_ram_gib = 2.0  # sets up to this size are read into memory once
@@ -29,10 +30,13 @@ def get_config():
     diffusion.num_timesteps = 1000  # T
     diffusion.beta_start = 1e-4  # β at the first step (cosine takes no notice of these two)
     diffusion.beta_end = 0.02  # β at the last step
-    diffusion.variance = "fixed_large"  # of the reverse process: fixed_large β, fixed_small β̃
+    diffusion.prediction = "eps"  # what the network predicts: eps, x0, mean (μ̃), v
+    diffusion.loss = "simple"  # L_simple, the MSE of that; or bound, the variational bound L
+    diffusion.variance = "fixed_large"  # of the reverse process: β; fixed_small, β̃; or learned
     diffusion.clip_x0 = True  # clip predicted images to [-1, 1] at every sampling step
 
     config.model = model = ConfigDict()
+    model.kind = "unet"  # or classifier, which says of x_t what class it is, to guide a unet
     model.channels = 128  # width of the first level; a multiple of norm_groups
     model.channel_mults = (1, 2, 2, 2)  # width of each level in multiples of it
     model.num_res_blocks = 2  # a level on the way down; one more on the way up
@@ -52,6 +56,7 @@ def get_config():
     config.train = train = ConfigDict()
     train.batch_size = 128  # over all devices
     train.num_steps = 800_000  # updates
+    train.label_dropout = 0.1  # how often a conditional network is not told the class
     train.log_every = 100  # steps between lines of metrics.jsonl
     train.eval_every = 5000  # steps between held-out losses
     train.eval_images = 1024  # held-out images used, the first ones of data.eval_split
@@ -65,6 +70,16 @@ def get_config():
     sample.batch_size = 64  # images at a time, over all devices
     sample.seed = 0  # image i depends on (seed, i) only
     sample.use_ema = True  # the averaged parameters rather than the raw ones
+    sample.sampler = "ancestral"  # Algorithm 2; or ddim
+    sample.num_steps = 0  # of T, that are taken; 0: all
+    sample.spacing = "uniform"  # of the steps, if not all; or quadratic
+    sample.eta = 0.0  # how random ddim is, from 0 to 1
+    sample.label = ""  # the class to sample, by name or number; empty: all in turn
+    sample.guidance = 1.0  # weight of the class: 0 none, 1 as trained, above 1 more of it
+    sample.classifier = ""  # a run with model.kind = "classifier": guidance by its gradient
+    sample.t = 0  # the step that interpolate and img2img start from; 0: T / 2
+    sample.resamplings = 1  # how often inpaint does each jump_length steps (RePaint)
+    sample.jump_length = 10  # steps that it goes back each time
 
     config.evaluate = evaluate = ConfigDict()
     evaluate.num_samples = 50_000  # images generated for FID and its like; 0: none

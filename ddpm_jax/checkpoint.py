@@ -100,7 +100,7 @@ def restore_params(config, workdir):
     step = latest_step(workdir)
     if step is None:
         raise UserError(f"workdir={workdir}: has no checkpoint yet; train it first")
-    params = unet.param_shapes(unet.make_model(config.model), image_shape(config))
+    params = unet.param_shapes(unet.make_model(config), image_shape(config))
     here = parallel.replicated()  # not where they were saved: those devices may not exist
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=here), params)
     name = "ema_params" if config.sample.use_ema and step > 0 else "params"

@@ -2,7 +2,9 @@
 
 import math
 
-from ddpm_jax import diffusion, parallel, schedules
+from ml_collections import ConfigDict
+
+from ddpm_jax import diffusion, parallel, sampling, schedules
 from ddpm_jax.errors import UserError
 
 POSITIVE = """
@@ -10,40 +12,49 @@ POSITIVE = """
     optim.learning_rate train.batch_size train.num_steps
     train.log_every train.eval_every train.eval_images train.sample_every
     train.checkpoint_every train.keep_checkpoints sample.num_samples sample.batch_size
+    sample.resamplings sample.jump_length
 """.split()
 NOT_NEGATIVE = """
-    seed data.max_ram_gib optim.warmup_steps optim.weight_decay optim.grad_clip
-    train.keep_every sample.seed evaluate.num_samples evaluate.bits_per_dim_images
+    seed data.max_ram_gib data.num_classes optim.warmup_steps optim.weight_decay optim.grad_clip
+    train.keep_every sample.seed sample.num_steps sample.guidance sample.t
+    evaluate.num_samples evaluate.bits_per_dim_images
 """.split()
 BELOW_ONE = ("model.dropout", "optim.ema_decay")  # in [0, 1)
 CHOICES = {
     "data.resize": ("crop", "squash"),
     "data.channels": (1, 3, 4),
+    "diffusion.prediction": diffusion.PREDICTIONS,
+    "diffusion.loss": ("simple", "bound"),
     "diffusion.variance": diffusion.VARIANCES,
+    "model.kind": ("unet", "classifier"),
     "model.dtype": ("float32", "bfloat16"),
     "optim.decay": ("constant", "cosine"),
+    "sample.sampler": sampling.SAMPLERS,
+    "sample.spacing": tuple(schedules.SPACINGS),
     "evaluate.resize": ("tf1", "torch"),
-}
-# What has to divide over the devices, in each mode.
-BATCH_SIZES = {
-    "train": ("train.batch_size", "sample.batch_size"),
-    "sample": ("sample.batch_size",),
-    "evaluate": ("sample.batch_size",),
-    "import": (),
-    "export": (),
 }
 # What a run may not change later: to go on training, its data, noise and network; to be used
 # otherwise, its network and chain.
 IDENTITY = {
     "train": ("seed", "data", "diffusion", "model", "train.batch_size"),
-    "use": ("data.image_size", "data.channels", "diffusion", "model"),
+    "use": ("data.image_size", "data.channels", "data.num_classes", "diffusion", "model"),
 }
 # But for these.
 FREE = {
     "train": """
         data.data_dir data.max_ram_gib data.eval_split diffusion.variance diffusion.clip_x0
     """.split(),
-    "use": "diffusion.variance diffusion.clip_x0 model.dropout model.dtype".split(),
+    "use": """
+        diffusion.variance diffusion.clip_x0 diffusion.loss model.dropout model.dtype
+    """.split(),
+}
+# Fields that came after the first runs, and what runs without them were made with.
+ADDED = {
+    "data.num_classes": 0,
+    "diffusion.prediction": "eps",
+    "diffusion.loss": "simple",
+    "model.kind": "unet",
+    "train.label_dropout": 0.0,
 }
 
 
@@ -56,6 +67,28 @@ def flatten(config):
         else:
             flat[name] = value
     return flat
+
+
+def with_added(config, defaults):
+    """The config of a run, with the fields that are newer than the run.
+
+    Args:
+      config: as it was saved.
+      defaults: for fields that do not concern how it was trained.
+    """
+    later = {k: v for k, v in flatten(defaults).items() if k.startswith(("sample.", "evaluate."))}
+    fields = {**later, **ADDED, **flatten(config)}
+    nested = {}
+    for name, value in fields.items():
+        *section, field = name.split(".")
+        (nested.setdefault(section[0], {}) if section else nested)[field] = value
+    return ConfigDict(nested).lock()
+
+
+def batch_sizes(config, mode):
+    """{field: value} of what has to divide over the devices in a mode."""
+    fields = {"train": ("train.batch_size", "sample.batch_size"), "import": (), "export": ()}
+    return {name: flatten(config)[name] for name in fields.get(mode, ("sample.batch_size",))}
 
 
 def image_shape(config):
@@ -77,10 +110,14 @@ def check(config, mode="train"):
     for name, choices in CHOICES.items():
         allowed = f"choose from {', '.join(map(str, choices))}"
         _require(fields[name] in choices, name, fields[name], allowed)
+    for name in ("train.label_dropout", "sample.eta"):
+        _require(0 <= fields[name] <= 1, name, fields[name], "must lie in [0, 1]")
     for name in ("seed", "sample.seed"):
         _require(fields[name] < 2**32, name, fields[name], "must be below 2**32")
     schedules.from_config(config.diffusion)
     _check_model(config.model, config.data.image_size)
+    _check_task(config, mode)
+    _check_sampling(config)
     name, count = "evaluate.num_samples", config.evaluate.num_samples
     _require(count != 1, name, count, "must be 0, or 2 or more")
     if mode in ("train", "evaluate"):
@@ -91,8 +128,8 @@ def check(config, mode="train"):
     if mode == "evaluate" and count:
         name, allowed = "data.channels", "Inception takes 1 or 3 (or evaluate.num_samples=0)"
         _require(config.data.channels != 4, name, 4, allowed)
-    for name in BATCH_SIZES[mode]:
-        parallel.check_batch_size(name, fields[name])
+    for name, value in batch_sizes(config, mode).items():
+        parallel.check_batch_size(name, value)
 
 
 def _check_model(model, image_size):
@@ -110,6 +147,34 @@ def _check_model(model, image_size):
     name, resolutions = "model.attention_resolutions", model.attention_resolutions
     allowed = f"choose from the levels' heights, {', '.join(map(str, heights))}"
     _require(_all(lambda v: v in heights, resolutions), name, resolutions, allowed)
+
+
+def _check_task(config, mode):
+    """What the network is for must go with how it is trained and used."""
+    variance, loss, kind = config.diffusion.variance, config.diffusion.loss, config.model.kind
+    allowed = "needs diffusion.loss='bound'; L_simple trains no variance"
+    _require(variance != "learned" or loss == "bound", "diffusion.variance", variance, allowed)
+    if kind == "classifier":
+        name, count = "data.num_classes", config.data.num_classes
+        _require(count > 1, name, count, "must be 2 or more for a classifier")
+        allowed = "a classifier can only be trained; name it in sample.classifier to guide another"
+        _require(mode == "train", "model.kind", kind, allowed)
+
+
+def _check_sampling(config):
+    """The sampler's settings must fit the chain and what the network was told."""
+    sample, total = config.sample, config.diffusion.num_timesteps
+    allowed = f"must be from 1 to diffusion.num_timesteps={total}, or 0 for all"
+    _require(sample.num_steps <= total, "sample.num_steps", sample.num_steps, allowed)
+    learned = config.diffusion.variance == "learned" and sample.sampler == "ancestral"
+    allowed = f"a learned variance is one of all {total} steps; use sample.sampler='ddim' for fewer"
+    fits = not learned or sample.num_steps in (0, total)
+    _require(fits, "sample.num_steps", sample.num_steps, allowed)
+    _require(sample.t < total, "sample.t", sample.t, f"must be below {total}, or 0 for T / 2")
+    if not config.data.num_classes and not sample.classifier:
+        allowed = "this model knows no classes (data.num_classes=0; sample.classifier is empty)"
+        _require(sample.guidance == 1, "sample.guidance", sample.guidance, allowed)
+        _require(sample.label == "", "sample.label", sample.label, allowed)
 
 
 def _all(predicate, value):
@@ -134,10 +199,14 @@ def check_same_run(saved, config, workdir, purpose):
       purpose: "train" (steps, logging, optimizer and sampling may change; what decides the
         network or the data may not) or "use".
     """
-    saved, new = flatten(saved), flatten(config)
+    saved, new = ADDED | flatten(saved), flatten(config)
+    free, variance = set(FREE[purpose]), "diffusion.variance"
+    in_loss = purpose == "train" and new["diffusion.loss"] == "bound"
+    if in_loss or "learned" in (saved.get(variance), new[variance]):
+        free.remove(variance)
     changed = [
         f"{name} {saved.get(name)!r} -> {new.get(name)!r}"
-        for name in sorted((saved.keys() | new.keys()) - set(FREE[purpose]))
+        for name in sorted((saved.keys() | new.keys()) - free)
         if name.startswith(IDENTITY[purpose]) and saved.get(name) != new.get(name)
     ]
     if changed:

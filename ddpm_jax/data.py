@@ -1,4 +1,4 @@
-"""Datasets: a name to batches of uint8 images, each a function of (seed, step).
+"""Datasets: a name to batches of uint8 images and labels, each a function of (seed, step).
 
 A `Source` is a split of a dataset whose images are already of the size and channels that the
 config asks for. What fits in memory is read once; the rest is read at random as it is needed.
@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import grain
+import jax
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image, ImageOps
@@ -33,11 +34,19 @@ DOWNLOAD_ERRORS = (
 BLOCK = 1000  # images read at a time while a dataset is loaded
 
 
+class Batch(NamedTuple):
+    """Images, and what they show if the network is told."""
+
+    images: np.ndarray  # uint8 [B, H, W, C]
+    labels: np.ndarray | None  # int32 [B], in [0, K); None where data.num_classes is 0
+
+
 class Source(NamedTuple):
     """Images of one split."""
 
     size: int
-    read: Callable[[np.ndarray], np.ndarray]  # indices [B] to a new uint8 [B, H, W, C]
+    read: Callable[[np.ndarray], Batch]  # indices [B] to new arrays
+    label_names: tuple[str, ...]  # of each label; empty where data.num_classes is 0
 
 
 class BadSplit(Exception):
@@ -57,7 +66,7 @@ def open_source(data, field="split"):
 
     Raises:
       UserError: for an unknown dataset or split, a dataset that cannot be prepared, a folder
-        without images, or unreadable images.
+        without images, unreadable images, or another number of classes than the config's.
     """
     opener = {"digits": _open_digits, "folder": _open_folder}.get(data.name, _open_tfds)
     try:
@@ -66,6 +75,7 @@ def open_source(data, field="split"):
         raise UserError(f"data.{field}={data[field]!r}: {one_line(error)}") from None
     if source.size == 0:
         raise UserError(f"data.{field}={data[field]!r}: holds no images")
+    _check_classes(data, source)
     if source.size * np.prod(data.image_size) * data.channels > data.max_ram_gib * 2**30:
         return source
     return _load(source, f"{data.name} {data[field]}")
@@ -84,15 +94,15 @@ def batches(source, *, batch_size, seed, first_step, random_flip):
       random_flip: whether to mirror each image with probability ½.
 
     Returns:
-      An iterator over uint8 [B, H, W, C].
+      An iterator over Batches.
     """
 
     def read(indices, rng):
-        x = source.read(indices)
+        batch = source.read(indices)
         if random_flip:
-            flip = rng.random(len(x)) < 0.5
+            x, flip = batch.images, rng.random(len(indices)) < 0.5
             x[flip] = x[flip, :, ::-1]  # x is this batch's own copy
-        return x
+        return batch
 
     indices = grain.MapDataset.range(source.size).seed(seed).shuffle().repeat().batch(batch_size)
     ahead = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
@@ -122,35 +132,68 @@ def fit(image, data):
     return np.asarray(image).reshape(height, width, data.channels)
 
 
+def _check_classes(data, source):
+    """The number of classes is the network's, too, so the config has to say it."""
+    names = source.label_names
+    if data.num_classes != len(names):
+        has = f"{data.name} has {len(names)} classes" + (f": {', '.join(names)}" if names else "")
+        raise UserError(f"data.num_classes={data.num_classes}: {has[:1000]}")
+
+
 def _load(source, name):
     """Reads a whole source into memory."""
     blocks = np.array_split(np.arange(source.size), -(-source.size // BLOCK))
-    array = None
+    whole = None
     with tqdm(total=source.size, desc=f"load {name}", unit="img", leave=False) as bar:
         for block in blocks:
-            images = source.read(block)
-            if array is None:
-                array = np.empty((source.size, *images.shape[1:]), np.uint8)
-            array[block] = images
+            batch = source.read(block)
+            if whole is None:
+                whole = jax.tree.map(
+                    lambda a: np.empty((source.size, *a.shape[1:]), a.dtype), batch
+                )
+            for array, part in zip(*map(jax.tree.leaves, (whole, batch)), strict=True):
+                array[block] = part
             bar.update(len(block))
-    return Source(source.size, array.__getitem__)
+    return source._replace(read=_reader(whole))
+
+
+def _reader(whole):
+    """read of a Source whose examples are one Batch in memory."""
+    return lambda indices: jax.tree.map(lambda array: array[indices], whole)
 
 
 def _open_digits(data, split):
     """scikit-learn's 1,797 digits, 8×8 gray, of 17 levels."""
     from sklearn.datasets import load_digits
 
-    images = np.round(load_digits().images * (255 / 16)).astype(np.uint8)
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
     images = np.stack([fit(Image.fromarray(x), data) for x in images])
-    images = images[_select(split, len(images))]
-    return Source(len(images), images.__getitem__)
+    chosen = _select(split, len(images))
+    labels = digits.target[chosen].astype(np.int32) if data.num_classes else None
+    names = tuple(map(str, digits.target_names)) if data.num_classes else ()
+    return Source(len(chosen), _reader(Batch(images[chosen], labels)), names)
 
 
 def _open_folder(data, split):
-    """Every image file below `data.path`; one split, "train"."""
+    """Every image file below `data.path`; one split, "train". Its folders are the classes."""
     paths = _readable(data.path, data.skip_unreadable)
-    paths = [paths[i] for i in _select(split, len(paths))]
-    return _decoding_source(data, len(paths), lambda indices: [paths[i] for i in indices])
+    labels, names = None, ()
+    if data.num_classes:
+        below = [path.relative_to(data.path).parts for path in paths]
+        if alone := [str(p) for p, parts in zip(paths, below, strict=True) if len(parts) == 1]:
+            text = f"data.path={data.path!r}: {alone[0]} is in no class's folder"
+            raise UserError(f"{text} (data.num_classes={data.num_classes})")
+        names = tuple(sorted({parts[0] for parts in below}))
+        labels = np.array([names.index(parts[0]) for parts in below], np.int32)
+    chosen = _select(split, len(paths))
+    paths = [paths[i] for i in chosen]
+    labels = None if labels is None else labels[chosen]
+
+    def examples(indices):
+        return [paths[i] for i in indices], None if labels is None else labels[indices]
+
+    return _decoding_source(data, len(paths), examples, names)
 
 
 @functools.lru_cache(maxsize=1)  # both splits of a run are of one folder
@@ -199,22 +242,27 @@ def _open_tfds(data, split):
         if "already set to" in text:  # TFDS's own default is tfrecord, which needs TensorFlow
             text += "; set data.data_dir to a folder in which it can be array_record"
         raise UserError(text) from None
-    features = builder.info.features
+    features, names = builder.info.features, ()
     if "image" not in features or not isinstance(features["image"], tfds.features.Image):
         raise UserError(f"data.name={data.name!r}: its examples have no 'image'")
     if not builder.is_prepared():
         _prepare(builder, data.name)
+    label = features["label"] if data.num_classes and "label" in features else None
+    if isinstance(label, tfds.features.ClassLabel):
+        names = tuple(label.names)
     # The files' bytes: decoding is the same for every dataset, and then runs in threads.
     raw = {"image": tfds.decode.SkipDecoding()}
     try:
-        examples = builder.as_data_source(split=split, decoders=raw)
+        stored = builder.as_data_source(split=split, decoders=raw)
     except ValueError as error:
         raise BadSplit(error) from None
 
-    def files(indices):
-        return [io.BytesIO(e["image"]) for e in examples.__getitems__(indices.tolist())]
+    def examples(indices):
+        found = stored.__getitems__(indices.tolist())
+        labels = np.array([e["label"] for e in found], np.int32) if names else None
+        return [io.BytesIO(e["image"]) for e in found], labels
 
-    return _decoding_source(data, len(examples), files)
+    return _decoding_source(data, len(stored), examples, names)
 
 
 def _prepare(builder, name):
@@ -233,15 +281,27 @@ def _prepare(builder, name):
         ) from None
 
 
-def _decoding_source(data, size, files):
-    """A Source over encoded images; files(indices) gives paths or file objects."""
+def _decoding_source(data, size, examples, label_names):
+    """A Source over encoded images.
+
+    Args:
+      data: the config's section.
+      size: how many there are.
+      examples: indices to (paths or file objects, labels).
+      label_names: of each label.
+    """
 
     def decode(file):
         with Image.open(file) as image:
             return fit(ImageOps.exif_transpose(image), data)
 
     pool = ThreadPoolExecutor()
-    return Source(size, lambda indices: np.stack([*pool.map(decode, files(indices))]))
+
+    def read(indices):
+        files, labels = examples(indices)
+        return Batch(np.stack([*pool.map(decode, files)]), labels)
+
+    return Source(size, read, label_names)
 
 
 def _select(spec, size):

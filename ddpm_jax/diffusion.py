@@ -1,7 +1,9 @@
 """The algebra of the forward process q and the reverse process p (Ho et al. 2020, Secs. 2-3).
 
-Everything here is a pure function of arrays. The network enters as `eps_fn(x_t, t)`, [B, H, W, C]
-and [B] to [B, H, W, C]; parameters and modules are not known here. For time see schedules.py.
+Everything here is a pure function of arrays; parameters and modules are not known here. What a
+network says enters as `predict_fn(x_t, t)`, [B, H, W, C] and [B] to a Prediction: `predictor` makes
+one of a network, whatever it was trained to predict, and samplers and likelihood follow. For time
+see schedules.py.
 """
 
 from typing import NamedTuple
@@ -10,18 +12,29 @@ import chex
 import jax
 import jax.numpy as jnp
 
-VARIANCES = ("fixed_small", "fixed_large")
+PREDICTIONS = ("eps", "x0", "mean", "v")
+FIXED_VARIANCES = ("fixed_small", "fixed_large")
+VARIANCES = (*FIXED_VARIANCES, "learned")
+
+
+class Prediction(NamedTuple):
+    """What a network makes of x_t."""
+
+    x0: jax.Array  # [B, H, W, C]
+    log_variance: (
+        jax.Array | None
+    )  # [B, H, W, C] of p(x_{t-1} | x_t), if the network has learned it
 
 
 class PMeanVariance(NamedTuple):
     """p(x_{t-1} | x_t), and the x0 that its mean is built on."""
 
     mean: jax.Array  # [B, H, W, C]
-    log_variance: jax.Array  # [B, 1, 1, 1]
+    log_variance: jax.Array  # [B, 1, 1, 1]; learned: [B, H, W, C]
     x0_pred: jax.Array  # [B, H, W, C]
 
 
-def _at(coefficients, t, x):
+def at(coefficients, t, x):
     """Picks coefficients [T] at t [B], shaped to broadcast against x [B, ...]."""
     chex.assert_rank(t, 1)
     chex.assert_equal_shape_prefix((t, x), 1)
@@ -42,8 +55,8 @@ def q_sample(schedule, x0, t, eps):
     """
     chex.assert_equal_shape((x0, eps))
     return (
-        _at(schedule.sqrt_alpha_bars, t, x0) * x0
-        + _at(schedule.sqrt_one_minus_alpha_bars, t, x0) * eps
+        at(schedule.sqrt_alpha_bars, t, x0) * x0
+        + at(schedule.sqrt_one_minus_alpha_bars, t, x0) * eps
     )
 
 
@@ -61,9 +74,26 @@ def predict_x0(schedule, x_t, t, eps):
     """
     chex.assert_equal_shape((x_t, eps))
     return (
-        _at(schedule.sqrt_recip_alpha_bars, t, x_t) * x_t
-        - _at(schedule.sqrt_recip_alpha_bars_minus_one, t, x_t) * eps
+        at(schedule.sqrt_recip_alpha_bars, t, x_t) * x_t
+        - at(schedule.sqrt_recip_alpha_bars_minus_one, t, x_t) * eps
     )
+
+
+def predict_eps(schedule, x_t, t, x0):
+    """Solves Eq. (4) for ε: (x_t - √ᾱ_t · x0) / √(1 - ᾱ_t).
+
+    Args:
+      schedule: coefficients, each [T].
+      x_t: [B, H, W, C].
+      t: [B] int32, in [0, T).
+      x0: [B, H, W, C], the (predicted) image.
+
+    Returns:
+      eps: [B, H, W, C].
+    """
+    chex.assert_equal_shape((x_t, x0))
+    noise = x_t - at(schedule.sqrt_alpha_bars, t, x_t) * x0
+    return noise / at(schedule.sqrt_one_minus_alpha_bars, t, x_t)
 
 
 def q_posterior(schedule, x0, x_t, t):
@@ -81,53 +111,133 @@ def q_posterior(schedule, x0, x_t, t):
     """
     chex.assert_equal_shape((x0, x_t))
     mean = (
-        _at(schedule.posterior_mean_coef_x0, t, x_t) * x0
-        + _at(schedule.posterior_mean_coef_x_t, t, x_t) * x_t
+        at(schedule.posterior_mean_coef_x0, t, x_t) * x0
+        + at(schedule.posterior_mean_coef_x_t, t, x_t) * x_t
     )
-    return mean, _at(schedule.posterior_variance, t, x_t)
+    return mean, at(schedule.posterior_variance, t, x_t)
 
 
-def p_mean_variance(schedule, eps_fn, x_t, t, *, variance, clip_x0):
-    """p(x_{t-1} | x_t) with the network's ε, Eq. (11) written through x0.
+def target(schedule, x0, x_t, t, eps, prediction):
+    """What a network that predicts `prediction` should say of x_t (Sec. 3.2; Table 2).
+
+    Args:
+      schedule: coefficients, each [T].
+      x0: [B, H, W, C], in [-1, 1].
+      x_t: [B, H, W, C], from q_sample.
+      t: [B] int32, in [0, T).
+      eps: [B, H, W, C], the noise in x_t.
+      prediction: "eps", "x0", "mean" (μ̃_t) or "v" (√ᾱ_t · eps - √(1 - ᾱ_t) · x0, Salimans & Ho
+        2022, App. D).
+
+    Returns:
+      [B, H, W, C].
+    """
+    if prediction == "v":
+        a, b = schedule.sqrt_alpha_bars, schedule.sqrt_one_minus_alpha_bars
+        return at(a, t, x0) * eps - at(b, t, x0) * x0
+    return {"eps": eps, "x0": x0, "mean": q_posterior(schedule, x0, x_t, t)[0]}[prediction]
+
+
+def to_x0(schedule, output, x_t, t, prediction):
+    """The inverse of `target`: the x0 that a network's output stands for.
+
+    Args:
+      schedule: coefficients, each [T].
+      output: [B, H, W, C], the network's.
+      x_t: [B, H, W, C].
+      t: [B] int32, in [0, T).
+      prediction: what the network predicts.
+
+    Returns:
+      x0: [B, H, W, C], not clipped.
+    """
+    if prediction == "eps":
+        return predict_x0(schedule, x_t, t, output)
+    if prediction == "mean":
+        of_x_t = at(schedule.posterior_mean_coef_x_t, t, x_t) * x_t
+        return (output - of_x_t) / at(schedule.posterior_mean_coef_x0, t, x_t)
+    if prediction == "v":
+        a, b = schedule.sqrt_alpha_bars, schedule.sqrt_one_minus_alpha_bars
+        return at(a, t, x_t) * x_t - at(b, t, x_t) * output
+    return output
+
+
+def predictor(schedule, net_fn, *, prediction="eps", learned=False):
+    """Makes a predict_fn of a network.
+
+    Args:
+      schedule: coefficients, each [T]; of all the steps that the network was trained on.
+      net_fn: the network, (x_t [B, H, W, C], t [B], …) to [B, H, W, C].
+      prediction: what it predicts, one of PREDICTIONS.
+      learned: whether its output is [B, H, W, 2C], the second half of it the log variance of
+        p(x_{t-1} | x_t), as in Ho's code.
+
+    Returns:
+      predict_fn: (x_t, t, …) to a Prediction, not clipped.
+    """
+
+    def predict_fn(x_t, t, *condition):
+        output, log_variance = net_fn(x_t, t, *condition), None
+        if learned:
+            output, log_variance = jnp.split(output, 2, axis=-1)
+        chex.assert_equal_shape((output, x_t))
+        return Prediction(to_x0(schedule, output, x_t, t, prediction), log_variance)
+
+    return predict_fn
+
+
+def clipped(predict_fn):
+    """predict_fn with its x0 clipped to [-1, 1]; what is built on it is then clipped, too."""
+
+    def clip(*args):
+        found = predict_fn(*args)
+        return found._replace(x0=jnp.clip(found.x0, -1, 1))
+
+    return clip
+
+
+def p_mean_variance(schedule, predict_fn, x_t, t, *, variance):
+    """p(x_{t-1} | x_t): Eq. (11), written through x0.
 
     The mean is μ̃_t(x_t, x0_pred), which equals Eq. (11) when x0 is not clipped. Ho's code clips,
     before the mean is taken.
 
     Args:
       schedule: coefficients, each [T].
-      eps_fn: the network, (x_t, t) to ε.
+      predict_fn: (x_t, t) to a Prediction.
       x_t: [B, H, W, C].
       t: [B] int32, in [0, T).
-      variance: "fixed_small" (β̃_t) or "fixed_large" (β_t), Sec. 3.2.
-      clip_x0: whether to clip the predicted x0 to [-1, 1].
+      variance: "fixed_small" (β̃_t), "fixed_large" (β_t), Sec. 3.2, or "learned".
 
     Returns:
       A PMeanVariance.
     """
-    x0_pred = predict_x0(schedule, x_t, t, eps_fn(x_t, t))
-    if clip_x0:
-        x0_pred = jnp.clip(x0_pred, -1, 1)
+    x0_pred, log_variance = predict_fn(x_t, t)
     mean, _ = q_posterior(schedule, x0_pred, x_t, t)
-    log_variances = {
-        "fixed_small": schedule.fixed_small_log_variance,
-        "fixed_large": schedule.fixed_large_log_variance,
-    }
-    return PMeanVariance(mean, _at(log_variances[variance], t, x_t), x0_pred)
+    if variance != "learned":
+        log_variances = {
+            "fixed_small": schedule.fixed_small_log_variance,
+            "fixed_large": schedule.fixed_large_log_variance,
+        }
+        log_variance = at(log_variances[variance], t, x_t)
+    return PMeanVariance(mean, log_variance, x0_pred)
 
 
-def simple_loss(schedule, eps_fn, x0, t, eps):
-    """L_simple of each example, Eq. (14): the ε-MSE, a mean over pixels.
+def simple_loss(schedule, net_fn, x0, t, eps, prediction="eps"):
+    """L_simple of each example, Eq. (14): the MSE of what is predicted, a mean over pixels.
 
     Args:
       schedule: coefficients, each [T].
-      eps_fn: the network, (x_t, t) to ε.
+      net_fn: the network, (x_t, t) to what it predicts.
       x0: [B, H, W, C], in [-1, 1].
       t: [B] int32, in [0, T).
       eps: [B, H, W, C], standard normal.
+      prediction: what it predicts, one of PREDICTIONS.
 
     Returns:
-      loss: [B], near 1 for a network that predicts 0.
+      loss: [B]; of ε near 1 for a network that predicts 0.
     """
-    eps_pred = eps_fn(q_sample(schedule, x0, t, eps), t)
-    chex.assert_equal_shape((eps, eps_pred))
-    return jnp.mean(jnp.square(eps - eps_pred), axis=tuple(range(1, eps.ndim)))
+    x_t = q_sample(schedule, x0, t, eps)
+    output, wanted = net_fn(x_t, t), target(schedule, x0, x_t, t, eps, prediction)
+    chex.assert_equal_shape((wanted, output))
+    return jnp.mean(jnp.square(wanted - output), axis=tuple(range(1, eps.ndim)))

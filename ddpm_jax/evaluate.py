@@ -50,6 +50,10 @@ COMPARABLE = {
     "kid": ["scored_features"],
     "bits_per_dim": "bits_per_dim_sha256 bits_per_dim_images image_size channels ema".split(),
 }
+# What bits/dim do not depend on (they are computed for every variance).
+SAMPLING = """
+    variance sampler sampler_steps spacing eta label guidance classifier_sha256
+""".split()
 # Ho et al. 2020, Tables 1, 2 and 4, for configs/cifar10.py.
 PUBLISHED = {
     "fid": "3.17",
@@ -98,14 +102,21 @@ def evaluate(config, workdir):
     weights = inception.load(wanted.inception_weights) if wanted.num_samples else None
     train, test = (data.open_source(config.data, field) for field in ("split", "eval_split"))
     step, params = checkpoint.restore_params(config, workdir)
+    guide = generate.load_classifier(config)
     log.info("evaluating step %d", step)
     found = {
         "step": step,
         "params_sha256": digest_of(params),
         "ema": config.sample.use_ema,
         "seed": config.sample.seed,
-        "sampler": "ancestral",
-        "sampler_steps": config.diffusion.num_timesteps,
+        "sampler": config.sample.sampler,
+        "sampler_steps": config.sample.num_steps or config.diffusion.num_timesteps,
+        "spacing": config.sample.spacing,
+        "eta": config.sample.eta,
+        "num_classes": config.data.num_classes,
+        "label": config.sample.label,
+        "guidance": config.sample.guidance,
+        "classifier_sha256": guide and digest_of(guide[1]),
         "variance": config.diffusion.variance,
         "clip_x0": config.diffusion.clip_x0,
         "dtype": config.model.dtype,
@@ -121,10 +132,10 @@ def evaluate(config, workdir):
         "eval_split_sha256": describe(config.data, config.data.eval_split, test)["images_sha256"],
     }
     if wanted.num_samples:
-        found |= sample_quality(config, workdir, made, params, weights, train, test)
+        found |= sample_quality(config, workdir, made, weights, train, test)
     if wanted.bits_per_dim_images:
         found |= bits_per_dim(config, workdir, made, params, test)
-        draw_progressive(config, workdir, params)
+        draw_progressive(config, workdir)
     with run_files.atomic_write(workdir / "evaluation.json") as path:
         path.write_text(json.dumps(found, indent=2) + "\n")
     print("\n".join(table({str(workdir): found}, PUBLISHED if is_papers(config) else {})))
@@ -138,7 +149,7 @@ def describe(section, split, source):
     count = source.size if in_bytes <= HASHED else min(source.size, 1000)
     chosen, digest = np.linspace(0, source.size - 1, count).astype(int), hashlib.sha256()
     for part in np.array_split(chosen, -(-count // SHARD)):
-        digest.update(source.read(part).tobytes())
+        digest.update(source.read(part).images.tobytes())
     return {
         "dataset": section.name,
         "split": split,
@@ -149,7 +160,7 @@ def describe(section, split, source):
     }
 
 
-def sample_quality(config, workdir, made, params, weights, train, test):
+def sample_quality(config, workdir, made, weights, train, test):
     """FID against both splits, KID, precision, recall, and with a classifier Inception Score."""
     wanted = config.evaluate
     how = {"resize": wanted.resize, "weights_sha256": weights.sha256}
@@ -162,11 +173,10 @@ def sample_quality(config, workdir, made, params, weights, train, test):
 
     kept = {"images": "kept"} if wanted.keep_images else {}
     folder = _folder(workdir / "evaluation", {**made, **how, **kept})
-    sample = generate.make_sampler(config)
+    _, sample = generate.restore_sampler(config, workdir)
 
     def of_samples(first, last):
-        # A whole batch: another size would be compiled again.
-        x, _ = sample(params, size, config.sample.seed, first=first)
+        x = sample(np.arange(first, first + size)).x  # another size would be compiled again
         if wanted.keep_images:
             run_files.write_npz(folder / f"images_{first:07d}.npz", images=x[: last - first])
         return extract(x)[: last - first]
@@ -231,7 +241,7 @@ def reference(config, field, source, extract, how):
         folder = _folder(cache, provenance)
     name = f"features of {config.data.name} {config.data[field]}"
     features.collect(
-        folder, source.size, SHARD, lambda a, b: extract(source.read(np.arange(a, b))), name
+        folder, source.size, SHARD, lambda a, b: extract(source.read(np.arange(a, b)).images), name
     )
     path = folder / "statistics.npz"
     if not path.exists():
@@ -256,17 +266,16 @@ def bits_per_dim(config, workdir, made, params, test):
         source = data.open_source(section, "eval_split")
     count = min(config.evaluate.bits_per_dim_images, source.size)
     about = describe(section, split, source)
-    unused = ("variance", "sampler", "sampler_steps")  # every variance is computed
-    made = {name: value for name, value in made.items() if name not in unused}
+    made = {name: value for name, value in made.items() if name not in SAMPLING}
     folder = _folder(workdir / "evaluation", {**made, **about})
     rows_of = make_bound_rows(config, params, source)
     features.collect(folder, count, config.sample.batch_size, rows_of, "evaluate bits/dim")
     rows = features.rows(folder, count)
 
-    num_timesteps = config.diffusion.num_timesteps
-    prior, *parts = np.split(rows, [1 + i * num_timesteps for i in range(3)], axis=1)
+    num_timesteps, variances = config.diffusion.num_timesteps, bound_variances(config)
+    prior, *parts = np.split(rows, range(1, rows.shape[1], num_timesteps), axis=1)
     *terms, x0_mse = parts
-    terms = dict(zip(diffusion.VARIANCES, terms, strict=True))
+    terms = dict(zip(variances, terms, strict=True))
     found = {"bits_per_dim_split": split, "bits_per_dim_images": count}
     found |= {"bits_per_dim_sha256": about["images_sha256"]}
     for name, values in terms.items():
@@ -301,28 +310,38 @@ def _mean(values):
     return float(values.mean()), error and float(error)
 
 
+def bound_variances(config):
+    """The variances that bits/dim are computed for: the fixed ones, and what was learned."""
+    learned = config.diffusion.variance == "learned"
+    return diffusion.VARIANCES if learned else diffusion.FIXED_VARIANCES
+
+
 def make_bound_rows(config, params, source):
-    """Builds (first, last) → [N, 1 + 3T]: an image's L_T, terms of each variance, MSE of x0."""
-    schedule, model = schedules.from_config(config.diffusion), unet.make_model(config.model)
+    """Builds (first, last) → [N, 1 + (V + 1) T]: an image's L_T, terms of each of V variances, MSE
+    of x0. A conditional network is told the labels."""
+    schedule, model = schedules.from_config(config.diffusion), unet.make_model(config)
     size = config.sample.batch_size
 
     def rows(params, batch, indices):
-        x0, keys = images.to_float(batch), sampling.image_keys(config.sample.seed, indices)
+        x0, keys = images.to_float(batch.images), sampling.image_keys(config.sample.seed, indices)
+        predict_fn = generate.make_predictor(config, schedule, unet.net_fn(model, params))
+        if batch.labels is not None:
+            predict_fn = generate.labelled(predict_fn, batch.labels)
         bound = likelihood.bound(
             schedule,
-            unet.eps_fn(model, params),
+            diffusion.clipped(predict_fn) if config.diffusion.clip_x0 else predict_fn,
             x0,
             lambda t: sampling.noise(keys, t, x0.shape[1:]),
-            clip_x0=config.diffusion.clip_x0,
+            variances=bound_variances(config),
         )
-        terms = [bound.terms[variance].T for variance in diffusion.VARIANCES]
+        terms = [bound.terms[variance].T for variance in bound_variances(config)]
         return jnp.concatenate([bound.prior[:, None], *terms, bound.x0_mse.T], axis=1)
 
     rows = parallel.pmap(rows, in_axes=(None, 0, 0))
 
     def rows_of(first, last):
         indices = np.minimum(first + np.arange(size), last - 1)  # the last one fills the batch
-        out = rows(params, parallel.split(source.read(indices)), parallel.split(indices))
+        out = rows(params, *parallel.split((source.read(indices), indices)))
         return np.asarray(parallel.merge(out))[: last - first]
 
     return rows_of
@@ -332,8 +351,8 @@ def draw_curves(path, curves):
     """The bound over t, and rate against distortion."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     over_t, trade = figure.subplots(1, 2)
-    for variance in diffusion.VARIANCES:
-        over_t.semilogy(curves[f"terms_{variance}"], label=variance)
+    for name in sorted(name for name in curves if name.startswith("terms_")):
+        over_t.semilogy(curves[name], label=name.removeprefix("terms_"))
     over_t.set(xlabel="t", ylabel="bits/dim", title="terms of the bound")
     over_t.legend()
     trade.plot(curves["rate"], curves["rmse"])
@@ -342,33 +361,13 @@ def draw_curves(path, curves):
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def draw_progressive(config, workdir, params):
+def draw_progressive(config, workdir):
     """A few images' predicted x0 along the reverse process, to evaluation_progressive.png."""
-    schedule, model = schedules.from_config(config.diffusion), unet.make_model(config.model)
-    last = schedule.num_timesteps - 1
-    seen = np.unique(np.linspace(last, 0, 10).round().astype(int))[::-1]
-    keys = sampling.image_keys(config.sample.seed, jnp.arange(PROGRESSIVE_IMAGES))
-
-    @jax.jit
-    def run(params):
-        eps_fn = unet.eps_fn(model, params)
-        x = sampling.prior(keys, schedule.num_timesteps, configs.image_shape(config))
-        step = generate.make_step(config, schedule, eps_fn, keys)
-        # Before the step from t, x is what the step from t + 1 left.
-        _, frames = sampling.reverse_process(step, x, jnp.arange(last, -1, -1), tuple(seen[1:] + 1))
-        x_ts = jnp.concatenate([x[None], frames])
-
-        def x0_pred(x_t, t):
-            ts = jnp.full(len(x_t), t)
-            return diffusion.predict_x0(schedule, x_t, ts, eps_fn(x_t, ts))
-
-        return images.to_uint8(jax.lax.map(lambda pair: x0_pred(*pair), (x_ts, jnp.asarray(seen))))
-
-    here = jax.tree.map(lambda p: jnp.asarray(np.asarray(p)), params)
-    frames = np.asarray(run(here))  # [t, image, …]
-    pictures = frames.swapaxes(0, 1).reshape(-1, *frames.shape[2:])
-    path = workdir / "evaluation_progressive.png"
-    images.write_png(path, images.grid(pictures, columns=len(seen)))
+    steps = config.sample.num_steps or config.diffusion.num_timesteps
+    seen = tuple(np.unique(np.linspace(steps - 1, 0, 10).round().astype(int))[::-1].tolist())
+    _, sample = generate.restore_sampler(config, workdir, frames_at=seen)
+    frames = sample(np.arange(PROGRESSIVE_IMAGES)).x0_frames
+    images.write_png(workdir / "evaluation_progressive.png", images.strips(frames))
 
 
 def compare(workdirs):

@@ -2,107 +2,319 @@
 
 import logging
 import pathlib
+import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from ddpm_jax import checkpoint, images, parallel, sampling, schedules, unet
+from ddpm_jax import checkpoint, diffusion, images, parallel, sampling, schedules, unet
 from ddpm_jax import config as configs
-from ddpm_jax.workdir import write_npz
+from ddpm_jax import workdir as run_files
+from ddpm_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
 GRID_IMAGES = 256  # nobody looks at a picture of more
 
 
-def make_sampler(config, frames_at=()):
-    """Builds the reverse process of a config; it compiles at the first call, and only then.
+class Chain(NamedTuple):
+    """The steps that a config's sampler takes: S of T."""
+
+    timesteps: np.ndarray  # τ, [S] ints, ascending: the network's time of each step
+    schedule: schedules.Schedule  # of these steps, [S] each
+    of_network: schedules.Schedule  # of all steps, [T] each
+
+
+class Generated(NamedTuple):
+    """Images, and what they were on the way; uint8."""
+
+    x: np.ndarray  # [N, H, W, C]
+    frames: np.ndarray  # [K, N, H, W, C], x_t
+    x0_frames: np.ndarray  # [K, N, H, W, C], the x0 predicted with it
+
+
+def make_chain(config):
+    """The Chain of a config's diffusion and sample sections."""
+    total, wanted = config.diffusion.num_timesteps, config.sample
+    timesteps = schedules.SPACINGS[wanted.spacing](total, wanted.num_steps or total)
+    short = schedules.from_config(config.diffusion, timesteps if len(timesteps) < total else None)
+    return Chain(timesteps, short, schedules.from_config(config.diffusion))
+
+
+def label_number(label, names):
+    """The number of a class, from its name or number as in `sample.label`; None where it is empty.
+
+    Raises:
+      UserError: for a class that is not there; it lists those that are.
+    """
+    if label == "":
+        return None
+    if label in names:
+        return names.index(label)
+    if label.isdecimal() and int(label) < len(names):
+        return int(label)
+    raise UserError(f"sample.label={label!r}: choose from {', '.join(names)}")
+
+
+def make_predict(config, chain, params, labels, classifier=None):
+    """What the network says of x_t at a chain's steps, guided and clipped as the config says.
 
     Args:
       config: its model, data, diffusion and sample sections are used.
-      frames_at: distinct timesteps after which to keep the images; K of them.
+      chain: a Chain.
+      params: of the network.
+      labels: [B] int32, or None for a network that knows none.
+      classifier: (model, params) whose gradient guides to the labels.
 
     Returns:
-      sample(params, num_samples, seed, first=0, stop=()) → (x, frames), uint8 [N, H, W, C] and
-      [K, N, H, W, C], of the images from number `first` on; or None as soon as `stop` holds
-      something. Image i depends on (seed, i) only, up to rounding. params are replicated (see
-      parallel.py).
+      predict_fn: (x_t, i [B]) to a Prediction, i in [0, S).
     """
-    schedule = schedules.from_config(config.diffusion)
-    model = unet.make_model(config.model)
-    num_timesteps, shape = schedule.num_timesteps, configs.image_shape(config)
+    guidance, known = config.sample.guidance, config.data.num_classes
+    net_fn = unet.net_fn(unet.make_model(config), params)
+    predict_fn = make_predictor(config, chain.of_network, net_fn)
+    if classifier is not None:
+        model, params = classifier
+        log_p = unet.net_fn(model, params)
 
-    def start(keys):
-        x = sampling.prior(keys, num_timesteps, shape)
-        return x, jnp.zeros((len(frames_at), *x.shape), x.dtype)
+        def log_prob(x_t, t):
+            return jnp.take_along_axis(log_p(x_t, t), labels[:, None], axis=1)[:, 0]
 
-    def run(params, carry, keys, ts):
-        step = make_step(config, schedule, unet.eps_fn(model, params), keys)
-        x, frames = carry
-        return sampling.reverse_process(step, x, ts, frames_at, frames)
-
-    start = parallel.pmap(start)
-    run = parallel.pmap(run, in_axes=(None, 0, 0, None), donate_argnums=1)
-
-    def sample(params, num_samples, seed, first=0, stop=()):
-        devices = jax.device_count()
-        batch_size = min(config.sample.batch_size, -(-num_samples // devices) * devices)
-        batches = -(-num_samples // batch_size)
-        done = []
-        with tqdm(total=batches * num_timesteps, desc="sample", unit="step", leave=False) as bar:
-            for start_of_batch in range(first, first + batches * batch_size, batch_size):
-                indices = start_of_batch + jnp.arange(batch_size)
-                keys = parallel.split(sampling.image_keys(seed, indices))
-                carry = start(keys)
-                for ts in segments(num_timesteps):
-                    carry = jax.block_until_ready(run(params, carry, keys, ts))
-                    bar.update(len(ts))
-                    if stop:
-                        return None
-                done.append(_to_host(*carry))
-        x, frames = (np.concatenate(parts, axis=-4) for parts in zip(*done, strict=True))
-        return x[:num_samples], frames[:, :num_samples]
-
-    return sample
+        told = labelled(predict_fn, labels) if known else predict_fn
+        predict_fn = sampling.classifier_guided(chain.of_network, told, log_prob, guidance)
+    elif known and guidance not in (0, 1):
+        predict_fn = sampling.classifier_free(predict_fn, labels, known, guidance)
+    elif known:  # one of the two halves is enough
+        predict_fn = labelled(predict_fn, labels if guidance else jnp.full_like(labels, known))
+    predict_fn = sampling.respaced(predict_fn, chain.timesteps)
+    return diffusion.clipped(predict_fn) if config.diffusion.clip_x0 else predict_fn
 
 
-def make_step(config, schedule, eps_fn, keys):
-    """The config's step of the reverse process, (x_t, t) to x_{t-1}, for images with these keys."""
-    variance, clip_x0 = config.diffusion.variance, config.diffusion.clip_x0
+def make_predictor(config, schedule, net_fn):
+    """The network's output as a Prediction, for what the config's network predicts."""
+    section = config.diffusion
+    return diffusion.predictor(
+        schedule, net_fn, prediction=section.prediction, learned=section.variance == "learned"
+    )
 
-    def step(x_t, t):
-        eps = sampling.noise(keys, t, x_t.shape[1:])
-        return sampling.ancestral_step(
-            schedule, eps_fn, x_t, t, eps, variance=variance, clip_x0=clip_x0
-        )
+
+def labelled(predict_fn, labels):
+    """predict_fn of a conditional network, for images of these classes."""
+    return lambda x_t, t: predict_fn(x_t, t, labels)
+
+
+def make_step(config, chain, predict_fn, keys):
+    """The config's step of the reverse process for images with these keys.
+
+    Returns:
+      (x_t, i) to (x_{t-1}, x0_pred), i in [0, S).
+    """
+    taus = jnp.asarray(chain.timesteps)
+
+    def step(x_t, i):
+        eps = sampling.noise(keys, taus[i], x_t.shape[1:])
+        if config.sample.sampler == "ddim":
+            eta = config.sample.eta
+            return sampling.ddim_step(chain.schedule, predict_fn, x_t, i, eps, eta=eta)
+        variance = config.diffusion.variance
+        return sampling.ancestral_step(chain.schedule, predict_fn, x_t, i, eps, variance=variance)
 
     return step
 
 
-def segments(num_timesteps):
-    """All timesteps, last first, in 20 parts of at most two lengths.
+def from_noise(config, chain):
+    """Generating from nothing: (start, make_step, steps), see make_sampler."""
+    total, shape = config.diffusion.num_timesteps, configs.image_shape(config)
+
+    def start(keys, inputs):
+        return sampling.prior(keys, total, shape)
+
+    def step_of(predict_fn, keys, inputs):
+        return make_step(config, chain, predict_fn, keys)
+
+    return start, step_of, np.arange(len(chain.timesteps))[::-1]
+
+
+def make_sampler(
+    config,
+    label=None,
+    frames_at=(),
+    task=from_noise,
+    classifier=None,
+    finish=images.to_uint8,
+):
+    """Builds the reverse process of a config; it compiles at the first call, and only then.
+
+    Args:
+      config: its model, data, diffusion and sample sections are used.
+      label: the class of all images; None for all classes in turn.
+      frames_at: distinct ones of the task's steps, after which to keep the images; K of them.
+      task: (config, chain) to
+        start: (keys [B], inputs) to the x that the process starts from,
+        step_of: (predict_fn, keys, inputs) to a step, (x, i) to (x, x0_pred),
+        steps: the i's in the order they are taken.
+      classifier: (model, params) whose gradient guides to the label; params are replicated.
+      finish: what is done with the last x.
+
+    Returns:
+      sample(params, indices [N], inputs=None, stop=()) → Generated, of the images with these
+      numbers, or None as soon as `stop` holds something. inputs is a tree of arrays [N, …] for the
+      task. Image i depends on (sample.seed, i) and its inputs only, up to rounding. params are
+      replicated (see parallel.py).
+    """
+    chain = make_chain(config)
+    start, step_of, steps = task(config, chain)
+    model, classifier_params = classifier or (None, None)
+    classes = model.num_classes if model else config.data.num_classes
+
+    def keep(x, x0_pred):
+        return images.to_uint8(x), images.to_uint8(x0_pred)
+
+    def begin(keys, inputs):
+        x = start(keys, inputs)
+        return x, sampling.no_frames(x, len(frames_at), keep)
+
+    def run(params, classifier_params, carry, keys, labels, inputs, ts):
+        guide = model and (model, classifier_params)
+        predict_fn = make_predict(config, chain, params, labels, guide)
+        step = step_of(predict_fn, keys, inputs)
+        x, frames = carry
+        return sampling.reverse_process(step, x, ts, frames_at, frames, keep)
+
+    begin, end = parallel.pmap(begin), parallel.pmap(finish)
+    run = parallel.pmap(run, in_axes=(None, None, 0, 0, 0, 0, None), donate_argnums=2)
+
+    def sample(params, indices, inputs=None, stop=()):
+        devices, count = jax.device_count(), len(indices)
+        size = min(config.sample.batch_size, -(-count // devices) * devices)
+        done = []
+        total = -(-count // size) * len(steps)
+        with tqdm(total=total, desc="sample", unit="step", leave=False) as bar:
+            for first in range(0, count, size):
+                # The last batch is filled up with the last image.
+                chosen = np.minimum(np.arange(first, first + size), count - 1)
+                numbers = np.asarray(indices)[chosen]
+                keys = parallel.split(sampling.image_keys(config.sample.seed, numbers))
+                labels = None
+                if classes:
+                    labels = numbers % classes if label is None else np.full(size, label)
+                    labels = parallel.split(labels.astype(np.int32))
+                given = parallel.split(jax.tree.map(lambda a, c=chosen: np.asarray(a)[c], inputs))
+                carry = begin(keys, given)
+                for ts in segments(steps):
+                    carry = run(params, classifier_params, carry, keys, labels, given, ts)
+                    jax.block_until_ready(carry)
+                    bar.update(len(ts))
+                    if stop:
+                        return None
+                x, frames = carry
+                done.append(_to_host(end(x), frames))
+        parts = (np.concatenate(parts, axis=-4) for parts in zip(*done, strict=True))
+        return Generated(*(part[..., :count, :, :, :] for part in parts))
+
+    return sample
+
+
+def segments(steps):
+    """A chain's steps in 20 parts of at most two lengths.
 
     One scan over all of them would compute the same; in parts it shows progress and can be
     interrupted, and each length is compiled once.
     """
-    ts = np.arange(num_timesteps, dtype=np.int32)[::-1]
-    return np.array_split(ts, min(20, num_timesteps))
+    return np.array_split(np.asarray(steps, np.int32), min(20, len(steps)))
 
 
 def _to_host(x, frames):
-    """[D, B, …] and [D, K, B, …] on the devices to uint8 [D·B, …] and [K, D·B, …] on the host."""
-    x = parallel.merge(images.to_uint8(x))
-    frames = jnp.moveaxis(images.to_uint8(frames), 0, 1)
-    return np.asarray(x), np.asarray(frames.reshape(frames.shape[0], *x.shape))
+    """[D, B, …] and two [D, K, B, …] on the devices to [D·B, …] and [K, D·B, …] here."""
+    x = np.asarray(parallel.merge(x))
+    return x, *(np.moveaxis(np.asarray(f), 0, 1).reshape(f.shape[1], *x.shape) for f in frames)
+
+
+def write_grid(path, config, x):
+    """A picture of the first images; with a column for each class if they come in turn."""
+    in_turn = config.data.num_classes and config.sample.label == ""
+    columns = config.data.num_classes if in_turn else None
+    images.write_png(path, images.grid(x[:GRID_IMAGES], columns))
+
+
+def load_classifier(config):
+    """The classifier that `sample.classifier` names, or None: (model, params, label names).
+
+    Raises:
+      UserError: if it is no run of a classifier, or one of other images or another chain.
+    """
+    workdir = config.sample.classifier
+    if not workdir:
+        return None
+    field = f"sample.classifier={workdir!r}"
+    saved = run_files.load_config(workdir)
+    if saved is None or "kind" not in saved.model or saved.model.kind != "classifier":
+        raise UserError(f"{field}: holds no classifier (model.kind='classifier')")
+    mine, its = configs.flatten(config), configs.flatten(saved)
+    chain = ("schedule", "num_timesteps", "beta_start", "beta_end")
+    for name in ("data.image_size", "data.channels", *(f"diffusion.{name}" for name in chain)):
+        if mine[name] != its[name]:
+            raise UserError(f"{field}: its {name} is {its[name]!r}, this run's {mine[name]!r}")
+    _, params = checkpoint.restore_params(saved, workdir)
+    return unet.make_model(saved), params, run_files.load_label_names(workdir)
+
+
+def restore_sampler(config, workdir, in_turn=True, **options):
+    """make_sampler for a run: with its newest parameters, label names and classifier.
+
+    Args:
+      config: the run's config, checked.
+      workdir: the run's folder.
+      in_turn: whether without a `sample.label` the images are of all classes in turn, or of none.
+      **options: more arguments of make_sampler.
+
+    Returns:
+      (step of the checkpoint, sample(indices, inputs=None) → Generated).
+
+    Raises:
+      UserError: if there is no checkpoint, no such label, or no such classifier.
+    """
+    names, guide = run_files.load_label_names(workdir), load_classifier(config)
+    if guide is not None:
+        *classifier, others = guide
+        if names and names != others:
+            text = f"sample.classifier={config.sample.classifier!r}: knows other classes"
+            raise UserError(f"{text}: {', '.join(others)}")
+        names = others
+    label = label_number(config.sample.label, names)
+    if label is None and not in_turn:
+        if guide is not None:
+            raise UserError("sample.label='': is missing; sample.classifier guides to one class")
+        label = config.data.num_classes
+    step, params = checkpoint.restore_params(config, workdir)
+    sampler = make_sampler(config, label, classifier=guide and tuple(classifier), **options)
+    return step, lambda indices, inputs=None: sampler(params, indices, inputs)
+
+
+def settings(config):
+    """The part of a file's name that tells samples of one checkpoint apart: seed0_ddim50_label7."""
+    wanted = config.sample
+    parts = {
+        f"seed{wanted.seed}": True,
+        "raw": not wanted.use_ema,
+        f"{wanted.sampler}{wanted.num_steps or ''}": wanted.sampler != "ancestral"
+        or wanted.num_steps,
+        wanted.spacing: wanted.spacing != "uniform",
+        f"eta{wanted.eta:g}": wanted.sampler == "ddim" and wanted.eta > 0,
+        f"label{wanted.label}": wanted.label != "",
+        f"guidance{wanted.guidance:g}": wanted.guidance != 1,
+        "classifier": wanted.classifier != "",
+    }
+    return re.sub(r"[^\w.-]", "-", "_".join(part for part, said in parts.items() if said))
 
 
 def sample(config, workdir):
     """Generates `sample.num_samples` images from a run's newest checkpoint.
 
-    Writes samples/sample_<step>_seed<seed>[_raw].npz (`images`, uint8 [N, H, W, C]) and a .png that
-    shows the first of them.
+    Writes samples/sample_<step>_<settings>.npz (`images`, uint8 [N, H, W, C]) and a .png that shows
+    the first of them; see `settings`.
 
     Args:
       config: the run's config, checked.
@@ -111,12 +323,11 @@ def sample(config, workdir):
     Raises:
       UserError: if there is no checkpoint.
     """
-    step, params = checkpoint.restore_params(config, workdir)
-    seed, count = config.sample.seed, config.sample.num_samples
-    which, raw = ("EMA", "") if config.sample.use_ema else ("raw", "_raw")
+    step, sampler = restore_sampler(config, workdir)
+    count, which = config.sample.num_samples, "EMA" if config.sample.use_ema else "raw"
     log.info("sampling %d images from the %s parameters of step %d", count, which, step)
-    x, _ = make_sampler(config)(params, count, seed)
-    path = pathlib.Path(workdir) / "samples" / f"sample_{step:06d}_seed{seed}{raw}.npz"
-    write_npz(path, images=x)
-    images.write_png(path.with_suffix(".png"), images.grid(x[:GRID_IMAGES]))
+    x = sampler(np.arange(count)).x
+    path = pathlib.Path(workdir) / "samples" / f"sample_{step:06d}_{settings(config)}.npz"
+    run_files.write_npz(path, images=x)
+    write_grid(path.with_suffix(".png"), config, x)
     log.info("wrote %s and .png", path)

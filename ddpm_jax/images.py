@@ -47,6 +47,19 @@ def grid(images, columns=None):
     return canvas
 
 
+def strips(frames):
+    """A row for each image, from its first frame to its last.
+
+    Args:
+      frames: uint8 [K, N, H, W, C].
+
+    Returns:
+      uint8 [height, width, C].
+    """
+    rows = np.swapaxes(frames, 0, 1)
+    return grid(rows.reshape(-1, *rows.shape[2:]), columns=len(frames))
+
+
 def write_png(path, image):
     """Writes uint8 [H, W, C] to path, whole or not at all."""
     image = image[..., 0] if image.shape[-1] == 1 else image

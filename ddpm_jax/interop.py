@@ -89,6 +89,7 @@ SCHEDULES = {
     "squaredcos_cap_v2": "cosine",
     "sigmoid": "sigmoid",
 }
+PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 # fixed_small_log takes the square root another way.
 VARIANCES = {
     "fixed_small": "fixed_small",
@@ -244,6 +245,8 @@ def network_fields(network, origin, image_size=None):
     return dropout | {
         "data.image_size": tuple(size),
         "data.channels": fields["in_channels"],
+        "data.num_classes": 0,
+        "model.kind": "unet",
         "model.channels": widths[0],
         "model.channel_mults": tuple(width // widths[0] for width in widths),
         "model.num_res_blocks": fields["layers_per_block"],
@@ -346,7 +349,7 @@ def diffusion_fields(scheduler, origin):
     if fields["clip_sample"]:
         require(fields["clip_sample_range"] == 1, "clip_sample_range", "must be 1.0")
     require(fields["predict_epsilon"] is True, "predict_epsilon", "must be true")
-    take("prediction_type", {"epsilon": "eps"})
+    prediction = take("prediction_type", PREDICTIONS)
     steps, start, end = (fields[n] for n in ("num_train_timesteps", "beta_start", "beta_end"))
     require(_is_size(steps), "num_train_timesteps", "must be a whole number above 0")
     for name in ("beta_start", "beta_end"):
@@ -362,6 +365,7 @@ def diffusion_fields(scheduler, origin):
         "diffusion.num_timesteps": steps,
         "diffusion.beta_start": float(start),
         "diffusion.beta_end": float(end),
+        "diffusion.prediction": prediction,
         "diffusion.variance": take("variance_type", VARIANCES),
         "diffusion.clip_x0": fields["clip_sample"],
     }
@@ -386,6 +390,8 @@ def diffusers_network(config):
     mults = model.channel_mults
     if mults[0] != 1:
         raise UserError(f"model.channel_mults={mults!r}: diffusers needs 1 as the first")
+    if config.data.num_classes:  # its pipelines have no labels
+        raise UserError(f"data.num_classes={config.data.num_classes}: diffusers' pipelines need 0")
     attends = [size[0] // 2**level in model.attention_resolutions for level in range(len(mults))]
     return {
         "_class_name": "UNet2DModel",
@@ -414,6 +420,11 @@ def diffusers_scheduler(config):
     if name == "linear_rescaled":
         scale, name = 1000 / diffusion.num_timesteps, "linear"
     theirs = {ours: theirs for theirs, ours in SCHEDULES.items()}[name]
+    predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+    for field, known in (("prediction", predictions), ("variance", VARIANCES)):
+        if diffusion[field] not in known:
+            text = f"diffusers has only {', '.join(known)}"
+            raise UserError(f"diffusion.{field}={diffusion[field]!r}: {text}")
     return {
         "_class_name": "DDPMScheduler",
         "_diffusers_version": VERSION,
@@ -425,7 +436,7 @@ def diffusers_scheduler(config):
         "trained_betas": np.asarray(betas).tolist() if name == "sigmoid" else None,
         "variance_type": diffusion.variance,
         "clip_sample": diffusion.clip_x0,
-        "prediction_type": "epsilon",
+        "prediction_type": predictions[diffusion.prediction],
     }
 
 
@@ -502,7 +513,7 @@ def read_params(path, config, flip_sin_to_cos=False):
     Raises:
       UserError: if it is missing, damaged, or lacks or has tensors that it should not.
     """
-    shapes = unet.param_shapes(unet.make_model(config.model), configs.image_shape(config))
+    shapes = unet.param_shapes(unet.make_model(config), configs.image_shape(config))
     shapes, levels = traverse_util.flatten_dict(shapes), len(config.model.channel_mults)
     names = {place: tensor_name(place, levels) for place in shapes}
     expected = {

@@ -65,6 +65,35 @@ def decoder_log_likelihood(x0, mean, log_variance):
     return jnp.log(jnp.maximum(mass, 1e-12))
 
 
+def bound_terms(schedule, predict_fn, x0, t, eps, *, variances):
+    """The bound's term of one t for each image: L_0 where t = 0, else L_t, which sends x_t.
+
+    Args:
+      schedule: coefficients, each [T].
+      predict_fn: (x_t, t [B]) to a Prediction; called once.
+      x0: [B, H, W, C], uint8 levels as floats in [-1, 1].
+      t: [B] int32, in [0, T).
+      eps: [B, H, W, C], standard normal; what x_t is made with.
+      variances: those of p that are wanted, of diffusion.VARIANCES.
+
+    Returns:
+      terms: {variance: [B]}, bits/dim.
+      x0_pred: [B, H, W, C].
+    """
+    x_t = diffusion.q_sample(schedule, x0, t, eps)
+    prediction = predict_fn(x_t, t)
+    mean, _ = diffusion.q_posterior(schedule, x0, x_t, t)
+    log_variance = diffusion.at(schedule.fixed_small_log_variance, t, x0)
+    terms = {}
+    for variance in variances:
+        p = diffusion.p_mean_variance(schedule, lambda *_: prediction, x_t, t, variance=variance)
+        kl = gaussian_kl(mean, log_variance, p.mean, p.log_variance)
+        decoder = -decoder_log_likelihood(x0, p.mean, p.log_variance)
+        cost = jnp.where((t == 0)[:, None, None, None], decoder, kl)
+        terms[variance] = cost.mean(axis=(1, 2, 3)) * BITS
+    return terms, prediction.x0
+
+
 class Bound(NamedTuple):
     """The terms of the bound of each image, bits/dim; entry t of [T] belongs to code t."""
 
@@ -73,44 +102,28 @@ class Bound(NamedTuple):
     x0_mse: jax.Array  # [T, B], of the x0 predicted from x_t, in units of [-1, 1]
 
 
-def bound(schedule, eps_fn, x0, noise_fn, *, clip_x0):
+def bound(schedule, predict_fn, x0, noise_fn, *, variances=diffusion.FIXED_VARIANCES):
     """Every term of Eq. (5), by one `lax.scan` over t; the network runs once a t.
 
     Args:
       schedule: coefficients, each [T].
-      eps_fn: the network, (x_t, t [B]) to ε.
+      predict_fn: (x_t, t [B]) to a Prediction; clipped, as in Ho's evaluation, or not.
       x0: [B, H, W, C], uint8 levels as floats in [-1, 1].
       noise_fn: t to the ε [B, H, W, C] that x_t is made with.
-      clip_x0: whether to clip the predicted x0 to [-1, 1], as Ho's evaluation does.
+      variances: those of p that are wanted, of diffusion.VARIANCES.
 
     Returns:
-      A Bound; its terms for every fixed variance.
+      A Bound.
     """
-    size = x0[0].size
-
-    def per_dim(values):
-        return values.reshape(len(values), -1).sum(axis=1) * (BITS / size)
 
     def body(_, t):
         ts = jnp.full(len(x0), t)
-        x_t = diffusion.q_sample(schedule, x0, ts, noise_fn(t))
-        eps_pred = eps_fn(x_t, ts)
-        mean, _ = diffusion.q_posterior(schedule, x0, x_t, ts)
-        log_variance = schedule.fixed_small_log_variance[t]
-        terms = {}
-        for variance in diffusion.VARIANCES:
-            p = diffusion.p_mean_variance(
-                schedule, lambda *_: eps_pred, x_t, ts, variance=variance, clip_x0=clip_x0
-            )
-            kl = gaussian_kl(mean, log_variance, p.mean, p.log_variance)
-            decoder = -decoder_log_likelihood(x0, p.mean, p.log_variance)
-            terms[variance] = per_dim(jnp.where(t == 0, decoder, kl))
-        mse = jnp.square(p.x0_pred - x0).reshape(len(x0), -1).mean(axis=1)
-        return None, (terms, mse)
+        terms, x0_pred = bound_terms(schedule, predict_fn, x0, ts, noise_fn(t), variances=variances)
+        return None, (terms, jnp.square(x0_pred - x0).mean(axis=(1, 2, 3)))
 
     _, (terms, x0_mse) = jax.lax.scan(body, None, jnp.arange(schedule.num_timesteps))
     alpha_bar = schedule.alpha_bars[-1]
-    mean_square = jnp.square(x0).reshape(len(x0), -1).mean(axis=1)
+    mean_square = jnp.square(x0).mean(axis=(1, 2, 3))
     prior = (alpha_bar * (mean_square - 1) - jnp.log1p(-alpha_bar)) * (BITS / 2)
     return Bound(prior, terms, x0_mse)
 

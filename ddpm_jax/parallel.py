@@ -63,14 +63,15 @@ def replicate(tree, devices=None):
     return jax.device_put(tree, replicated(devices))
 
 
-def split(array, num_devices=None):
-    """[B, ...] to [devices, B / devices, ...], for pmap with in_axes=0."""
-    return array.reshape(num_devices or jax.local_device_count(), -1, *array.shape[1:])
+def split(tree, num_devices=None):
+    """Arrays [B, ...] to [devices, B / devices, ...], for pmap with in_axes=0."""
+    devices = num_devices or jax.local_device_count()
+    return jax.tree.map(lambda array: array.reshape(devices, -1, *array.shape[1:]), tree)
 
 
-def merge(array):
-    """The inverse of split: [devices, B / devices, ...] to [B, ...]."""
-    return array.reshape(-1, *array.shape[2:])
+def merge(tree):
+    """The inverse of split: arrays [devices, B / devices, ...] to [B, ...]."""
+    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), tree)
 
 
 def example_indices(local_batch):

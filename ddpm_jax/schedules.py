@@ -57,6 +57,7 @@ class Schedule:
     betas: jax.Array
     alpha_bars: jax.Array
     alpha_bars_prev: jax.Array  # ᾱ_{t-1}, 1 at t = 0
+    one_minus_alpha_bars_prev: jax.Array  # where 1 - ᾱ_{t-1} would lose half of its digits
     sqrt_alpha_bars: jax.Array
     sqrt_one_minus_alpha_bars: jax.Array
     sqrt_recip_alpha_bars: jax.Array  # √(1 / ᾱ)
@@ -73,17 +74,18 @@ class Schedule:
         return self.betas.shape[0]
 
 
-def make_schedule(name, num_timesteps, beta_start=1e-4, beta_end=0.02):
-    """Builds the schedule `name`.
+def make_schedule(name, num_timesteps, beta_start=1e-4, beta_end=0.02, timesteps=None):
+    """Builds the schedule `name`, or a shorter one of some of its steps.
 
     Args:
       name: a key of SCHEDULES.
       num_timesteps: T, at least 1.
       beta_start: β at code t = 0, in (0, 1).
       beta_end: β at code t = T - 1, in (0, 1).
+      timesteps: [S] ints in [0, T), ascending: the steps that a shorter chain keeps; None for all.
 
     Returns:
-      A Schedule.
+      A Schedule, of S steps if there are `timesteps`.
 
     Raises:
       UserError: for an unknown name, T < 1, or a β outside (0, 1).
@@ -106,7 +108,39 @@ def make_schedule(name, num_timesteps, beta_start=1e-4, beta_end=0.02):
             f"diffusion.num_timesteps={num_timesteps} with beta_end={beta_end}: float32 cannot "
             "hold 1 / ᾱ_T; use a smaller beta_end or schedule=linear_rescaled"
         )
-    return from_betas(betas)
+    return from_betas(betas if timesteps is None else respace(betas, timesteps))
+
+
+def respace(betas, timesteps):
+    """The β's of a chain that takes only some of the steps (Nichol & Dhariwal 2021, Sec. 4).
+
+    Its ᾱ are those of the kept steps, so β_i = 1 - ᾱ_{τ_i} / ᾱ_{τ_{i-1}}. Whatever is built from
+    them, ancestral sampling or DDIM, is then a sampler of fewer steps.
+
+    Args:
+      betas: [T] float64.
+      timesteps: τ, [S] ints in [0, T), ascending.
+
+    Returns:
+      [S] float64.
+    """
+    alpha_bars = np.cumprod(1 - betas)[timesteps]
+    return 1 - alpha_bars / np.append(1.0, alpha_bars[:-1])
+
+
+def uniform_spacing(num_timesteps, num_steps):
+    """Steps equally far apart, from 0: every 20th of 1000 if 50 are wanted."""
+    return np.arange(num_steps) * num_timesteps // num_steps
+
+
+def quadratic_spacing(num_timesteps, num_steps):
+    """Steps further apart the noisier, up to 0.8 T (Song et al. 2020, App. D.2, and their code)."""
+    i = np.arange(num_steps)
+    squares = 0.8 * num_timesteps * (i / max(num_steps - 1, 1)) ** 2
+    return np.maximum(i, squares.astype(int))  # where squares are less than one apart, every step
+
+
+SPACINGS = {"uniform": uniform_spacing, "quadratic": quadratic_spacing}
 
 
 def from_betas(betas):
@@ -128,6 +162,7 @@ def from_betas(betas):
         betas=betas,
         alpha_bars=alpha_bars,
         alpha_bars_prev=alpha_bars_prev,
+        one_minus_alpha_bars_prev=1 - alpha_bars_prev,
         sqrt_alpha_bars=np.sqrt(alpha_bars),
         sqrt_one_minus_alpha_bars=np.sqrt(1 - alpha_bars),
         sqrt_recip_alpha_bars=np.sqrt(1 / alpha_bars),
@@ -141,8 +176,12 @@ def from_betas(betas):
     return Schedule(**{k: jnp.asarray(v, jnp.float32) for k, v in coefficients.items()})
 
 
-def from_config(diffusion):
-    """The schedule that a config's `diffusion` section describes."""
+def from_config(diffusion, timesteps=None):
+    """The schedule that a config's `diffusion` section describes, or some steps of it."""
     return make_schedule(
-        diffusion.schedule, diffusion.num_timesteps, diffusion.beta_start, diffusion.beta_end
+        diffusion.schedule,
+        diffusion.num_timesteps,
+        diffusion.beta_start,
+        diffusion.beta_end,
+        timesteps,
     )

@@ -55,55 +55,105 @@ def draw(keys, image_shape, num_timesteps):
       t: [B] int32, uniform in [0, T).
       eps: [B, H, W, C], standard normal.
       dropout_keys: [B] PRNG keys.
+      coins: [B], uniform in [0, 1): whether the network is told the label.
     """
 
     def one(key):
-        t_key, eps_key, dropout_key = jax.random.split(key, 3)
+        t_key, eps_key, dropout_key, coin_key = jax.random.split(key, 4)
         t = jax.random.randint(t_key, (), 0, num_timesteps)
-        return t, jax.random.normal(eps_key, image_shape), dropout_key
+        eps, coin = jax.random.normal(eps_key, image_shape), jax.random.uniform(coin_key)
+        return t, eps, dropout_key, coin
 
     return jax.vmap(one)(keys)
 
 
-def train_step(state, batch, *, model, schedule, optimizer, ema_decay, seed):
+def make_loss(config, model, schedule):
+    """Builds the loss that a config asks for.
+
+    Args:
+      config: its model and diffusion sections are used.
+      model: the network.
+      schedule: coefficients, each [T].
+
+    Returns:
+      loss(params, x0 [B, H, W, C], labels [B] or None, t [B], eps [B, H, W, C], dropout_keys) →
+      [B]: L_simple; the bound's term of t, bits/dim, not clipped; or the cross-entropy, nats.
+    """
+    section = config.diffusion
+    variance = section.variance
+
+    def simple(net_fn, x0, labels, t, eps):
+        return diffusion.simple_loss(schedule, net_fn, x0, t, eps, section.prediction)
+
+    def bound(net_fn, x0, labels, t, eps):
+        predict_fn = generate.make_predictor(config, schedule, net_fn)
+        terms, _ = likelihood.bound_terms(schedule, predict_fn, x0, t, eps, variances=(variance,))
+        return terms[variance]
+
+    def cross_entropy(net_fn, x0, labels, t, eps):
+        log_p = net_fn(diffusion.q_sample(schedule, x0, t, eps), t)
+        return -jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
+
+    classifies = config.model.kind == "classifier"
+    loss_of = cross_entropy if classifies else {"simple": simple, "bound": bound}[section.loss]
+
+    def loss(params, x0, labels, t, eps, dropout_keys=None):
+        told = () if labels is None or classifies else (labels,)
+        apply = unet.net_fn(model, params, dropout_keys)
+        return loss_of(lambda x_t, t: apply(x_t, t, *told), x0, labels, t, eps)
+
+    return loss
+
+
+def train_step(state, batch, *, loss_fn, num_timesteps, optimizer, ema_decay, label_dropout, seed):
     """One update of Algorithm 1; runs under parallel.pmap.
 
     Args:
       state: a TrainState.
-      batch: uint8 [B, H, W, C], this device's part of the global batch.
-      model: the U-Net.
-      schedule: coefficients, each [T].
+      batch: a data.Batch, this device's part of the global one.
+      loss_fn: from make_loss.
+      num_timesteps: T.
       optimizer: an optax transformation; it clips the gradient after the mean over devices.
       ema_decay: of the parameters' moving average, in [0, 1).
+      label_dropout: (rate, the label that replaces dropped ones), for classifier-free guidance.
       seed: int.
 
     Returns:
-      (state, metrics): loss and the gradient's norm before clipping, means over the global batch.
+      (state, metrics), means over the global batch: loss, the gradient's norm before clipping; of
+      each quarter of the timesteps [4] the share of examples, and their loss times that share.
     """
-    keys = step_keys(seed, state.step, parallel.example_indices(len(batch)))
-    t, eps, dropout_keys = draw(keys, batch.shape[1:], schedule.num_timesteps)
-    x0 = images.to_float(batch)
+    x0, labels = images.to_float(batch.images), batch.labels
+    keys = step_keys(seed, state.step, parallel.example_indices(len(x0)))
+    t, eps, dropout_keys, coins = draw(keys, x0.shape[1:], num_timesteps)
+    if labels is not None:
+        rate, null_label = label_dropout
+        labels = jnp.where(coins < rate, null_label, labels)
 
-    def loss_fn(params):
-        eps_fn = unet.eps_fn(model, params, dropout_keys)
-        return diffusion.simple_loss(schedule, eps_fn, x0, t, eps).mean()
+    def mean_loss(params):
+        losses = loss_fn(params, x0, labels, t, eps, dropout_keys)
+        quarter = jax.nn.one_hot(4 * t // num_timesteps, 4)
+        of_quarters = {"share": quarter.mean(0), "loss_share": (losses[:, None] * quarter).mean(0)}
+        return losses.mean(), of_quarters
 
-    loss, grads = jax.lax.pmean(jax.value_and_grad(loss_fn)(state.params), parallel.AXIS)
+    found = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+    (loss, of_quarters), grads = jax.lax.pmean(found, parallel.AXIS)
     state = states.apply_gradients(state, grads, optimizer, ema_decay)
-    return state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    return state, {"loss": loss, "grad_norm": optax.tree.norm(grads), **of_quarters}
 
 
 def make_train_step(config, model, schedule, optimizer, devices=None):
-    """train_step over all devices: (state, uint8 [devices, B, H, W, C]) → (state, metrics)."""
+    """train_step over all devices: (state, Batch of [devices, B, …]) → (state, metrics)."""
+    rate = 0.0 if config.model.kind == "classifier" else config.train.label_dropout
 
     def step(state, batch):
         return train_step(
             state,
             batch,
-            model=model,
-            schedule=schedule,
+            loss_fn=make_loss(config, model, schedule),
+            num_timesteps=schedule.num_timesteps,
             optimizer=optimizer,
             ema_decay=config.optim.ema_decay,
+            label_dropout=(rate, config.data.num_classes),
             seed=config.seed,
         )
 
@@ -117,23 +167,24 @@ def make_eval_loss(config, model, schedule, source):
     """The held-out loss: the same images, timesteps (spread evenly) and noise every time.
 
     Args:
-      config: its train section is used.
-      model: the U-Net.
+      config: its train, model and diffusion sections are used.
+      model: the network.
       schedule: coefficients, each [T].
       source: the held-out images.
 
     Returns:
-      eval_loss(params, stop=()) → L_simple over the first `train.eval_images` images; or None as
+      eval_loss(params, stop=()) → the mean over the first `train.eval_images` images; or None as
       soon as `stop` holds something.
     """
+    loss_fn = make_loss(config, model, schedule)
     count, size = min(config.train.eval_images, source.size), config.train.batch_size
     num_timesteps = schedule.num_timesteps
 
     def batch_loss(params, batch, indices):
-        _, eps, _ = draw(step_keys(EVAL_SEED, 0, indices), batch.shape[1:], num_timesteps)
+        x0, keys = images.to_float(batch.images), step_keys(EVAL_SEED, 0, indices)
+        _, eps, *_ = draw(keys, x0.shape[1:], num_timesteps)
         t = jnp.minimum(indices, count - 1) * num_timesteps // count
-        eps_fn = unet.eps_fn(model, params)
-        loss = diffusion.simple_loss(schedule, eps_fn, images.to_float(batch), t, eps)
+        loss = loss_fn(params, x0, batch.labels, t, eps)
         return jax.lax.psum(jnp.sum(jnp.where(indices < count, loss, 0)), parallel.AXIS)
 
     batch_loss = parallel.pmap(batch_loss, in_axes=(None, 0, 0), out_axes=None)
@@ -171,10 +222,12 @@ def train(config, workdir):
         trained = checkpoint.latest_step(workdir) != 0
         configs.check_same_run(saved, config, workdir, "train" if trained else "use")
     schedule = schedules.from_config(config.diffusion)
-    model = unet.make_model(config.model)
+    model = unet.make_model(config)
     optimizer = states.make_optimizer(config.optim, config.train.num_steps)
     source, eval_source = (data.open_source(config.data, f) for f in ("split", "eval_split"))
     run_files.save_config(config, workdir)
+    if source.label_names:
+        run_files.save_label_names(source.label_names, workdir)
 
     state = states.create_state(model, optimizer, configs.image_shape(config), config.seed)
     with contextlib.ExitStack() as stack:
@@ -186,7 +239,9 @@ def train(config, workdir):
         describe(config, state, schedule, source, eval_source)
 
         eval_loss = make_eval_loss(config, model, schedule, eval_source)
-        sample = generate.make_sampler(config)
+        draws = config.model.kind == "unet"  # a classifier does not
+        label = generate.label_number(config.sample.label, source.label_names)
+        sample = generate.make_sampler(config, label) if draws else None
 
         def evaluate(step, state):
             if step > first:  # at `first` it was done before the interruption
@@ -205,11 +260,10 @@ def train(config, workdir):
                 checkpoint.save(manager, step, state)
 
         every = config.train
-        actions = {
-            evaluate: every.eval_every,
-            draw: every.sample_every,
-            save: every.checkpoint_every,
-        }
+        actions = {evaluate: every.eval_every}
+        if draws:
+            actions[draw] = every.sample_every
+        actions[save] = every.checkpoint_every
         step_fn = make_train_step(config, model, schedule, optimizer)
         run_loop(every, first, updates(config, state, step_fn, source), metrics, actions, caught)
         manager.wait_until_finished()
@@ -288,6 +342,7 @@ def summarize(pending, step):
       UserError: if a loss or a gradient is not finite; the parameters are spoilt then.
     """
     columns = {k: np.array([v[k] for v in pending]) for k in pending[0]}
+    share, loss_share = columns.pop("share").sum(0), columns.pop("loss_share").sum(0)
     finite = np.isfinite(columns["loss"]) & np.isfinite(columns["grad_norm"])
     if not finite.all():
         worst = int(np.argmin(finite))
@@ -296,15 +351,17 @@ def summarize(pending, step):
             f"finite at step {step - len(pending) + 1 + worst}; the checkpoints are from before; "
             "a smaller optim.learning_rate may help"
         )
-    return {k: float(v.mean()) for k, v in columns.items()}
+    means = {k: float(v.mean()) for k, v in columns.items()}
+    quarters = {f"loss_q{i + 1}": loss_share[i] / share[i] for i in range(4) if share[i] > 0}
+    return means | {k: float(v) for k, v in quarters.items()}
 
 
 def write_grid(path, sample, config, state, caught):
     """Draws samples from a state and writes them to path, unless a signal comes first."""
     params = state.ema_params if config.sample.use_ema else state.params
-    generated = sample(params, config.sample.num_samples, config.sample.seed, stop=caught)
+    generated = sample(params, np.arange(config.sample.num_samples), stop=caught)
     if generated is not None:
-        images.write_png(path, images.grid(generated[0][: generate.GRID_IMAGES]))
+        generate.write_grid(path, config, generated.x)
 
 
 def describe(config, state, schedule, source, eval_source):
@@ -316,7 +373,7 @@ def describe(config, state, schedule, source, eval_source):
     log.info(text, config.data.name, source.size, eval_source.size, height, width, channels)
     log.info("network: %s parameters", f"{sum(p.size for p in jax.tree.leaves(state.params)):,}")
     some = np.arange(min(eval_source.size, 256))
-    mean_square = float(np.mean(np.square(images.to_float(eval_source.read(some)))))
+    mean_square = float(np.mean(np.square(images.to_float(eval_source.read(some).images))))
     kl = likelihood.prior_kl(schedule, mean_square)
     alpha_bar = float(schedule.alpha_bars[-1])
     log.info(

@@ -1,8 +1,8 @@
-"""The U-Net of Ho et al. 2020 (App. B): predicts ε from x_t and t.
+"""The U-Net of Ho et al. 2020 (App. B): predicts ε from x_t and t; and a classifier of x_t.
 
 Each level runs residual blocks at one resolution; levels are joined by strided convolutions down
 and nearest-neighbour upsampling up, with skip connections between them. Blocks at the attention
-resolutions are followed by single-head self-attention.
+resolutions are followed by single-head self-attention. The classifier is the way down alone.
 """
 
 import zlib
@@ -121,8 +121,51 @@ class AttentionBlock(nn.Module):
         return x + h.reshape(x.shape)
 
 
+def res_block(network, h, temb, dropout_keys, features, name):
+    """A residual block with a network's settings."""
+    block = ResBlock(features, network.dropout, network.norm_groups, network.dtype, name=name)
+    return block(h, temb, dropout_keys)
+
+
+def level_block(network, h, temb, dropout_keys, features, name):
+    """A residual block, and attention behind it at the resolutions that have it."""
+    h = res_block(network, h, temb, dropout_keys, features, name)
+    if h.shape[1] in network.attention_resolutions:
+        h = AttentionBlock(network.norm_groups, network.dtype, name=f"{name}_attention")(h)
+    return h
+
+
+def middle(network, h, temb, dropout_keys):
+    """The blocks at the lowest resolution, between the way down and the way up."""
+    width = network.channel_mults[-1] * network.channels
+    h = res_block(network, h, temb, dropout_keys, width, "middle_block0")
+    h = AttentionBlock(network.norm_groups, network.dtype, name="middle_attention")(h)
+    return res_block(network, h, temb, dropout_keys, width, "middle_block1")
+
+
+def embed_time(network, t):
+    """The [B, 4 · channels] embedding of t that every residual block is given."""
+    temb = timestep_embedding(t, network.channels)
+    temb = dense(4 * network.channels, network.dtype, "temb1")(temb)
+    return dense(4 * network.channels, network.dtype, "temb2")(nn.swish(temb))
+
+
+def way_down(network, x, temb, dropout_keys):
+    """What each layer from x to the lowest resolution makes of it, a list; the last is the end."""
+    widths = [mult * network.channels for mult in network.channel_mults]
+    skips = [conv3x3(network.channels, network.dtype, "conv_in")(x)]
+    for level, width in enumerate(widths):
+        if level > 0:
+            down = conv3x3(widths[level - 1], network.dtype, f"down{level}_conv", strides=2)
+            skips.append(down(skips[-1]))
+        for block in range(network.num_res_blocks):
+            name = f"down{level}_block{block}"
+            skips.append(level_block(network, skips[-1], temb, dropout_keys, width, name))
+    return skips
+
+
 class UNet(nn.Module):
-    """ε_θ(x_t, t).
+    """ε_θ(x_t, t), or whatever else of x_t the network is trained to predict.
 
     Attributes:
       channels: width of the first level; a multiple of norm_groups.
@@ -132,6 +175,8 @@ class UNet(nn.Module):
       dropout: rate inside the residual blocks, in [0, 1).
       norm_groups: groups of every GroupNorm.
       dtype: of the computation (parameters are float32).
+      num_classes: 0, or the number of labels, K, that it may be told.
+      learned_variance: whether it predicts a log variance, too.
     """
 
     channels: int
@@ -141,74 +186,93 @@ class UNet(nn.Module):
     dropout: float = 0.0
     norm_groups: int = 32
     dtype: jnp.dtype = jnp.float32
+    num_classes: int = 0
+    learned_variance: bool = False
 
     @nn.compact
-    def __call__(self, x, t, dropout_keys=None):
+    def __call__(self, x, t, labels=None, dropout_keys=None):
         """Predicts the noise in x.
 
         Args:
           x: [B, H, W, C]; the levels halve H and W, so both are multiples of 2^(levels - 1).
           t: [B] int32, in [0, T).
+          labels: [B] int32, in [0, K]; K, as None does, says nothing of the class.
           dropout_keys: [B] PRNG keys, or None for no dropout.
 
         Returns:
-          eps_pred: [B, H, W, C], of x's dtype.
+          eps_pred: [B, H, W, C], of x's dtype; with learned_variance [B, H, W, 2C].
         """
         chex.assert_rank((x, t), (4, 1))
-
-        def res_block(h, features, name):
-            block = ResBlock(features, self.dropout, self.norm_groups, self.dtype, name=name)
-            return block(h, temb, dropout_keys)
-
-        def attention(h, name):
-            return AttentionBlock(self.norm_groups, self.dtype, name=name)(h)
-
-        def level_block(h, features, name):
-            h = res_block(h, features, name)
-            attends = h.shape[1] in self.attention_resolutions
-            return attention(h, f"{name}_attention") if attends else h
-
-        temb = timestep_embedding(t, self.channels)
-        temb = dense(4 * self.channels, self.dtype, "temb1")(temb)
-        temb = dense(4 * self.channels, self.dtype, "temb2")(nn.swish(temb))
-
-        widths = [mult * self.channels for mult in self.channel_mults]
-        h = conv3x3(self.channels, self.dtype, "conv_in")(x)
-        skips = [h]
-        for level, width in enumerate(widths):
-            if level > 0:
-                h = conv3x3(widths[level - 1], self.dtype, f"down{level}_conv", strides=2)(h)
-                skips.append(h)
-            for block in range(self.num_res_blocks):
-                h = level_block(h, width, f"down{level}_block{block}")
-                skips.append(h)
-
-        h = res_block(h, widths[-1], "middle_block0")
-        h = attention(h, "middle_attention")
-        h = res_block(h, widths[-1], "middle_block1")
-
-        for level, width in reversed(tuple(enumerate(widths))):
+        assert labels is None or self.num_classes > 0
+        temb = embed_time(self, t)
+        if self.num_classes > 0:
+            labels = jnp.full(t.shape, self.num_classes) if labels is None else labels
+            features, init = temb.shape[-1], nn.initializers.normal(1.0)
+            size = self.num_classes + 1, features
+            temb += nn.Embed(*size, self.dtype, embedding_init=init, name="labels")(labels)
+        skips = way_down(self, x, temb, dropout_keys)
+        h = middle(self, skips[-1], temb, dropout_keys)
+        for level, mult in reversed(tuple(enumerate(self.channel_mults))):
+            width = mult * self.channels
             for block in range(self.num_res_blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = level_block(h, width, f"up{level}_block{block}")
+                h = level_block(self, h, temb, dropout_keys, width, f"up{level}_block{block}")
             if level > 0:
                 h = conv3x3(width, self.dtype, f"up{level}_conv")(upsample(h))
         assert not skips
 
         h = nn.swish(group_norm(self.norm_groups, self.dtype, "norm_out")(h))
-        return conv3x3(x.shape[-1], self.dtype, "conv_out", NEAR_ZERO)(h).astype(x.dtype)
+        channels = x.shape[-1] * (2 if self.learned_variance else 1)
+        return conv3x3(channels, self.dtype, "conv_out", NEAR_ZERO)(h).astype(x.dtype)
 
 
-def make_model(model):
-    """The U-Net that a config's `model` section describes; dtype is a name there."""
-    return UNet(**{**model, "dtype": jnp.dtype(model.dtype)})
+class Classifier(nn.Module):
+    """log p(y | x_t) of each of the labels (Dhariwal & Nichol 2021): the U-Net's way down.
+
+    Attributes: those of the UNet.
+    """
+
+    channels: int
+    channel_mults: tuple[int, ...]
+    num_res_blocks: int
+    attention_resolutions: tuple[int, ...]
+    dropout: float = 0.0
+    norm_groups: int = 32
+    dtype: jnp.dtype = jnp.float32
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, x, t, dropout_keys=None):
+        """Says which class x is of.
+
+        Args:
+          x: [B, H, W, C], x_t.
+          t: [B] int32, in [0, T).
+          dropout_keys: [B] PRNG keys, or None for no dropout.
+
+        Returns:
+          log p: [B, K], of x's dtype.
+        """
+        temb = embed_time(self, t)
+        h = middle(self, way_down(self, x, temb, dropout_keys)[-1], temb, dropout_keys)
+        h = nn.swish(group_norm(self.norm_groups, self.dtype, "norm_out")(h)).mean((1, 2))
+        return nn.log_softmax(dense(self.num_classes, self.dtype, "logits")(h).astype(x.dtype))
+
+
+def make_model(config):
+    """The network that a config describes; model.dtype is a name there."""
+    fields = {**config.model, "dtype": jnp.dtype(config.model.dtype)}
+    fields["num_classes"] = config.data.num_classes
+    if fields.pop("kind") == "classifier":
+        return Classifier(**fields)
+    return UNet(**fields, learned_variance=config.diffusion.variance == "learned")
 
 
 def param_shapes(model, image_shape):
     """The tree of a network's parameters, as ShapeDtypeStructs.
 
     Args:
-      model: the U-Net.
+      model: the network.
       image_shape: (H, W, C).
     """
     x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
@@ -216,6 +280,13 @@ def param_shapes(model, image_shape):
     return jax.eval_shape(model.init, jax.random.key(0), x, t)["params"]
 
 
-def eps_fn(model, params, dropout_keys=None):
-    """The network as diffusion.py wants it: (x_t [B, H, W, C], t [B]) to ε."""
-    return lambda x_t, t: model.apply({"params": params}, x_t, t, dropout_keys)
+def net_fn(model, params, dropout_keys=None):
+    """The network as diffusion.py wants it: (x_t [B, H, W, C], t [B]) to its output.
+
+    A conditional one takes labels [B] as a third argument.
+    """
+
+    def apply(x_t, t, *labels):
+        return model.apply({"params": params}, x_t, t, *labels, dropout_keys=dropout_keys)
+
+    return apply

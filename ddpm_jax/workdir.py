@@ -4,6 +4,7 @@ runs/cifar10/
   config.json          what the run was made with
   checkpoints/<step>/  see checkpoint.py
   metrics.jsonl        one JSON object a log point; TensorBoard events beside it
+  labels.json          what each class is called, if the run knows any
   samples/             grids and arrays of images
 """
 
@@ -117,6 +118,18 @@ def save_config(config, workdir):
     """Writes config.json."""
     with atomic_write(pathlib.Path(workdir) / "config.json") as path:
         path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def save_label_names(names, workdir):
+    """Writes labels.json: what each label is called."""
+    with atomic_write(pathlib.Path(workdir) / "labels.json") as path:
+        path.write_text(json.dumps(names) + "\n")
+
+
+def load_label_names(workdir):
+    """The names in labels.json; none where the run knows no classes."""
+    path = pathlib.Path(workdir) / "labels.json"
+    return tuple(json.loads(path.read_text())) if path.exists() else ()
 
 
 def write_npz(path, **arrays):

@@ -76,33 +76,47 @@ def cost_of_fixed_large():
     s = schedule()
     keys = sampling.image_keys(0, jnp.arange(1))
 
-    def eps_fn(x_t, t):
+    def net_fn(x_t, t):
         return x_t / s.sqrt_one_minus_alpha_bars[t].reshape(-1, 1, 1, 1)
 
     def noise(t):
         return sampling.noise(keys, t, (2, 2, 1))
 
-    found = likelihood.bound(s, eps_fn, jnp.zeros((1, 2, 2, 1)), noise, clip_x0=False)
+    predict_fn = diffusion.predictor(s, net_fn)
+    found = likelihood.bound(s, predict_fn, jnp.zeros((1, 2, 2, 1)), noise)
     return np.float64(found.terms["fixed_large"][1:]).sum()
 
 
-def gaussian_outcome(data_variance, variance):
-    """Variance of x_0 after ancestral sampling from N(0, 1) with that network.
+def gaussian_predict(data_variance, schedule, clip=False):
+    """That network as a predict_fn."""
+    predict_fn = diffusion.predictor(schedule, gaussian_eps(data_variance, schedule))
+    return diffusion.clipped(predict_fn) if clip else predict_fn
+
+
+def gaussian_outcome(data_variance, step_fn, num_steps=1000):
+    """Variance of x_0 after sampling from N(0, 1) with that network.
 
     Each step is x ← a·x + b·ε, so a and b are what it makes of (1, 0) and (0, 1), and variances
     follow v ← a²v + b².
+
+    Args:
+      data_variance: s².
+      step_fn: one of sampling's, with its options.
+      num_steps: of 1000, uniformly spaced.
     """
-    s, eps_fn = schedule(), gaussian_eps(data_variance, schedule())
+    taus = schedules.SPACINGS["uniform"](1000, num_steps)
+    s = schedules.make_schedule("linear", 1000, timesteps=taus)
+    predict_fn = sampling.respaced(gaussian_predict(data_variance, schedule()), taus)
 
     def step(v, t):
         def outcome(x, eps):
             x, eps = jnp.full((1, 1, 1, 1), x), jnp.full((1, 1, 1, 1), eps)
-            kwargs = dict(variance=variance, clip_x0=False)
-            return sampling.ancestral_step(s, eps_fn, x, t, eps, **kwargs).squeeze()
+            return step_fn(s, predict_fn, x, t, eps)[0].squeeze()
 
         return outcome(1.0, 0.0) ** 2 * v + outcome(0.0, 1.0) ** 2, None
 
-    return jax.jit(lambda: jax.lax.scan(step, jnp.float32(1), jnp.arange(1000)[::-1])[0])()
+    ts = jnp.arange(num_steps)[::-1]
+    return jax.jit(lambda: jax.lax.scan(step, jnp.float32(1), ts)[0])()
 
 
 def parameters(channels, layout, size):
@@ -116,7 +130,7 @@ def macs(layout, size):
     model = unet.UNet(128, **layout)
     params = unet.param_shapes(model, (size, size, 3))
     x, t = jnp.zeros((1, size, size, 3)), jnp.zeros(1, int)
-    jaxpr = jax.make_jaxpr(lambda params: unet.eps_fn(model, params)(x, t))(params)
+    jaxpr = jax.make_jaxpr(lambda params: unet.net_fn(model, params)(x, t))(params)
     return _macs(jaxpr.jaxpr)
 
 
@@ -154,7 +168,7 @@ def initial_loss():
     @jax.jit
     def loss(x0, eps):
         params = model.init(jax.random.key(0), x0, jnp.zeros(128, int))["params"]
-        eps_fn, t = unet.eps_fn(model, params), jnp.arange(128) * 7
+        eps_fn, t = unet.net_fn(model, params), jnp.arange(128) * 7
         return diffusion.simple_loss(schedule(), eps_fn, x0, t, eps).mean()
 
     return loss(x0, eps)
@@ -167,7 +181,7 @@ def fixture():
         expected = dict(file)
     config = fixture_config()
     params = interop.read_params(FIXTURES / "unet" / interop.TENSORS, config)
-    model = unet.make_model(config.model)
+    model = unet.make_model(config)
     return model, params, schedules.from_config(config.diffusion), expected
 
 
@@ -188,7 +202,7 @@ def network_output(dtype=np.float32):
     model, params, _, expected = fixture()
     model, x_t = model.clone(dtype=jnp.dtype(dtype)), expected["x_t"].astype(dtype)
     params = jax.tree.map(lambda p: p.astype(dtype), params)
-    return np.asarray(jax.jit(unet.eps_fn(model, params))(x_t, expected["t"]))
+    return np.asarray(jax.jit(unet.net_fn(model, params))(x_t, expected["t"]))
 
 
 def network_output_float64():
@@ -210,7 +224,7 @@ def gradients(model, params, x_t, t, eps):
     @jax.jit
     def grad(params):
         def loss(params):
-            return jnp.mean(jnp.square(unet.eps_fn(model, params)(x_t, t) - eps))
+            return jnp.mean(jnp.square(unet.net_fn(model, params)(x_t, t) - eps))
 
         return jax.grad(loss)(params)
 
@@ -248,9 +262,11 @@ def reverse_chain(variance, clip_x0):
     model, params, s, expected = fixture()
     noises = jnp.asarray(expected["noises"])
 
+    predict_fn = diffusion.predictor(s, unet.net_fn(model, params))
+    predict_fn = diffusion.clipped(predict_fn) if clip_x0 else predict_fn
+
     def step(x, t):
-        kwargs = dict(variance=variance, clip_x0=clip_x0)
-        return sampling.ancestral_step(s, unet.eps_fn(model, params), x, t, noises[t], **kwargs)
+        return sampling.ancestral_step(s, predict_fn, x, t, noises[t], variance=variance)
 
     ts = jnp.arange(s.num_timesteps)[::-1]
     return jax.jit(lambda x: sampling.reverse_process(step, x, ts)[0])(expected["x_T"])
@@ -320,11 +336,23 @@ def table():
         (0.25, "¼", "fixed_large", 0.2507520750075313),
         (0.25, "¼", "fixed_small", 0.24612521136044793),
     ):
+        step = functools.partial(sampling.ancestral_step, variance=variance)
         add(f"variance of samples, s² = {label}, {variance}", source, value,
-            lambda v=data_variance, k=variance: gaussian_outcome(v, k), 2e-5)  # fmt: skip
+            lambda v=data_variance, f=step: gaussian_outcome(v, f), 2e-5)  # fmt: skip
+    ddim = functools.partial(sampling.ddim_step, eta=0.0)
+    for data_variance, label, num_steps, value in (
+        (1.0, "1", 1000, 0.9962521062682085),
+        (1.0, "1", 50, 0.92944884164934),
+        (0.25, "¼", 1000, 0.24849754716933067),
+        (0.25, "¼", 50, 0.22319871551899875),
+    ):
+        add(f"variance of samples, s² = {label}, DDIM, {num_steps} steps", source, value,
+            lambda v=data_variance, n=num_steps: gaussian_outcome(v, ddim, n), 2e-5)  # fmt: skip
 
+    learned = {**CIFAR10, "learned_variance": True}
     for label, source, channels, layout, size, value in (
         ("CIFAR-10", "App. B: 35.7 M", 128, CIFAR10, 32, 35_746_307),
+        ("CIFAR-10, learned variance", "Ho's code", 128, learned, 32, 35_749_766),
         ("256×256", "App. B: 114 M", 128, LARGE, 256, 113_673_219),
         ("256×256, 192 wide", "App. B: 256 M", 192, LARGE, 256, 255_677_955),
     ):

@@ -27,7 +27,7 @@ def test_builds(path):
     config = load(path)
     configs.check(config)
     schedules.from_config(config.diffusion)
-    model = unet.make_model(config.model)
+    model = unet.make_model(config)
     params = unet.param_shapes(model, configs.image_shape(config))
     count = sum(p.size for p in jax.tree.leaves(params))
     assert count == PARAMETERS.get(path.stem, count)

@@ -24,8 +24,9 @@ def digits(**changes):
     return section(name="digits", image_size=(8, 8), channels=1, **changes)
 
 
-def first(iterator, count):
-    return list(itertools.islice(iterator, count))
+def first(batches, count):
+    """The images of the first batches."""
+    return [batch.images for batch in itertools.islice(batches, count)]
 
 
 def options(**changes):
@@ -34,9 +35,11 @@ def options(**changes):
 
 def numbered(size):
     """A source whose image i has the value i everywhere."""
-    return data.Source(
-        size, lambda i: np.tile(i[:, None, None, None], (1, 2, 2, 1)).astype(np.uint8)
-    )
+    return source_of(np.tile(np.arange(size)[:, None, None, None], (1, 2, 2, 1)).astype(np.uint8))
+
+
+def source_of(images):
+    return data.Source(len(images), lambda i: data.Batch(images[i], None), ())
 
 
 # The embedded digits.
@@ -45,7 +48,7 @@ def numbered(size):
 def test_digits():
     source = data.open_source(digits(split="train"))
     assert source.size == 1797
-    x = source.read(np.arange(1797))
+    x = source.read(np.arange(1797)).images
     assert (x.shape, x.dtype, x.min(), x.max()) == ((1797, 8, 8, 1), np.uint8, 0, 255)
     assert len(np.unique(x)) == 17
 
@@ -55,7 +58,7 @@ def test_slices_split_the_digits():
         data.open_source(digits(split=spec)) for spec in ("train[:1500]", "train[1500:]", "train")
     ]
     assert [p.size for p in parts] == [1500, 297, 1797]
-    arrays = [p.read(np.arange(p.size)) for p in parts]
+    arrays = [p.read(np.arange(p.size)).images for p in parts]
     np.testing.assert_array_equal(np.concatenate(arrays[:2]), arrays[2])
 
 
@@ -85,7 +88,7 @@ def test_a_batch_may_be_larger_than_the_dataset():
 def test_flips_mirror_half_of_the_images():
     x = np.zeros((1000, 2, 4, 3), np.uint8)
     x[:, :, 0] = 9
-    source = data.Source(1000, x.__getitem__)
+    source = source_of(x)
     (batch,) = first(data.batches(source, **options(batch_size=1000, random_flip=True)), 1)
     flipped = batch[:, 0, 3, 0] == 9
     assert 430 < flipped.sum() < 570
@@ -117,7 +120,7 @@ def folder_section(path, **changes):
 @pytest.mark.parametrize("max_ram_gib", [0.0, 1.0])
 def test_folder(folder, max_ram_gib):
     source = data.open_source(folder_section(folder, max_ram_gib=max_ram_gib))
-    x = source.read(np.arange(source.size))
+    x = source.read(np.arange(source.size)).images
     assert (x.shape, x.dtype) == ((10, 8, 12, 3), np.uint8)
     reds = sorted(x[:, 4, 6, 0].astype(int))
     np.testing.assert_allclose(reds, 20 * np.arange(10), atol=4)  # JPEG and WebP lose a little
@@ -126,7 +129,7 @@ def test_folder(folder, max_ram_gib):
 @pytest.mark.parametrize("channels, expected", [(1, 1), (3, 3), (4, 4)])
 def test_folder_channels(folder, channels, expected):
     source = data.open_source(folder_section(folder, channels=channels))
-    x = source.read(np.arange(2))
+    x = source.read(np.arange(2)).images
     assert x.shape == (2, 8, 12, expected)
     assert channels < 4 or (x[..., 3] == 255).all()
 
@@ -222,13 +225,50 @@ def test_tfds(data_dir, max_ram_gib):
     fields = dict(name="mnist", data_dir=str(data_dir), channels=1, max_ram_gib=max_ram_gib)
     source = data.open_source(section(**fields, image_size=(28, 28), split="train[:90%]"))
     assert source.size == 27
-    x = source.read(np.arange(27))
+    x = source.read(np.arange(27)).images
     assert x.shape == (27, 28, 28, 1)
     assert len({*x[:, 0, 0, 0]}) == 27 and (x == x[:, :1, :1]).all()
     larger = data.open_source(section(**fields, image_size=(32, 32), split="test"))
-    assert larger.read(np.arange(2)).shape == (2, 32, 32, 1)
+    assert larger.read(np.arange(2)).images.shape == (2, 32, 32, 1)
     with pytest.raises(UserError, match=r"data.split='validation'.*train"):
         data.open_source(section(**fields, split="validation"))
+
+
+@pytest.mark.parametrize("max_ram_gib", [0.0, 1.0])
+def test_labels_of_tfds(data_dir, max_ram_gib):
+    fields = dict(name="mnist", data_dir=str(data_dir), channels=1, image_size=(28, 28))
+    fields |= dict(max_ram_gib=max_ram_gib, num_classes=10, split="train")
+    source = data.open_source(section(**fields))
+    images, labels = source.read(np.array([5, 12, 0]))
+    assert source.label_names == tuple("0123456789")
+    np.testing.assert_array_equal(labels, images[:, 0, 0, 0] % 10)
+    assert labels.dtype == np.int32
+
+
+@pytest.mark.parametrize("max_ram_gib", [0.0, 1.0])
+def test_labels_of_a_folder(folder, max_ram_gib):
+    """Its folders, by name; image i of the fixture has a red of 20 i, and is of class i mod 2."""
+    fields = dict(num_classes=2, max_ram_gib=max_ram_gib, split="train[:7]")
+    source = data.open_source(folder_section(folder, **fields))
+    assert source.label_names == ("class0", "class1")
+    images, labels = source.read(np.arange(7))
+    np.testing.assert_array_equal(labels, np.round(images[:, 4, 6, 0] / 20) % 2)
+    with pytest.raises(
+        UserError, match=r"data\.num_classes=3: folder has 2 classes: class0, class1"
+    ):
+        data.open_source(folder_section(folder, num_classes=3))
+    with pytest.raises(UserError, match=r"0\.png is in no class's folder"):
+        data.open_source(folder_section(folder / "class0", num_classes=2))
+
+
+def test_labels_follow_their_images():
+    """Through shuffling and flips: each digit of the batches has the label that it has alone."""
+    source = data.open_source(digits(split="train", num_classes=10))
+    images, labels = source.read(np.arange(source.size))
+    known = {image.tobytes(): label for image, label in zip(images, labels, strict=True)}
+    for batch in itertools.islice(data.batches(source, **options()), 20):
+        assert [known[image.tobytes()] for image in batch.images] == batch.labels.tolist()
+    assert data.open_source(digits(split="train")).read(np.arange(3)).labels is None
 
 
 def test_eval_split_is_named_in_errors(data_dir):

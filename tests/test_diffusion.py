@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import diffusion, schedules
+from ddpm_jax import diffusion, sampling, schedules
 
 HO = schedules.make_schedule("linear", 1000, 1e-4, 0.02)
 
@@ -66,31 +66,93 @@ def test_mean_is_equation_11(t):
     """Without clipping: μ = (x_t - β / √(1 - ᾱ) ε) / √α."""
     betas = np.linspace(1e-4, 0.02, 1000)
     alpha_bar = np.prod(1 - betas[: t + 1])
-    p = diffusion.p_mean_variance(
-        HO, lambda x, t: 0.4 * x, scalar(0.8), at(t), variance="fixed_large", clip_x0=False
-    )
+    predict_fn = diffusion.predictor(HO, lambda x, t: 0.4 * x)
+    p = diffusion.p_mean_variance(HO, predict_fn, scalar(0.8), at(t), variance="fixed_large")
     expected = (0.8 - betas[t] / np.sqrt(1 - alpha_bar) * 0.32) / np.sqrt(1 - betas[t])
     np.testing.assert_allclose(p.mean.item(), expected, rtol=2e-5)
 
 
 def test_clipping_comes_before_the_mean():
-    kwargs = dict(variance="fixed_small", clip_x0=True)
-    p = diffusion.p_mean_variance(HO, lambda x, t: -x, scalar(1.0), at(500), **kwargs)
+    predict_fn = diffusion.clipped(diffusion.predictor(HO, lambda x, t: -x))
+    p = diffusion.p_mean_variance(HO, predict_fn, scalar(1.0), at(500), variance="fixed_small")
     assert p.x0_pred.item() == 1.0
     expected, _ = diffusion.q_posterior(HO, scalar(1.0), scalar(1.0), at(500))
     assert p.mean.item() == expected.item()
 
 
-@pytest.mark.parametrize("variance", diffusion.VARIANCES)
-def test_variances(variance):
-    p = diffusion.p_mean_variance(
-        HO, lambda x, t: x, scalar(1.0), at(500), variance=variance, clip_x0=False
-    )
+@pytest.mark.parametrize("variance", diffusion.FIXED_VARIANCES)
+def test_fixed_variances(variance):
+    predict_fn = diffusion.predictor(HO, lambda x, t: x)
+    p = diffusion.p_mean_variance(HO, predict_fn, scalar(1.0), at(500), variance=variance)
     betas = np.linspace(1e-4, 0.02, 1000)
     bars = np.cumprod(1 - betas)
     beta_tilde = betas[500] * (1 - bars[499]) / (1 - bars[500])
     expected = {"fixed_small": beta_tilde, "fixed_large": betas[500]}[variance]
     np.testing.assert_allclose(np.exp(p.log_variance.item()), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", diffusion.PREDICTIONS)
+def test_to_x0_undoes_target(prediction):
+    """Whatever a network is trained to predict, the truth of it gives back x0."""
+    x0 = jax.random.uniform(jax.random.key(1), (4, 4, 4, 3), minval=-1, maxval=1)
+    eps, t = jax.random.normal(jax.random.key(2), x0.shape), jnp.array([0, 1, 100, 400])
+    x_t = diffusion.q_sample(HO, x0, t, eps)
+    truth = diffusion.target(HO, x0, x_t, t, eps, prediction)
+    np.testing.assert_allclose(diffusion.to_x0(HO, truth, x_t, t, prediction), x0, atol=2e-4)
+    loss = diffusion.simple_loss(HO, lambda *_: truth, x0, t, eps, prediction)
+    np.testing.assert_array_equal(loss, 0)
+
+
+def optimal(prediction, variance):
+    """The best linear guess of each quantity from x_t, for data of this variance, by regression.
+
+    x_t has variance m = ᾱ s² + 1 - ᾱ; its covariance with x0 is √ᾱ s², with ε √(1-ᾱ), and with
+    x_{t-1} √α (ᾱ_{t-1} s² + 1 - ᾱ_{t-1}).
+    """
+    betas = np.linspace(1e-4, 0.02, 1000)
+    a = np.cumprod(1 - betas)
+    before = np.append(1.0, a[:-1])
+    m = a * variance + 1 - a
+    slopes = {
+        "eps": np.sqrt(1 - a) / m,
+        "x0": np.sqrt(a) * variance / m,
+        "mean": np.sqrt(1 - betas) * (before * variance + 1 - before) / m,
+        "v": np.sqrt(a * (1 - a)) * (1 - variance) / m,
+    }
+    slope = jnp.asarray(slopes[prediction], jnp.float32)
+    return lambda x_t, t: slope[t].reshape(-1, 1, 1, 1) * x_t
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("prediction", ["x0", "mean", "v"])
+def test_every_prediction_gives_the_same_chain(prediction, clip):
+    """1,000 steps with the exact predictor of each for N(0, 1/4) data, and the same noise."""
+
+    def sample(prediction):
+        predict_fn = diffusion.predictor(HO, optimal(prediction, 0.25), prediction=prediction)
+        predict_fn = diffusion.clipped(predict_fn) if clip else predict_fn
+
+        def step(x, t):
+            eps = jax.random.normal(jax.random.fold_in(jax.random.key(0), t), x.shape)
+            return sampling.ancestral_step(HO, predict_fn, x, t, eps, variance="fixed_large")
+
+        x = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
+        return jax.jit(lambda x: sampling.reverse_process(step, x, jnp.arange(1000)[::-1])[0])(x)
+
+    np.testing.assert_allclose(sample(prediction), sample("eps"), atol=1e-4)
+
+
+def test_learned_variance_is_the_second_half_of_the_output():
+    def net_fn(x_t, t):
+        return jnp.concatenate([0.4 * x_t, jnp.full_like(x_t, -3.0)], axis=-1)
+
+    x_t = jnp.ones((1, 2, 2, 3))
+    learned = diffusion.predictor(HO, net_fn, learned=True)
+    p = diffusion.p_mean_variance(HO, learned, x_t, at(500), variance="learned")
+    fixed = diffusion.predictor(HO, lambda x, t: 0.4 * x)
+    q = diffusion.p_mean_variance(HO, fixed, x_t, at(500), variance="fixed_large")
+    np.testing.assert_array_equal(p.mean, q.mean)
+    np.testing.assert_array_equal(p.log_variance, jnp.full((1, 2, 2, 3), -3.0))
 
 
 @pytest.mark.parametrize(

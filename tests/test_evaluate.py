@@ -45,7 +45,7 @@ def run(config, tmp_path):
     config.data.split, config.data.eval_split = "train[:12]", "train[1790:]"
     config.evaluate.update(num_samples=6, bits_per_dim_images=5, max_features=10)
     config.evaluate.cache_dir = str(tmp_path / "cache")
-    model = unet.make_model(config.model)
+    model = unet.make_model(config)
     x = np.zeros((1, *configs.image_shape(config)), np.float32)
     params = model.init(jax.random.key(0), x, np.zeros(1, int))["params"]
     workdir = tmp_path / "run"

@@ -112,7 +112,7 @@ def test_the_published_networks_are_the_paper_s(make):
     found = interop.network_fields(fields, "f") | interop.diffusion_fields(scheduler, "f")
     expected = configs.flatten(config)
     assert found == {name: expected[name] for name in found}
-    assert len(found) == 13
+    assert len(found) == 16
 
 
 def test_old_names_flat_folder_and_half_precision(tmp_path, weights):
@@ -191,7 +191,7 @@ SCHEDULERS = {
     "beta_start": (0, "must lie in (0, 1)"),
     "beta_end": ("big", "must lie in (0, 1)"),
     "variance_type": ("learned_range", "choose from fixed_small"),
-    "prediction_type": ("v_prediction", "choose from epsilon"),
+    "prediction_type": ("flow", "choose from epsilon, sample, v_prediction"),
     "predict_epsilon": (False, "must be true"),
     "thresholding": (True, "must be false"),
     "clip_sample": ("yes", "must be true or false"),
@@ -336,7 +336,7 @@ def test_what_import_and_export_need(tmp_path, weights, config):
     workdir = f"--workdir={tmp_path / 'run'}"
     with pytest.raises(UserError, match="--weights: is missing"):
         run("import", workdir)
-    with pytest.raises(UserError, match="--weights: only import and export"):
+    with pytest.raises(UserError, match="--weights: is only for --mode=import, export"):
         run("sample", workdir, "--weights=x")
     run_files.save_config(config, tmp_path / "run")
     with pytest.raises(UserError, match="has no checkpoint"):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from references import gaussian_eps
+from references import gaussian_predict
 from scipy.stats import norm
 
 from ddpm_jax import likelihood, sampling, schedules
@@ -24,7 +24,7 @@ def gaussian_bound(variance, count=64):
         return sampling.noise(keys, t, x0.shape[1:])
 
     def bound(x0):
-        return likelihood.bound(HO, gaussian_eps(variance, HO), x0, noise, clip_x0=False)
+        return likelihood.bound(HO, gaussian_predict(variance, HO), x0, noise)
 
     return x0, jax.jit(bound)(x0)
 

@@ -54,7 +54,7 @@ def converted(network, folder):
     configs.check(config, "import")
     flip = fields["flip_sin_to_cos"]
     params = interop.read_params(folder / interop.TENSORS, config, flip_sin_to_cos=flip)
-    return unet.make_model(config.model), params
+    return unet.make_model(config), params
 
 
 def batch(network, size=2, seed=0):
@@ -82,7 +82,7 @@ def test_network(name, reference, tmp_path):
     network = reference.make_network(widths, attention, **kwargs)
     model, params = converted(network, tmp_path)
     x_t, t, eps = batch(network, size=1 if "256" in name else 2)
-    out = jax.jit(unet.eps_fn(model, params))(x_t, t)
+    out = jax.jit(unet.net_fn(model, params))(x_t, t)
     error = relative_error(out, reference.forward(network, x_t, t))
     assert error <= 1e-5
     theirs = reference.gradients(network, x_t, t, eps)
@@ -92,7 +92,7 @@ def test_network(name, reference, tmp_path):
     if not kwargs.get("flip_sin_to_cos"):  # torch_reference writes its own embedding
         with jax.enable_x64(True):
             double = jax.tree.map(lambda p: np.float64(np.asarray(p)), params)
-            eps_fn = unet.eps_fn(model.clone(dtype=jnp.float64), double)
+            eps_fn = unet.net_fn(model.clone(dtype=jnp.float64), double)
             out = np.asarray(jax.jit(eps_fn)(np.float64(x_t), t))
         theirs = reference.forward(reference.embed_in_float64(network), np.float64(x_t), t)
         assert out.dtype == np.float64 and relative_error(out, theirs) <= 1e-12
@@ -105,7 +105,7 @@ def test_full_size(name, reference, tmp_path):
     network = reference.make_network(widths, attention, **kwargs)
     model, params = converted(network, tmp_path)
     x_t, t, eps = batch(network, size=2 if name == "cifar10" else 1)
-    out = jax.jit(unet.eps_fn(model, params))(x_t, t)
+    out = jax.jit(unet.net_fn(model, params))(x_t, t)
     assert relative_error(out, reference.forward(network, x_t, t)) <= 1e-5
     if name == "cifar10":
         theirs = reference.gradients(network, x_t, t, eps)
@@ -124,14 +124,41 @@ def test_reverse_chain(variance, clip, reference, tmp_path):
     theirs = reference.reverse_chain(network, x_T, noises, **kwargs)
 
     schedule = schedules.make_schedule("linear", 1000)
-    eps_fn, noises = unet.eps_fn(model, params), jnp.asarray(noises)
+    predict_fn = diffusion.predictor(schedule, unet.net_fn(model, params))
+    predict_fn, noises = diffusion.clipped(predict_fn) if clip else predict_fn, jnp.asarray(noises)
 
     def step(x, t):
-        kwargs = dict(variance=variance, clip_x0=clip)
-        return sampling.ancestral_step(schedule, eps_fn, x, t, noises[t], **kwargs)
+        return sampling.ancestral_step(schedule, predict_fn, x, t, noises[t], variance=variance)
 
     ours, _ = jax.jit(lambda x: sampling.reverse_process(step, x, jnp.arange(1000)[::-1]))(x_T)
     # A network that was not trained drives images to hundreds, unless they are clipped.
+    assert np.abs(ours - theirs).max() <= 1e-4 * max(1, np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("steps, eta, clip", [(1000, 0.0, True), (50, 1.0, True), (50, 0.5, False)])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_ddim_chain(prediction, steps, eta, clip, reference, tmp_path):
+    """DDIMScheduler with the same noises, for each prediction that it knows."""
+    network = reference.make_network((8, 16), {1}, **SMALL)
+    model, params = converted(network, tmp_path)
+    x_T, *_ = batch(network, size=1)
+    noises = np.random.default_rng(1).standard_normal((1000, *x_T.shape), np.float32)
+    kwargs = dict(prediction_type=prediction, clip_sample=clip, num_inference_steps=steps)
+    theirs, visited = reference.ddim_chain(network, x_T, noises, eta, **kwargs)
+
+    taus = schedules.uniform_spacing(1000, steps)
+    np.testing.assert_array_equal(taus[::-1], visited)
+    long, short = (schedules.make_schedule("linear", 1000, timesteps=t) for t in (None, taus))
+    predict_fn = diffusion.predictor(
+        long, unet.net_fn(model, params), prediction=interop.PREDICTIONS[prediction]
+    )
+    predict_fn = sampling.respaced(diffusion.clipped(predict_fn) if clip else predict_fn, taus)
+    noises = jnp.asarray(noises[taus])
+
+    def step(x, i):
+        return sampling.ddim_step(short, predict_fn, x, i, noises[i], eta=eta)
+
+    ours, _ = jax.jit(lambda x: sampling.reverse_process(step, x, jnp.arange(steps)[::-1]))(x_T)
     assert np.abs(ours - theirs).max() <= 1e-4 * max(1, np.abs(theirs).max())
 
 
@@ -168,7 +195,7 @@ def test_optimisation(reference, tmp_path):
     @jax.jit
     def step(ours, x_t, t, eps):
         def loss(params):
-            return jnp.mean(jnp.square(unet.eps_fn(model, params)(x_t, t) - eps))
+            return jnp.mean(jnp.square(unet.net_fn(model, params)(x_t, t) - eps))
 
         grads = jax.grad(loss)(ours.params)
         return state.apply_gradients(ours, grads, optimizer, decay)

@@ -17,7 +17,7 @@ def setup(config, num_devices, count_traces=None):
     """A train step on the first devices, and a fresh state there."""
     devices = jax.devices()[:num_devices]
     optimizer = states.make_optimizer(config.optim, config.train.num_steps)
-    model = unet.make_model(config.model)
+    model = unet.make_model(config)
     state = states.create_state(model, optimizer, configs.image_shape(config), config.seed)
     if count_traces is not None:
         model = Counting(model, count_traces)
@@ -32,9 +32,9 @@ class Counting:
     def __init__(self, model, traces):
         self.model, self.traces = model, traces
 
-    def apply(self, *args):
+    def apply(self, *args, **kwargs):
         self.traces.append(args[1].shape)
-        return self.model.apply(*args)
+        return self.model.apply(*args, **kwargs)
 
 
 def run(config, num_devices, num_steps, count_traces=None):
@@ -87,7 +87,7 @@ def test_first_loss_and_zero_first_update(config):
 
 def test_noise_is_a_function_of_seed_step_and_example():
     keys = train.step_keys(0, 3, jnp.arange(6))
-    t, eps, _ = train.draw(keys, (4, 4, 1), 1000)
+    t, eps, *_ = train.draw(keys, (4, 4, 1), 1000)
     part = train.draw(train.step_keys(0, 3, jnp.arange(4, 6)), (4, 4, 1), 1000)
     np.testing.assert_array_equal(eps[4:], part[1])
     np.testing.assert_array_equal(t[4:], part[0])
@@ -96,7 +96,7 @@ def test_noise_is_a_function_of_seed_step_and_example():
 
 
 def test_t_is_uniform():
-    t, eps, _ = train.draw(train.step_keys(0, 0, jnp.arange(20_000)), (1, 1, 1), 10)
+    t, eps, *_ = train.draw(train.step_keys(0, 0, jnp.arange(20_000)), (1, 1, 1), 10)
     counts = np.bincount(t, minlength=10)
     assert len(counts) == 10 and np.abs(counts - 2000).max() < 200  # 4.7 standard deviations
     assert float(eps.var()) == pytest.approx(1, abs=0.05)
@@ -155,7 +155,7 @@ def test_asynchronous_saving_does_not_see_later_steps(config, tmp_path):
 def test_held_out_loss_is_fixed(config):
     """Again the same; the same whatever the seed and the batch size; near 1 at first."""
     _, state = setup(config, 4)
-    model, schedule = unet.make_model(config.model), schedules.from_config(config.diffusion)
+    model, schedule = unet.make_model(config), schedules.from_config(config.diffusion)
     source = data.open_source(config.data, "eval_split")
     losses = []
     for seed, batch_size in ((0, 8), (0, 8), (1, 4)):

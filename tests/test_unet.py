@@ -130,5 +130,5 @@ def test_network_dropout():
     a, b = jax.random.split(jax.random.key(0), 4).reshape(2, 2)
     apply = jax.jit(model.apply)
     np.testing.assert_array_equal(apply(params, x, t), apply(params, x, t))
-    assert (apply(params, x, t, a) != apply(params, x, t, b)).any()
-    assert (apply(params, x, t, a) != apply(params, x, t)).any()
+    assert (apply(params, x, t, None, a) != apply(params, x, t, None, b)).any()
+    assert (apply(params, x, t, None, a) != apply(params, x, t)).any()

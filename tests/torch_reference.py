@@ -12,7 +12,7 @@ import unittest.mock
 
 import numpy as np
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 
 FIXTURES = pathlib.Path(__file__).resolve().parent / "fixtures"
 # Where Ho's U-Net is not diffusers' default.
@@ -108,6 +108,33 @@ def reverse_chain(network, x, noises, **scheduler):
             with given_noise(noises[t]):
                 x = scheduler.step(network(x, t).sample, t, x).prev_sample
     return from_torch(x)
+
+
+def ddim_chain(network, x, noises, eta, **scheduler):
+    """Every step of DDIMScheduler.
+
+    Args:
+      network: (x_t [B, C, H, W], t) to an object with what it predicts as `sample`.
+      x: x_T.
+      noises: [T, B, H, W, C]; noises[t] is added in the step from t.
+      eta: η.
+      **scheduler: arguments of DDIMScheduler.
+
+    Returns:
+      (x_0, the timesteps that were visited).
+    """
+    steps = scheduler.pop("num_inference_steps")
+    # The last step ends at ᾱ = 1; where x0 is clipped, ε is derived from it again.
+    scheduler = DDIMScheduler(set_alpha_to_one=True, timestep_spacing="leading", **scheduler)
+    scheduler.set_timesteps(steps)
+    x = to_torch(x)
+    with torch.no_grad():
+        for t in scheduler.timesteps.tolist():
+            output = network(x, t).sample
+            noise = to_torch(noises[t])
+            kwargs = dict(eta=eta, use_clipped_model_output=True, variance_noise=noise)
+            x = scheduler.step(output, t, x, **kwargs).prev_sample
+    return from_torch(x), scheduler.timesteps.numpy()
 
 
 @contextlib.contextmanager

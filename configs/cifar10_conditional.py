@@ -1,0 +1,16 @@
+"""CIFAR-10 with its classes, for classifier-free guidance (Ho & Salimans 2022).
+
+    python main.py --config=configs/cifar10_conditional.py
+
+Not run.
+"""
+
+from configs import cifar10
+
+
+def get_config():
+    """cifar10.py, told the class of nine images in ten; samples come in a column for each class."""
+    config = cifar10.get_config()
+    config.data.num_classes = 10
+    config.sample.update(num_samples=80, batch_size=80)
+    return config

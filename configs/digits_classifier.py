@@ -1,0 +1,17 @@
+"""A classifier of noisy digits, whose gradient guides configs/digits.py to a class.
+
+    python main.py --config=configs/digits_classifier.py
+    python main.py --mode=sample --workdir=runs/digits --config.sample.label=7 \
+        --config.sample.classifier=runs/digits_classifier
+"""
+
+from configs import digits
+
+
+def get_config():
+    """The chain of digits.py, on which it has to know its way; the loss is the cross-entropy."""
+    config = digits.get_config()
+    config.data.num_classes = 10
+    config.model.update(kind="classifier", dropout=0.1)
+    config.train.update(num_steps=1000, eval_every=250, checkpoint_every=500)
+    return config

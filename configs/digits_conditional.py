@@ -1,0 +1,16 @@
+"""The digits with their classes, for classifier-free guidance.
+
+    python main.py --config=configs/digits_conditional.py
+    python main.py --mode=sample --workdir=runs/digits_conditional --config.sample.label=7 \
+        --config.sample.guidance=2
+"""
+
+from configs import digits
+
+
+def get_config():
+    """digits.py, told the class of nine images in ten; samples come in a column for each class."""
+    config = digits.get_config()
+    config.data.num_classes = 10
+    config.sample.update(num_samples=80, batch_size=80)
+    return config

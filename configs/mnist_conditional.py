@@ -1,0 +1,16 @@
+"""MNIST with its classes, for classifier-free guidance.
+
+    python main.py --config=configs/mnist_conditional.py
+
+Not run.
+"""
+
+from configs import mnist
+
+
+def get_config():
+    """mnist.py, told the class of nine images in ten; samples come in a column for each class."""
+    config = mnist.get_config()
+    config.data.num_classes = 10
+    config.sample.update(num_samples=80, batch_size=80)
+    return config

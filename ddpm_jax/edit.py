@@ -1,0 +1,254 @@
+"""From images to images: interpolation, inpainting, image-to-image, and to noise and back.
+
+Each is a task of generate.make_sampler: where the reverse process starts, what a step is, and which
+steps are taken. Images and masks come from files of exactly the model's size and channels.
+"""
+
+import logging
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from ddpm_jax import config as configs
+from ddpm_jax import data, diffusion, generate, images, sampling
+from ddpm_jax import workdir as run_files
+from ddpm_jax.errors import UserError, one_line
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = np.linspace(0, 1, 11)  # λ of the paper's figure 8, and both ends
+
+
+def start_index(config, chain):
+    """The step of a chain that `sample.t` names: the noisiest that is not above it."""
+    t = config.sample.t or config.diffusion.num_timesteps // 2
+    return max(int(np.searchsorted(chain.timesteps, t, side="right")) - 1, 0)
+
+
+def img2img_task(config, chain):
+    """Denoises x_t ~ q(x_t | image); inputs are {"image": uint8 [B, H, W, C]}."""
+    first = start_index(config, chain)
+    _, step_of, _ = generate.from_noise(config, chain)
+
+    def start(keys, inputs):
+        x0 = images.to_float(inputs["image"])
+        eps = sampling.prior(keys, config.diffusion.num_timesteps, x0.shape[1:])
+        return diffusion.q_sample(chain.schedule, x0, jnp.full(len(x0), first), eps)
+
+    return start, step_of, np.arange(first + 1)[::-1]
+
+
+def interpolate_task(config, chain):
+    """Denoises (1 - λ) x_t + λ x'_t, two images' q-samples (Ho et al., Sec. 4.4 and Fig. 8).
+
+    The inputs are {"image", "other": uint8 [B, H, W, C], "weight": λ [B]}. The noise is that of an
+    image's number, whatever λ is.
+    """
+    first = start_index(config, chain)
+    _, step_of, steps = img2img_task(config, chain)
+    total = config.diffusion.num_timesteps
+
+    def start(keys, inputs):
+        x_ts = []
+        for name, number in (("image", total), ("other", total + 1)):
+            x0 = images.to_float(inputs[name])
+            eps = sampling.noise(keys, number, x0.shape[1:])
+            x_ts.append(diffusion.q_sample(chain.schedule, x0, jnp.full(len(x0), first), eps))
+        weight = inputs["weight"][:, None, None, None]
+        return (1 - weight) * x_ts[0] + weight * x_ts[1]
+
+    return start, step_of, steps
+
+
+def inpaint_task(config, chain):
+    """Paints where a mask says; inputs are {"image": uint8 [B, H, W, C], "known": [B, H, W, 1]}."""
+    start, _, _ = generate.from_noise(config, chain)
+    wanted, total = config.sample, config.diffusion.num_timesteps
+    plan = sampling.inpaint_plan(len(chain.timesteps), wanted.jump_length, wanted.resamplings)
+    ts, ups = map(jnp.asarray, plan)
+
+    def step_of(predict_fn, keys, inputs):
+        x0 = images.to_float(inputs["image"])
+
+        def step(x, n):
+            # Steps are taken more than once, each time with noise of its own.
+            own = jax.vmap(jax.random.fold_in, (0, None))(keys, total + 1 + n)
+            eps = sampling.prior(own, total, x.shape[1:])
+            reverse = generate.make_step(config, chain, predict_fn, own)
+            return sampling.inpaint_step(
+                chain.schedule, reverse, x, ts[n], ups[n], x0, inputs["known"], eps
+            )
+
+        return step
+
+    return start, step_of, np.arange(len(plan[0]))
+
+
+def encode_task(config, chain):
+    """DDIM's way from an image to noise; inputs are {"image": uint8 [B, H, W, C]}."""
+
+    def start(keys, inputs):
+        return images.to_float(inputs["image"])
+
+    def step_of(predict_fn, keys, inputs):
+        return lambda x, t: sampling.ddim_inverse_step(chain.schedule, predict_fn, x, t)
+
+    return start, step_of, np.arange(len(chain.timesteps))
+
+
+def decode_task(config, chain):
+    """The way back; inputs are {"noise": [B, H, W, C]}."""
+    _, step_of, steps = generate.from_noise(config, chain)
+    return lambda keys, inputs: inputs["noise"], step_of, steps
+
+
+def img2img(config, workdir, paths):
+    """Noises images to `sample.t`, and denoises them again.
+
+    Writes samples/img2img_<step>_<settings>.npz (`images`, uint8) and a .png: above the images
+    that went in, below what came out. The other functions here do the same with their names.
+
+    Args:
+      config: the run's config, checked.
+      workdir: the run's folder.
+      paths: image files, folders of them, or .npz files with `images`.
+
+    Raises:
+      UserError: for images that do not fit the run; nothing is written then.
+    """
+    given = read_images(config, paths)
+    step, sampler = generate.restore_sampler(config, workdir, task=img2img_task, in_turn=False)
+    out = sampler(np.arange(len(given)), {"image": given}).x
+    settings = f"t{config.sample.t or config.diffusion.num_timesteps // 2}"
+    write(config, workdir, step, f"img2img_{settings}", np.stack([given, out], 1), images=out)
+
+
+def interpolate(config, workdir, paths):
+    """Interpolates between the first and second image, the third and fourth, and so on."""
+    given = read_images(config, paths)
+    if len(given) % 2:
+        raise UserError(f"--images: holds {len(given)} images; interpolate needs pairs")
+    step, sampler = generate.restore_sampler(config, workdir, task=interpolate_task, in_turn=False)
+    pairs, count = len(given) // 2, len(WEIGHTS)
+    inputs = {
+        "image": given[::2].repeat(count, axis=0),
+        "other": given[1::2].repeat(count, axis=0),
+        "weight": np.tile(WEIGHTS.astype(np.float32), pairs),
+    }
+    out = sampler(np.arange(pairs).repeat(count), inputs).x
+    out = out.reshape(pairs, count, *out.shape[1:])
+    settings = f"t{config.sample.t or config.diffusion.num_timesteps // 2}"
+    rows = np.concatenate([given[::2, None], out, given[1::2, None]], axis=1)
+    write(config, workdir, step, f"interpolate_{settings}", rows, images=out, weights=WEIGHTS)
+
+
+def inpaint(config, workdir, paths, mask):
+    """Paints the white parts of a mask anew; what is black stays, bit for bit."""
+    given = read_images(config, paths)
+    known = read_mask(config, mask, len(given))
+    step, sampler = generate.restore_sampler(config, workdir, task=inpaint_task, in_turn=False)
+    out = sampler(np.arange(len(given)), {"image": given, "known": known}).x
+    times = config.sample.resamplings
+    settings = f"inpaint_r{times}j{config.sample.jump_length}" if times > 1 else "inpaint"
+    masked = np.where(known, given, 128).astype(np.uint8)
+    write(config, workdir, step, settings, np.stack([given, masked, out], 1), images=out)
+
+
+def invert(config, workdir, paths):
+    """Encodes images to noise with DDIM, decodes that, and says how far off it comes back.
+
+    The .npz holds `noise` (x_T, float32), too.
+    """
+    config = config.copy_and_resolve_references()
+    config.sample.update(sampler="ddim", eta=0.0)  # randomness could not be undone
+    given = read_images(config, paths)
+    options = {"task": encode_task, "in_turn": False, "finish": lambda x: x}
+    step, encode = generate.restore_sampler(config, workdir, **options)
+    _, decode = generate.restore_sampler(config, workdir, task=decode_task, in_turn=False)
+    numbers = np.arange(len(given))
+    noise = encode(numbers, {"image": given}).x
+    out = decode(numbers, {"noise": noise}).x
+    rmse = float(np.sqrt(np.mean(np.square(np.float64(out) - given))))
+    steps = config.sample.num_steps or config.diffusion.num_timesteps
+    log.info("%d steps and back: RMSE %.3g of 255", steps, rmse)
+    write(config, workdir, step, "invert", np.stack([given, out], 1), images=out, noise=noise)
+
+
+def write(config, workdir, step, name, rows, **arrays):
+    """Writes samples/<name>_<step>_<settings>.npz, and a picture of rows [N, columns, H, W, C]."""
+    settings = f"{step:06d}_{generate.settings(config)}"
+    path = pathlib.Path(workdir) / "samples" / f"{name}_{settings}.npz"
+    run_files.write_npz(path, **arrays)
+    shown = rows[: max(1, generate.GRID_IMAGES // rows.shape[1])]
+    images.write_png(path.with_suffix(".png"), images.strips(shown.swapaxes(0, 1)))
+    log.info("wrote %s and .png", path)
+
+
+def read_images(config, paths):
+    """Reads images of exactly the config's shape.
+
+    Args:
+      config: its data section is used.
+      paths: image files, folders of them, or .npz files with `images`, in this order.
+
+    Returns:
+      uint8 [N, H, W, C].
+
+    Raises:
+      UserError: for a path that is not there, or an image of another size or channel count.
+    """
+    found = []
+    for path in map(pathlib.Path, paths):
+        if path.suffix == ".npz":
+            found += [(path, image) for image in _arrays(path)]
+            continue
+        inside = [p for p in path.rglob("*") if p.suffix.lower() in data.EXTENSIONS]
+        found += [(p, _pixels(p)) for p in (sorted(inside) if path.is_dir() else [path])]
+    if not found:
+        raise UserError(f"--images={','.join(map(str, paths))}: holds no images")
+    for path, image in found:
+        _check_shape("images", path, image.shape, configs.image_shape(config))
+    return np.stack([image for _, image in found])
+
+
+def read_mask(config, path, count):
+    """Reads a mask of the images' size: black (below 128) is known, white is to be painted.
+
+    Returns:
+      bool [count, H, W, 1], True where known.
+    """
+    mask = _pixels(path)[..., :3].mean(axis=-1, keepdims=True)
+    _check_shape("mask", path, mask.shape, (*config.data.image_size, 1))
+    return np.broadcast_to(mask < 128, (count, *mask.shape))
+
+
+def _arrays(path):
+    try:
+        with np.load(path) as file:
+            array = file["images"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--images={path}: {one_line(error)}") from None
+    if array.dtype != np.uint8 or array.ndim < 4:
+        raise UserError(f"--images={path}: `images` is {array.dtype} {array.shape}, not uint8")
+    return array.reshape(-1, *array.shape[-3:])
+
+
+def _pixels(path):
+    """uint8 [H, W, C] of an image file, as it is stored."""
+    try:
+        with Image.open(path) as image:
+            array = np.asarray(image.convert("L") if image.mode == "1" else image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"--images={path}: cannot be read ({one_line(error)})") from None
+    if array.dtype != np.uint8 or image.mode == "P":
+        raise UserError(f"--images={path}: is of mode {image.mode}; use 8 bits gray, RGB or RGBA")
+    return array.reshape(*array.shape[:2], -1)
+
+
+def _check_shape(flag, path, found, wanted):
+    if found != wanted:
+        found, wanted = ("x".join(map(str, shape)) for shape in (found, wanted))
+        raise UserError(f"--{flag}={path}: is {found} (height, width, channels), not {wanted}")

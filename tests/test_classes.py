@@ -1,0 +1,215 @@
+"""Class labels: from the dataset through training into the picture of a 7."""
+
+import json
+
+import imageio.v3 as imageio
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import main
+from ddpm_jax import config as configs
+from ddpm_jax import data, generate, likelihood, parallel, sampling, schedules, train, unet
+from ddpm_jax import state as states
+from ddpm_jax import workdir as run_files
+from ddpm_jax.errors import UserError
+
+
+@pytest.fixture
+def conditional(config):
+    config.data.num_classes = 10
+    return config
+
+
+def some_params(config, seed=0):
+    """Parameters that make the network's output depend on all of its input."""
+    shapes = unet.param_shapes(unet.make_model(config), configs.image_shape(config))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: 0.2 * rng.standard_normal(s.shape, np.float32), shapes)
+
+
+def test_the_network_is_told_the_class(conditional):
+    """Each label's output is another one; no label is the last label."""
+    model, params = unet.make_model(conditional), some_params(conditional)
+    net_fn = jax.jit(unet.net_fn(model, params))
+    x, t = jnp.ones((11, 8, 8, 1)), jnp.full(11, 3)
+    out = np.asarray(net_fn(x, t, jnp.arange(11)))
+    assert len(np.unique(out.reshape(11, -1), axis=0)) == 11
+    np.testing.assert_allclose(net_fn(x, t)[:1], out[10:], rtol=1e-5, atol=1e-6)
+
+
+def test_labels_are_dropped_at_the_rate_that_is_asked_for(conditional):
+    """Over 4,096 examples; those that are kept are the batch's own."""
+    optimizer = states.make_optimizer(conditional.optim, 10)
+    labels = np.arange(4096) % 10
+    seen = []
+
+    def loss_fn(params, x0, labels, t, eps, dropout_keys):
+        jax.debug.callback(lambda a: seen.append(np.asarray(a)), labels)
+        return jnp.zeros(len(x0)) * params["w"]
+
+    def step(state, batch):
+        settings = dict(num_timesteps=20, ema_decay=0.5, label_dropout=(0.25, 10), seed=0)
+        return train.train_step(state, batch, loss_fn=loss_fn, optimizer=optimizer, **settings)
+
+    params = {"w": jnp.zeros(())}
+    state = states.TrainState(jnp.zeros((), int), params, params, optimizer.init(params))
+    batch = data.Batch(np.zeros((4096, 8, 8, 1), np.uint8), labels)
+    one = jax.devices()[:1]
+    run = parallel.pmap(step, in_axes=(None, 0), out_axes=(None, None), devices=one)
+    jax.block_until_ready(run(parallel.replicate(state, one), parallel.split(batch, 1)))
+    jax.effects_barrier()
+    found = seen[0].reshape(-1)
+    dropped = found == 10
+    assert dropped.mean() == pytest.approx(0.25, abs=0.03)  # 4.4 standard deviations
+    np.testing.assert_array_equal(found[~dropped], labels[~dropped])
+    assert abs(dropped[::2].mean() - dropped[1::2].mean()) < 0.06
+
+
+def test_train_and_sample_a_class(conditional, tmp_path, monkeypatch):
+    """By number and by name; the grid of all classes has a column for each."""
+    config = conditional
+    config.sample.update(num_samples=20, batch_size=20)
+    assert train.train(config, tmp_path) == 0
+    assert json.loads((tmp_path / "labels.json").read_text()) == list("0123456789")
+    grid = imageio.imread(tmp_path / "samples" / "step_000004.png")
+    assert grid.shape == (2 * 72 + 8, 10 * 72 + 8)
+    run_files.save_label_names(tuple("abcdefghij"), tmp_path)
+    command = ["main.py", "--mode=sample", f"--workdir={tmp_path}", "--config.sample.num_samples=4"]
+    command += ["--config.sample.batch_size=4"]
+    for label in ("7", "h"):
+        main.run([*command, f"--config.sample.label={label}", "--config.sample.guidance=2"])
+    a, b = (
+        np.load(tmp_path / "samples" / f"sample_000004_seed0_label{label}_guidance2.npz")["images"]
+        for label in ("7", "h")
+    )
+    np.testing.assert_array_equal(a, b)
+    with pytest.raises(
+        UserError, match=r"sample\.label='k': choose from a, b, c, d, e, f, g, h, i"
+    ):
+        main.run([*command, "--config.sample.label=k"])
+    with pytest.raises(UserError, match=r"sample\.label='10': choose from a"):
+        main.run([*command, "--config.sample.label=10"])
+
+
+def test_guidance_in_the_sampler(conditional):
+    """Weight 0 takes no notice of the class, 1 does; in turn, image i is of class i mod K."""
+    config = conditional
+    config.sample.update(num_samples=4, batch_size=4)
+    params = parallel.replicate(some_params(config))
+
+    def sample(guidance, label, indices=(0, 1, 2, 3)):
+        config.sample.guidance = guidance
+        return generate.make_sampler(config, label)(params, np.array(indices)).x.astype(int)
+
+    np.testing.assert_array_equal(sample(0.0, 3), sample(0.0, 8))
+    assert (sample(1.0, 3) != sample(1.0, 8)).any()
+    assert np.abs(sample(1.0001, 3) - sample(1.0, 3)).max() <= 1
+    in_turn = sample(1.0, None, (13, 3, 8, 0))
+    np.testing.assert_allclose(in_turn[:2], sample(1.0, 3, (13, 3, 3, 3))[:2], atol=1)
+    np.testing.assert_allclose(in_turn[2], sample(1.0, 8, (8, 8, 8, 8))[0], atol=1)
+
+
+def test_a_classifier_learns_and_guides(config, tmp_path):
+    """Trained on x_t by the same loop: its loss falls; its gradient changes what is sampled."""
+    unconditional = tmp_path / "unet"
+    train.train(config, unconditional)
+    config.data.num_classes = 10
+    config.model.kind = "classifier"
+    config.model.channels = 16
+    config.optim.update(learning_rate=3e-3, warmup_steps=5)
+    config.train.update(num_steps=120, batch_size=64, eval_every=120, log_every=10)
+    train.train(config, tmp_path / "classifier")
+    assert not (tmp_path / "classifier" / "samples").exists()
+    text = (tmp_path / "classifier" / "metrics.jsonl").read_text()
+    losses = [line["loss"] for line in map(json.loads, text.splitlines()) if "loss" in line]
+    assert losses[0] > 2 and losses[-1] < 0.9 * losses[0]  # log 10 = 2.3 knows nothing
+
+    command = ["main.py", "--mode=sample", f"--workdir={unconditional}"]
+    guided = [*command, f"--config.sample.classifier={tmp_path / 'classifier'}"]
+    main.run([*guided, "--config.sample.label=3", "--config.sample.guidance=0"])
+    main.run([*guided, "--config.sample.label=3"])
+    main.run(command)
+    folder = unconditional / "samples"
+    plain, none, three = (
+        np.load(folder / f"sample_000004_seed0{rest}.npz")["images"].astype(int)
+        for rest in ("", "_label3_guidance0_classifier", "_label3_classifier")
+    )
+    assert np.abs(plain - none).max() <= 1 and np.abs(plain - three).max() > 1
+    with pytest.raises(UserError, match=r"sample\.classifier=.*holds no classifier"):
+        main.run([*command, f"--config.sample.classifier={unconditional}"])
+    with pytest.raises(UserError, match=r"model\.kind='classifier': a classifier can only be"):
+        main.run(["main.py", "--mode=sample", f"--workdir={tmp_path / 'classifier'}"])
+    with pytest.raises(UserError, match=r"its diffusion\.num_timesteps is 20, this run's 10"):
+        config.update(model={"kind": "unet"}, diffusion={"num_timesteps": 10})
+        config.sample.classifier = str(tmp_path / "classifier")
+        generate.load_classifier(config)
+
+
+@pytest.mark.parametrize(
+    "prediction, loss, variance",
+    [("v", "simple", "fixed_small"), ("x0", "bound", "fixed_large"), ("mean", "bound", "learned")],
+)
+def test_ablations_train_sample_and_are_measured(config, tmp_path, prediction, loss, variance):
+    """Each of Table 2's choices through training, sampling and bits/dim."""
+    config.diffusion.update(prediction=prediction, loss=loss, variance=variance)
+    config.evaluate.update(num_samples=0, bits_per_dim_images=4)
+    assert train.train(config, tmp_path) == 0
+    settings = ["--config.evaluate.num_samples=0", "--config.evaluate.bits_per_dim_images=4"]
+    main.run(["main.py", "--mode=evaluate", f"--workdir={tmp_path}", *settings])
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found["variance"] == variance
+    assert found["bits_per_dim"] == found[f"bits_per_dim_{variance}"] > 0
+    assert ("bits_per_dim_learned" in found) == (variance == "learned")
+    assert (tmp_path / "samples" / "step_000004.png").exists()
+
+
+def test_the_bound_as_a_loss_is_the_bound(config):
+    """A term of it for each t, in bits/dim, as likelihood.bound has them."""
+    config.diffusion.update(prediction="mean", loss="bound", variance="learned")
+    model, schedule = unet.make_model(config), schedules.from_config(config.diffusion)
+    params = some_params(config)
+    x0 = np.float32(data.open_source(config.data).read(np.arange(3)).images / 127.5 - 1)
+    keys = sampling.image_keys(0, jnp.arange(3))
+    predict_fn = generate.make_predictor(config, schedule, unet.net_fn(model, params))
+
+    def noise(t):
+        return sampling.noise(keys, t, (8, 8, 1))
+
+    bound = likelihood.bound(schedule, predict_fn, x0, noise, variances=("learned",))
+    loss_fn = jax.jit(train.make_loss(config, model, schedule))
+    for t in (0, 1, 19):
+        loss = loss_fn(params, x0, None, jnp.full(3, t), noise(t))
+        np.testing.assert_allclose(loss, bound.terms["learned"][t], rtol=1e-4)
+
+
+def test_loss_by_quarter_of_t(config, tmp_path):
+    """Their mean, weighted with the number of examples in each, is the loss."""
+    train.train(config, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for line in (line for line in lines if "loss" in line):
+        quarters = [line[f"loss_q{i}"] for i in range(1, 5) if f"loss_q{i}" in line]
+        assert (
+            min(quarters) <= line["loss"] * (1 + 1e-6) and max(quarters) >= line["loss"] * 0.999999
+        )
+    pending = [
+        {"loss": 1.0, "grad_norm": 1.0, "share": [0.5, 0.5, 0, 0], "loss_share": [1, 0.5, 0, 0]},
+        {"loss": 2.0, "grad_norm": 1.0, "share": [0.25, 0.75, 0, 0], "loss_share": [0.5, 3, 0, 0]},
+    ]
+    means = train.summarize(pending, 2)
+    assert (means["loss_q1"], means["loss_q2"], means["loss"]) == (2.0, 2.8, 1.5)
+    assert "loss_q3" not in means
+
+
+def test_a_variance_that_was_learned_is_part_of_the_network(config, tmp_path):
+    saved = config.copy_and_resolve_references()
+    config.diffusion.update(loss="bound", variance="learned")
+    for purpose in ("train", "use"):
+        with pytest.raises(UserError, match=r"diffusion\.variance"):
+            configs.check_same_run(saved, config, tmp_path, purpose)
+    saved.diffusion.update(loss="bound", variance="fixed_small")
+    config.diffusion.variance = "fixed_large"
+    configs.check_same_run(saved, config, tmp_path, "use")
+    with pytest.raises(UserError, match=r"diffusion\.variance"):  # it is in the loss
+        configs.check_same_run(saved, config, tmp_path, "train")

@@ -1,0 +1,137 @@
+"""Images in, images out: what stays, what changes, and what is refused."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import main
+from ddpm_jax import checkpoint, unet
+from ddpm_jax import config as configs
+from ddpm_jax import workdir as run_files
+from ddpm_jax.errors import UserError
+
+
+@pytest.fixture
+def run(config, tmp_path):
+    """A run that was not trained, but whose network depends on its input: its folder."""
+    config.diffusion.update(schedule="linear", beta_end=0.4)
+    shapes = unet.param_shapes(unet.make_model(config), configs.image_shape(config))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: 0.1 * rng.standard_normal(s.shape, np.float32), shapes)
+    checkpoint.save_imported(tmp_path / "run", params)
+    run_files.save_config(config, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of four gray 8×8 images: (the folder, uint8 [4, 8, 8, 1])."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    array = np.random.default_rng(1).integers(0, 256, (4, 8, 8), np.uint8)
+    for i, image in enumerate(array):
+        Image.fromarray(image).save(folder / f"{i}.png")
+    return folder, array[..., None]
+
+
+def edit(mode, run, images, *arguments):
+    """The arrays that a mode writes; the one .npz in samples/ that was not there before."""
+    before = set((run / "samples").glob("*.npz"))
+    main.run(["main.py", f"--mode={mode}", f"--workdir={run}", f"--images={images}", *arguments])
+    (path,) = set((run / "samples").glob("*.npz")) - before
+    assert path.with_suffix(".png").exists()
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+@pytest.mark.parametrize("resamplings", [1, 3])
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
+def test_inpainting_leaves_known_pixels_bit_for_bit(run, pictures, tmp_path, sampler, resamplings):
+    folder, given = pictures
+    mask = np.zeros((8, 8), np.uint8)
+    mask[2:6, 3:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    out = edit(
+        "inpaint", run, folder, f"--mask={tmp_path / 'mask.png'}",
+        f"--config.sample.sampler={sampler}", f"--config.sample.resamplings={resamplings}",
+        "--config.sample.jump_length=4",
+    )["images"]  # fmt: skip
+    assert out.shape == given.shape and out.dtype == np.uint8
+    known = mask == 0
+    np.testing.assert_array_equal(out[:, known], given[:, known])
+    assert (out[:, ~known] != given[:, ~known]).mean() > 0.5
+
+
+def test_img2img_keeps_more_of_an_image_the_earlier_it_starts(run, pictures):
+    folder, given = pictures
+    changes = []
+    for t in (1, 10, 19):
+        out = edit("img2img", run, folder, f"--config.sample.t={t}")["images"]
+        changes.append(np.abs(out - np.float64(given)).mean())
+    assert changes == sorted(changes) and changes[0] < 30 < changes[2]
+
+
+def test_interpolation_begins_and_ends_at_the_images(run, pictures):
+    """λ = 0 is img2img of the first image of a pair; the noise is the same for every λ."""
+    folder, given = pictures
+    found = edit("interpolate", run, folder, "--config.sample.t=12")
+    assert found["images"].shape == (2, 11, 8, 8, 1)
+    np.testing.assert_allclose(found["weights"], np.arange(11) / 10)
+    run_files.write_npz(folder.parent / "firsts.npz", images=given[::2])
+    firsts = edit("img2img", run, folder.parent / "firsts.npz", "--config.sample.t=12")["images"]
+    np.testing.assert_array_equal(found["images"][:, 0], firsts)
+    # Neighbours are closer than the two ends.
+    steps = np.abs(np.diff(found["images"].astype(float), axis=1)).mean(axis=(0, 2, 3, 4))
+    ends = np.abs(found["images"][:, 0].astype(float) - found["images"][:, -1]).mean()
+    assert steps.max() < ends
+
+
+def test_to_noise_and_back(run, pictures, caplog):
+    """The more steps, the closer; the noise alone is enough to come back."""
+    folder, given = pictures
+    caplog.set_level("INFO")
+    errors = []
+    for steps in (5, 20):
+        found = edit("invert", run, folder, f"--config.sample.num_steps={steps}")
+        assert found["noise"].shape == given.shape and found["noise"].dtype == np.float32
+        errors.append(np.sqrt(np.mean((found["images"] - np.float64(given)) ** 2)))
+        assert f"{steps} steps and back: RMSE {errors[-1]:.3g} of 255" in caplog.text
+    assert errors[1] < errors[0]
+
+
+def test_images_that_do_not_fit(run, pictures, tmp_path):
+    folder, _ = pictures
+    before = {p.name for p in run.iterdir()}
+    Image.new("RGB", (8, 8)).save(tmp_path / "rgb.png")
+    Image.new("L", (8, 9)).save(tmp_path / "tall.png")
+    Image.new("P", (8, 8)).save(tmp_path / "palette.png")
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    np.savez(tmp_path / "float.npz", images=np.zeros((2, 8, 8, 1)))
+    np.savez(tmp_path / "other.npz", pictures=np.zeros((2, 8, 8, 1), np.uint8))
+    for path, message in (
+        ("rgb.png", r"rgb\.png: is 8x8x3 \(height, width, channels\), not 8x8x1"),
+        ("tall.png", r"tall\.png: is 9x8x1 .* not 8x8x1"),
+        ("palette.png", "is of mode P"),
+        ("text.png", "cannot be read"),
+        ("nowhere.png", "cannot be read"),
+        ("empty", "holds no images"),
+        ("float.npz", "not uint8"),
+        ("other.npz", "images"),
+    ):
+        for mode in ("img2img", "invert"):
+            with pytest.raises(UserError, match=f"--images=.*{message}") as error:
+                edit(mode, run, tmp_path / path)
+            assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"holds 1 images; interpolate needs pairs"):
+        edit("interpolate", run, folder / "0.png")
+    with pytest.raises(UserError, match=r"--mask=.*tall\.png: is 9x8x1"):
+        edit("inpaint", run, folder, f"--mask={tmp_path / 'tall.png'}")
+    with pytest.raises(UserError, match="--mask: is missing"):
+        edit("inpaint", run, folder)
+    with pytest.raises(UserError, match="--mask: is only for --mode=inpaint"):
+        edit("img2img", run, folder, "--mask=x.png")
+    with pytest.raises(UserError, match="--images: is missing"):
+        main.run(["main.py", "--mode=img2img", f"--workdir={run}"])
+    assert {p.name for p in run.iterdir()} == before
