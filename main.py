@@ -3,6 +3,8 @@
   python main.py --config=configs/digits.py
   python main.py --config=configs/cifar10.py --config.train.batch_size=64
   python main.py --mode=sample --workdir=runs/cifar10 --config.sample.num_samples=256
+  python main.py --mode=img2img --workdir=runs/cifar10 --images=FOLDER
+  python main.py --mode=show --config=configs/cifar10.py
   python main.py --mode=evaluate --workdir=runs/cifar10
   python main.py --mode=compare --workdirs=runs/a,runs/b
   python main.py --mode=import --weights=FOLDER --workdir=runs/x
@@ -27,7 +29,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from configs import default
 from ddpm_jax import config as configs
-from ddpm_jax import edit, evaluate, generate, interop, parallel, train
+from ddpm_jax import edit, evaluate, generate, interop, parallel, show, train
 from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError, one_line
 
@@ -37,7 +39,7 @@ EDITS = {
     "inpaint": edit.inpaint,
     "invert": edit.invert,
 }
-MODES = ("train", "sample", *EDITS, "evaluate", "compare", "import", "export")
+MODES = ("train", "sample", *EDITS, "show", "evaluate", "compare", "import", "export")
 # Flags that some modes need, and the others do not take.
 NEEDED = {"weights": ("import", "export"), "images": tuple(EDITS), "mask": ("inpaint",)}
 log = logging.getLogger("main")
@@ -203,11 +205,14 @@ def run(argv):
             return 128 + caught
         log.info("done: %s", workdir)
     else:
-        configs.check_same_run(saved_config(workdir), config, workdir, "use")
+        if mode != "show" or run_files.load_config(workdir) is not None:
+            configs.check_same_run(saved_config(workdir), config, workdir, "use")
         if mode == "sample":
             generate.sample(config, workdir)
         elif mode == "evaluate":
             evaluate.evaluate(config, workdir)
+        elif mode == "show":
+            show.show(config, workdir)
         elif mode in EDITS:
             masks = () if command.mask is None else (command.mask,)
             EDITS[mode](config, workdir, command.images, *masks)

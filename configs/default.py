@@ -81,6 +81,11 @@ def get_config():
     sample.resamplings = 1  # how often inpaint does each jump_length steps (RePaint)
     sample.jump_length = 10  # steps that it goes back each time
 
+    config.show = show = ConfigDict()
+    show.timesteps = ()  # of the strips; empty: ten, equally far apart
+    show.num_images = 8  # rows of the strips
+    show.num_frames = 100  # of the animation
+
     config.evaluate = evaluate = ConfigDict()
     evaluate.num_samples = 50_000  # images generated for FID and its like; 0: none
     evaluate.resize = "tf1"  # to 299 × 299: the FID's own way, or "torch", pytorch-fid's

@@ -12,7 +12,7 @@ POSITIVE = """
     optim.learning_rate train.batch_size train.num_steps
     train.log_every train.eval_every train.eval_images train.sample_every
     train.checkpoint_every train.keep_checkpoints sample.num_samples sample.batch_size
-    sample.resamplings sample.jump_length
+    sample.resamplings sample.jump_length show.num_images show.num_frames
 """.split()
 NOT_NEGATIVE = """
     seed data.max_ram_gib data.num_classes optim.warmup_steps optim.weight_decay optim.grad_clip
@@ -58,6 +58,10 @@ ADDED = {
 }
 
 
+# And sections that do not concern how a run was trained: what it lacks of them are defaults.
+LATER = ("sample.", "show.", "evaluate.")
+
+
 def flatten(config):
     """{"section.field": value} of a config."""
     flat = {}
@@ -76,7 +80,7 @@ def with_added(config, defaults):
       config: as it was saved.
       defaults: for fields that do not concern how it was trained.
     """
-    later = {k: v for k, v in flatten(defaults).items() if k.startswith(("sample.", "evaluate."))}
+    later = {k: v for k, v in flatten(defaults).items() if k.startswith(LATER)}
     fields = {**later, **ADDED, **flatten(config)}
     nested = {}
     for name, value in fields.items():
@@ -170,6 +174,8 @@ def _check_sampling(config):
     allowed = f"a learned variance is one of all {total} steps; use sample.sampler='ddim' for fewer"
     fits = not learned or sample.num_steps in (0, total)
     _require(fits, "sample.num_steps", sample.num_steps, allowed)
+    name, ts = "show.timesteps", config.show.timesteps
+    _require(_all(lambda v: 0 <= v < total, ts), name, ts, f"must be whole numbers below {total}")
     _require(sample.t < total, "sample.t", sample.t, f"must be below {total}, or 0 for T / 2")
     if not config.data.num_classes and not sample.classifier:
         allowed = "this model knows no classes (data.num_classes=0; sample.classifier is empty)"

@@ -22,10 +22,14 @@ log = logging.getLogger(__name__)
 WEIGHTS = np.linspace(0, 1, 11)  # λ of the paper's figure 8, and both ends
 
 
+def start_t(config):
+    """The network's step that `sample.t` names."""
+    return config.sample.t or config.diffusion.num_timesteps // 2
+
+
 def start_index(config, chain):
-    """The step of a chain that `sample.t` names: the noisiest that is not above it."""
-    t = config.sample.t or config.diffusion.num_timesteps // 2
-    return max(int(np.searchsorted(chain.timesteps, t, side="right")) - 1, 0)
+    """A chain's step for it: the noisiest that is not above it."""
+    return max(int(np.searchsorted(chain.timesteps, start_t(config), side="right")) - 1, 0)
 
 
 def img2img_task(config, chain):
@@ -108,8 +112,8 @@ def decode_task(config, chain):
 def img2img(config, workdir, paths):
     """Noises images to `sample.t`, and denoises them again.
 
-    Writes samples/img2img_<step>_<settings>.npz (`images`, uint8) and a .png: above the images
-    that went in, below what came out. The other functions here do the same with their names.
+    Writes samples/img2img_t<t>_<step>_<settings>.npz (`images`, uint8) and a .png: on the left what
+    went in, on the right what came out. The other functions here do the same under their names.
 
     Args:
       config: the run's config, checked.
@@ -122,8 +126,8 @@ def img2img(config, workdir, paths):
     given = read_images(config, paths)
     step, sampler = generate.restore_sampler(config, workdir, task=img2img_task, in_turn=False)
     out = sampler(np.arange(len(given)), {"image": given}).x
-    settings = f"t{config.sample.t or config.diffusion.num_timesteps // 2}"
-    write(config, workdir, step, f"img2img_{settings}", np.stack([given, out], 1), images=out)
+    rows = np.stack([given, out], axis=1)
+    write(config, workdir, step, f"img2img_t{start_t(config)}", rows, images=out)
 
 
 def interpolate(config, workdir, paths):
@@ -140,9 +144,9 @@ def interpolate(config, workdir, paths):
     }
     out = sampler(np.arange(pairs).repeat(count), inputs).x
     out = out.reshape(pairs, count, *out.shape[1:])
-    settings = f"t{config.sample.t or config.diffusion.num_timesteps // 2}"
     rows = np.concatenate([given[::2, None], out, given[1::2, None]], axis=1)
-    write(config, workdir, step, f"interpolate_{settings}", rows, images=out, weights=WEIGHTS)
+    name = f"interpolate_t{start_t(config)}"
+    write(config, workdir, step, name, rows, images=out, weights=WEIGHTS)
 
 
 def inpaint(config, workdir, paths, mask):
@@ -151,10 +155,10 @@ def inpaint(config, workdir, paths, mask):
     known = read_mask(config, mask, len(given))
     step, sampler = generate.restore_sampler(config, workdir, task=inpaint_task, in_turn=False)
     out = sampler(np.arange(len(given)), {"image": given, "known": known}).x
-    times = config.sample.resamplings
-    settings = f"inpaint_r{times}j{config.sample.jump_length}" if times > 1 else "inpaint"
-    masked = np.where(known, given, 128).astype(np.uint8)
-    write(config, workdir, step, settings, np.stack([given, masked, out], 1), images=out)
+    wanted, masked = config.sample, np.where(known, given, 128).astype(np.uint8)
+    repeats = f"_r{wanted.resamplings}j{wanted.jump_length}" if wanted.resamplings > 1 else ""
+    rows = np.stack([given, masked, out], axis=1)
+    write(config, workdir, step, f"inpaint{repeats}", rows, images=out)
 
 
 def invert(config, workdir, paths):
@@ -220,7 +224,7 @@ def read_mask(config, path, count):
     Returns:
       bool [count, H, W, 1], True where known.
     """
-    mask = _pixels(path)[..., :3].mean(axis=-1, keepdims=True)
+    mask = _pixels(path, "mask", "L")
     _check_shape("mask", path, mask.shape, (*config.data.image_size, 1))
     return np.broadcast_to(mask < 128, (count, *mask.shape))
 
@@ -236,15 +240,16 @@ def _arrays(path):
     return array.reshape(-1, *array.shape[-3:])
 
 
-def _pixels(path):
-    """uint8 [H, W, C] of an image file, as it is stored."""
+def _pixels(path, flag="images", mode=None):
+    """uint8 [H, W, C] of an image file, as it is stored or in one of PIL's modes."""
     try:
         with Image.open(path) as image:
-            array = np.asarray(image.convert("L") if image.mode == "1" else image)
+            mode = mode or image.mode
+            array = np.asarray(image.convert(mode))
     except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"--images={path}: cannot be read ({one_line(error)})") from None
-    if array.dtype != np.uint8 or image.mode == "P":
-        raise UserError(f"--images={path}: is of mode {image.mode}; use 8 bits gray, RGB or RGBA")
+        raise UserError(f"--{flag}={path}: cannot be read ({one_line(error)})") from None
+    if mode not in data.MODES.values():
+        raise UserError(f"--{flag}={path}: is of mode {mode}; use {', '.join(data.MODES.values())}")
     return array.reshape(*array.shape[:2], -1)
 
 

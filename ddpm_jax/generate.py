@@ -150,7 +150,7 @@ def make_sampler(
     Args:
       config: its model, data, diffusion and sample sections are used.
       label: the class of all images; None for all classes in turn.
-      frames_at: distinct ones of the task's steps, after which to keep the images; K of them.
+      frames_at: the task's steps after which to keep the images; K of them.
       task: (config, chain) to
         start: (keys [B], inputs) to the x that the process starts from,
         step_of: (predict_fn, keys, inputs) to a step, (x, i) to (x, x0_pred),
@@ -168,51 +168,52 @@ def make_sampler(
     start, step_of, steps = task(config, chain)
     model, classifier_params = classifier or (None, None)
     classes = model.num_classes if model else config.data.num_classes
+    parts = segments(steps)
+    # The frames of a part leave the device when it is done.
+    hits = [[t for t in part.tolist() if t in frames_at] for part in parts]
+    most = max(map(len, hits))
+    slots = [np.array(hit + (most - len(hit)) * [-1], np.int32) for hit in hits]
 
-    def keep(x, x0_pred):
-        return images.to_uint8(x), images.to_uint8(x0_pred)
-
-    def begin(keys, inputs):
-        x = start(keys, inputs)
-        return x, sampling.no_frames(x, len(frames_at), keep)
-
-    def run(params, classifier_params, carry, keys, labels, inputs, ts):
+    def run(params, classifier_params, x, keys, labels, inputs, ts, slots):
         guide = model and (model, classifier_params)
         predict_fn = make_predict(config, chain, params, labels, guide)
         step = step_of(predict_fn, keys, inputs)
-        x, frames = carry
-        return sampling.reverse_process(step, x, ts, frames_at, frames, keep)
+        return sampling.reverse_process(step, x, ts, slots, keep=_as_uint8)
 
-    begin, end = parallel.pmap(begin), parallel.pmap(finish)
-    run = parallel.pmap(run, in_axes=(None, None, 0, 0, 0, 0, None), donate_argnums=2)
+    begin, end = parallel.pmap(start), parallel.pmap(finish)
+    run = parallel.pmap(run, in_axes=(None, None, 0, 0, 0, 0, None, None), donate_argnums=2)
+
+    def sample_batch(params, numbers, inputs, bar, stop):
+        keys, inputs = parallel.split((sampling.image_keys(config.sample.seed, numbers), inputs))
+        labels = None
+        if classes:
+            labels = numbers % classes if label is None else np.full(len(numbers), label)
+            labels = parallel.split(labels.astype(np.int32))
+        x, kept = begin(keys, inputs), []
+        for ts, slot, hit in zip(parts, slots, hits, strict=True):
+            x, frames = run(params, classifier_params, x, keys, labels, inputs, ts, slot)
+            kept.append([_frames_to_host(f)[: len(hit)] for f in frames])
+            jax.block_until_ready(x)
+            bar.update(len(ts))
+            if stop:
+                return None
+        frames = [np.concatenate(f) for f in zip(*kept, strict=True)]
+        return Generated(np.asarray(parallel.merge(end(x))), *frames)
 
     def sample(params, indices, inputs=None, stop=()):
         devices, count = jax.device_count(), len(indices)
         size = min(config.sample.batch_size, -(-count // devices) * devices)
-        done = []
-        total = -(-count // size) * len(steps)
+        done, total = [], -(-count // size) * len(steps)
         with tqdm(total=total, desc="sample", unit="step", leave=False) as bar:
             for first in range(0, count, size):
                 # The last batch is filled up with the last image.
                 chosen = np.minimum(np.arange(first, first + size), count - 1)
-                numbers = np.asarray(indices)[chosen]
-                keys = parallel.split(sampling.image_keys(config.sample.seed, numbers))
-                labels = None
-                if classes:
-                    labels = numbers % classes if label is None else np.full(size, label)
-                    labels = parallel.split(labels.astype(np.int32))
-                given = parallel.split(jax.tree.map(lambda a, c=chosen: np.asarray(a)[c], inputs))
-                carry = begin(keys, given)
-                for ts in segments(steps):
-                    carry = run(params, classifier_params, carry, keys, labels, given, ts)
-                    jax.block_until_ready(carry)
-                    bar.update(len(ts))
-                    if stop:
-                        return None
-                x, frames = carry
-                done.append(_to_host(end(x), frames))
-        parts = (np.concatenate(parts, axis=-4) for parts in zip(*done, strict=True))
-        return Generated(*(part[..., :count, :, :, :] for part in parts))
+                given = jax.tree.map(lambda a, c=chosen: np.asarray(a)[c], inputs)
+                done.append(sample_batch(params, np.asarray(indices)[chosen], given, bar, stop))
+                if done[-1] is None:
+                    return None
+        whole = (np.concatenate(p, -4) if len(p) > 1 else p[0] for p in zip(*done, strict=True))
+        return Generated(*(array[..., :count, :, :, :] for array in whole))
 
     return sample
 
@@ -226,17 +227,25 @@ def segments(steps):
     return np.array_split(np.asarray(steps, np.int32), min(20, len(steps)))
 
 
-def _to_host(x, frames):
-    """[D, B, …] and two [D, K, B, …] on the devices to [D·B, …] and [K, D·B, …] here."""
-    x = np.asarray(parallel.merge(x))
-    return x, *(np.moveaxis(np.asarray(f), 0, 1).reshape(f.shape[1], *x.shape) for f in frames)
+def _as_uint8(x, x0_pred):
+    return images.to_uint8(x), images.to_uint8(x0_pred)
+
+
+def _frames_to_host(frames):
+    """[D, K, B, …] on the devices to [K, D·B, …] here."""
+    devices, count, size, *shape = frames.shape
+    return np.moveaxis(np.asarray(frames), 0, 1).reshape(count, devices * size, *shape)
 
 
 def write_grid(path, config, x):
-    """A picture of the first images; with a column for each class if they come in turn."""
+    """A picture of the first images."""
+    images.write_png(path, images.grid(x[:GRID_IMAGES], grid_columns(config)))
+
+
+def grid_columns(config):
+    """A column for each class if they come in turn; None leaves it to the grid."""
     in_turn = config.data.num_classes and config.sample.label == ""
-    columns = config.data.num_classes if in_turn else None
-    images.write_png(path, images.grid(x[:GRID_IMAGES], columns))
+    return config.data.num_classes if in_turn else None
 
 
 def load_classifier(config):

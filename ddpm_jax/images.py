@@ -1,10 +1,19 @@
-"""Images between disk and the model: uint8 ↔ [-1, 1], and pictures of many of them."""
+"""Images between disk and the model: uint8 ↔ [-1, 1], pictures of many of them, animations."""
+
+import contextlib
+import itertools
+import os
 
 import imageio.v3 as imageio
+import imageio_ffmpeg
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from ddpm_jax.workdir import atomic_write
+
+# Otherwise ffmpeg is started through a fork, of which JAX warns.
+os.environ.setdefault("IMAGEIO_FFMPEG_NO_PREVENT_SIGINT", "1")
 
 
 def to_float(images):
@@ -17,7 +26,7 @@ def to_uint8(x):
     return jnp.round(jnp.clip((x + 1) * 127.5, 0, 255)).astype(jnp.uint8)
 
 
-def grid(images, columns=None):
+def grid(images, columns=None, smallest=64):
     """Lays images out in rows, with white lines between them.
 
     Small images are enlarged by a whole factor (nearest neighbour) so that one can look at them.
@@ -25,6 +34,7 @@ def grid(images, columns=None):
     Args:
       images: uint8 [N, H, W, C], C = 1, 3 or 4.
       columns: images a row; by default about as many as rows.
+      smallest: pixels, up to which an image is enlarged.
 
     Returns:
       uint8 [height, width, C].
@@ -32,8 +42,8 @@ def grid(images, columns=None):
     count, height, width, channels = images.shape
     columns = min(columns or int(np.ceil(np.sqrt(count))), count)
     rows = -(-count // columns)
-    scale = max(1, 64 // max(height, width))
-    line = max(1, scale)
+    scale = max(1, smallest // max(height, width))
+    line = max(1, scale * smallest // 64)
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     canvas = np.full(
         (rows * (height * scale + line) + line, columns * (width * scale + line) + line, channels),
@@ -47,17 +57,83 @@ def grid(images, columns=None):
     return canvas
 
 
-def strips(frames):
+def strips(frames, titles=()):
     """A row for each image, from its first frame to its last.
 
     Args:
       frames: uint8 [K, N, H, W, C].
+      titles: K short texts, written above the columns.
 
     Returns:
       uint8 [height, width, C].
     """
     rows = np.swapaxes(frames, 0, 1)
-    return grid(rows.reshape(-1, *rows.shape[2:]), columns=len(frames))
+    picture = grid(rows.reshape(-1, *rows.shape[2:]), columns=len(frames))
+    if not titles:
+        return picture
+    height, width, channels = 18, *picture.shape[1:]
+    header = Image.new("L", (width, height), 255)
+    draw, font = ImageDraw.Draw(header), ImageFont.load_default(12)
+    for i, title in enumerate(titles):
+        draw.text(((i + 0.5) * width / len(titles), 3), title, 0, font, anchor="ma")
+    header = np.asarray(header)[..., None].repeat(channels, axis=-1)
+    if channels == 4:
+        header[..., 3] = 255
+    return np.concatenate([header, picture])
+
+
+def to_rgb(picture):
+    """uint8 [H, W, C] to [H, W, 3]: gray repeated, and what is transparent on white."""
+    if picture.shape[-1] == 4:
+        alpha = picture[..., 3:] / np.float32(255)
+        return (picture[..., :3] * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
+    return np.broadcast_to(picture, (*picture.shape[:2], 3))
+
+
+def write_animation(path, pictures, seconds=0.05):
+    """Writes pictures as a .gif or .mp4 that stays on the last one for two seconds.
+
+    Args:
+      path: its suffix decides.
+      pictures: iterable of uint8 [H, W, C], all of one size.
+      seconds: that each is shown.
+    """
+    write = {".gif": _write_gif, ".mp4": _write_mp4}[path.suffix]
+    with atomic_write(path) as temporary:
+        write(temporary, map(_to_even_rgb, pictures), seconds)
+
+
+def _to_even_rgb(picture):
+    """Videos have three channels and even sides."""
+    height, width, _ = picture.shape
+    even = ((0, height % 2), (0, width % 2), (0, 0))
+    return np.pad(to_rgb(picture), even, constant_values=255)
+
+
+def _write_gif(path, pictures, seconds):
+    def frames():
+        for picture in pictures:
+            frame = Image.fromarray(picture)
+            frame.info["duration"] = 1000 * seconds
+            yield frame
+        frame = frame.copy()
+        frame.info["duration"] = 2000
+        yield frame
+
+    rest = frames()
+    next(rest).save(path, "GIF", save_all=True, append_images=rest, loop=0)
+
+
+def _write_mp4(path, pictures, seconds):
+    first = next(pictures)
+    options = {"fps": 1 / seconds, "macro_block_size": 2, "output_params": ["-f", "mp4"]}
+    video = imageio_ffmpeg.write_frames(str(path), first.shape[1::-1], **options)
+    with contextlib.closing(video):
+        video.send(None)  # it starts
+        for last in itertools.chain([first], pictures):
+            video.send(last.tobytes())
+        for _ in range(round(2 / seconds)):
+            video.send(last.tobytes())
 
 
 def write_png(path, image):

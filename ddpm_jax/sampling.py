@@ -223,40 +223,35 @@ def inpaint_step(schedule, step_fn, x, t, up, x0, known, eps):
     return jax.lax.cond(up, go_up, go_down, x)
 
 
-def reverse_process(step_fn, x, ts, frames_at=(), frames=None, keep=lambda x, x0_pred: x):
+def reverse_process(step_fn, x, ts, frames_at=(), keep=lambda x, x0_pred: x):
     """Runs x, x0_pred = step_fn(x, t) over ts as one `lax.scan`, and keeps the frames asked for.
 
     Args:
       step_fn: (x_t, t) to (x_{t-1}, x0_pred).
       x: [B, H, W, C], the state before the first step.
       ts: [S] int32, the steps in the order they are taken, as T - 1, …, 0.
-      frames_at: distinct ts after which to keep a frame; K of them.
-      frames: frames kept by an earlier call that this one continues; zeros where there is none.
+      frames_at: [K], distinct ts after which to keep a frame.
       keep: (x, x0_pred) to a frame, a pytree of arrays; of x alone by default.
 
     Returns:
       x: [B, H, W, C], after the last step.
-      frames: keep's pytree with a leading axis of K, in the order of frames_at; a t that ts does
-        not hold leaves its frame as it was.
+      frames: keep's pytree with a leading axis of K, in the order of frames_at; zeros for a t that
+        ts does not hold.
     """
-    if frames is None:
-        frames = no_frames(x, len(frames_at), keep)
+    frames_at = jnp.asarray(frames_at, jnp.int32)
+    frame, count = jax.eval_shape(keep, x, x), len(frames_at)
+    frames = jax.tree.map(lambda f: jnp.zeros((count, *f.shape), f.dtype), frame)
 
     def body(carry, t):
         x, frames = carry
         x, x0_pred = step_fn(x, t)
-        if frames_at:
-            hit = jnp.asarray(frames_at) == t
+        if count:
+            hit = frames_at == t
             # Nothing is written at the index past the end.
-            slot = jnp.where(hit.any(), hit.argmax(), len(frames_at))
+            slot = jnp.where(hit.any(), hit.argmax(), count)
             frames = jax.tree.map(
                 lambda kept, new: kept.at[slot].set(new, mode="drop"), frames, keep(x, x0_pred)
             )
         return (x, frames), None
 
     return jax.lax.scan(body, (x, frames), ts)[0]
-
-
-def no_frames(x, count, keep):
-    """The frames of reverse_process before its first step: zeros."""
-    return jax.tree.map(lambda f: jnp.zeros((count, *f.shape), f.dtype), jax.eval_shape(keep, x, x))

@@ -22,6 +22,7 @@ from ddpm_jax import (
     likelihood,
     parallel,
     schedules,
+    show,
     unet,
 )
 from ddpm_jax import config as configs
@@ -216,6 +217,7 @@ def train(config, workdir):
     Raises:
       UserError: for a folder that holds another run, bad data, or a loss that is not finite.
     """
+    workdir = pathlib.Path(workdir)
     saved = run_files.load_config(workdir)
     if saved is not None:
         # At step 0 is a run that was imported: nothing depends on data and seed yet.
@@ -251,7 +253,7 @@ def train(config, workdir):
                     metrics.write(step, eval_loss=raw, eval_loss_ema=ema)
 
         def draw(step, state):
-            path = pathlib.Path(workdir) / "samples" / f"step_{step:06d}.png"
+            path = workdir / "samples" / f"step_{step:06d}.png"
             if step > first or not path.exists():
                 write_grid(path, sample, config, state, caught)
 
@@ -267,10 +269,13 @@ def train(config, workdir):
         step_fn = make_train_step(config, model, schedule, optimizer)
         run_loop(every, first, updates(config, state, step_fn, source), metrics, actions, caught)
         manager.wait_until_finished()
+        new = checkpoint.latest_step(workdir) != first or not (workdir / "report.html").exists()
         if caught:
             name, step = signal.Signals(caught[0]).name, manager.latest_step()
             saved = "nothing was trained" if step is None else f"step {step} is saved"
             log.info("stopped by %s; %s", name, saved)
+    if new and not caught:
+        show.show(config, workdir, source)
     return caught[0] if caught else 0
 
 

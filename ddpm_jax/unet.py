@@ -121,51 +121,8 @@ class AttentionBlock(nn.Module):
         return x + h.reshape(x.shape)
 
 
-def res_block(network, h, temb, dropout_keys, features, name):
-    """A residual block with a network's settings."""
-    block = ResBlock(features, network.dropout, network.norm_groups, network.dtype, name=name)
-    return block(h, temb, dropout_keys)
-
-
-def level_block(network, h, temb, dropout_keys, features, name):
-    """A residual block, and attention behind it at the resolutions that have it."""
-    h = res_block(network, h, temb, dropout_keys, features, name)
-    if h.shape[1] in network.attention_resolutions:
-        h = AttentionBlock(network.norm_groups, network.dtype, name=f"{name}_attention")(h)
-    return h
-
-
-def middle(network, h, temb, dropout_keys):
-    """The blocks at the lowest resolution, between the way down and the way up."""
-    width = network.channel_mults[-1] * network.channels
-    h = res_block(network, h, temb, dropout_keys, width, "middle_block0")
-    h = AttentionBlock(network.norm_groups, network.dtype, name="middle_attention")(h)
-    return res_block(network, h, temb, dropout_keys, width, "middle_block1")
-
-
-def embed_time(network, t):
-    """The [B, 4 · channels] embedding of t that every residual block is given."""
-    temb = timestep_embedding(t, network.channels)
-    temb = dense(4 * network.channels, network.dtype, "temb1")(temb)
-    return dense(4 * network.channels, network.dtype, "temb2")(nn.swish(temb))
-
-
-def way_down(network, x, temb, dropout_keys):
-    """What each layer from x to the lowest resolution makes of it, a list; the last is the end."""
-    widths = [mult * network.channels for mult in network.channel_mults]
-    skips = [conv3x3(network.channels, network.dtype, "conv_in")(x)]
-    for level, width in enumerate(widths):
-        if level > 0:
-            down = conv3x3(widths[level - 1], network.dtype, f"down{level}_conv", strides=2)
-            skips.append(down(skips[-1]))
-        for block in range(network.num_res_blocks):
-            name = f"down{level}_block{block}"
-            skips.append(level_block(network, skips[-1], temb, dropout_keys, width, name))
-    return skips
-
-
-class UNet(nn.Module):
-    """ε_θ(x_t, t), or whatever else of x_t the network is trained to predict.
+class Network(nn.Module):
+    """What the U-Net and the classifier have in common: the way down and the middle.
 
     Attributes:
       channels: width of the first level; a multiple of norm_groups.
@@ -175,8 +132,7 @@ class UNet(nn.Module):
       dropout: rate inside the residual blocks, in [0, 1).
       norm_groups: groups of every GroupNorm.
       dtype: of the computation (parameters are float32).
-      num_classes: 0, or the number of labels, K, that it may be told.
-      learned_variance: whether it predicts a log variance, too.
+      num_classes: K, the number of labels; 0 where there are none.
     """
 
     channels: int
@@ -187,6 +143,62 @@ class UNet(nn.Module):
     norm_groups: int = 32
     dtype: jnp.dtype = jnp.float32
     num_classes: int = 0
+
+    def time_embedding(self, t):
+        """[B, 4 · channels], what every residual block is told of t."""
+        temb = timestep_embedding(t, self.channels)
+        temb = dense(4 * self.channels, self.dtype, "temb1")(temb)
+        return dense(4 * self.channels, self.dtype, "temb2")(nn.swish(temb))
+
+    def res_block(self, h, features, name, context):
+        """A residual block; context is (temb, dropout_keys)."""
+        block = ResBlock(features, self.dropout, self.norm_groups, self.dtype, name=name)
+        return block(h, *context)
+
+    def attention(self, h, name):
+        """An attention block."""
+        return AttentionBlock(self.norm_groups, self.dtype, name=name)(h)
+
+    def level_block(self, h, features, name, context):
+        """A residual block, and attention behind it at the resolutions that have it."""
+        h = self.res_block(h, features, name, context)
+        attends = h.shape[1] in self.attention_resolutions
+        return self.attention(h, f"{name}_attention") if attends else h
+
+    def way_down(self, x, context):
+        """What each layer makes of x, down to the lowest resolution: a list."""
+        widths = [mult * self.channels for mult in self.channel_mults]
+        h = conv3x3(self.channels, self.dtype, "conv_in")(x)
+        skips = [h]
+        for level, width in enumerate(widths):
+            if level > 0:
+                h = conv3x3(widths[level - 1], self.dtype, f"down{level}_conv", strides=2)(h)
+                skips.append(h)
+            for block in range(self.num_res_blocks):
+                h = self.level_block(h, width, f"down{level}_block{block}", context)
+                skips.append(h)
+        return skips
+
+    def middle(self, h, context):
+        """The blocks at the lowest resolution."""
+        width = self.channel_mults[-1] * self.channels
+        h = self.res_block(h, width, "middle_block0", context)
+        h = self.attention(h, "middle_attention")
+        return self.res_block(h, width, "middle_block1", context)
+
+    def last_norm(self, h):
+        """Before what the network says."""
+        return nn.swish(group_norm(self.norm_groups, self.dtype, "norm_out")(h))
+
+
+class UNet(Network):
+    """ε_θ(x_t, t), or whatever else of x_t the network is trained to predict.
+
+    Attributes:
+      learned_variance: whether it predicts a log variance, too.
+      (the others are Network's)
+    """
+
     learned_variance: bool = False
 
     @nn.compact
@@ -204,42 +216,30 @@ class UNet(nn.Module):
         """
         chex.assert_rank((x, t), (4, 1))
         assert labels is None or self.num_classes > 0
-        temb = embed_time(self, t)
+        temb = self.time_embedding(t)
         if self.num_classes > 0:
             labels = jnp.full(t.shape, self.num_classes) if labels is None else labels
-            features, init = temb.shape[-1], nn.initializers.normal(1.0)
-            size = self.num_classes + 1, features
+            size, init = (self.num_classes + 1, temb.shape[-1]), nn.initializers.normal(1.0)
             temb += nn.Embed(*size, self.dtype, embedding_init=init, name="labels")(labels)
-        skips = way_down(self, x, temb, dropout_keys)
-        h = middle(self, skips[-1], temb, dropout_keys)
+        context = temb, dropout_keys
+        skips = self.way_down(x, context)
+        h = self.middle(skips[-1], context)
         for level, mult in reversed(tuple(enumerate(self.channel_mults))):
             width = mult * self.channels
             for block in range(self.num_res_blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = level_block(self, h, temb, dropout_keys, width, f"up{level}_block{block}")
+                h = self.level_block(h, width, f"up{level}_block{block}", context)
             if level > 0:
                 h = conv3x3(width, self.dtype, f"up{level}_conv")(upsample(h))
         assert not skips
 
-        h = nn.swish(group_norm(self.norm_groups, self.dtype, "norm_out")(h))
         channels = x.shape[-1] * (2 if self.learned_variance else 1)
-        return conv3x3(channels, self.dtype, "conv_out", NEAR_ZERO)(h).astype(x.dtype)
+        h = conv3x3(channels, self.dtype, "conv_out", NEAR_ZERO)(self.last_norm(h))
+        return h.astype(x.dtype)
 
 
-class Classifier(nn.Module):
-    """log p(y | x_t) of each of the labels (Dhariwal & Nichol 2021): the U-Net's way down.
-
-    Attributes: those of the UNet.
-    """
-
-    channels: int
-    channel_mults: tuple[int, ...]
-    num_res_blocks: int
-    attention_resolutions: tuple[int, ...]
-    dropout: float = 0.0
-    norm_groups: int = 32
-    dtype: jnp.dtype = jnp.float32
-    num_classes: int = 10
+class Classifier(Network):
+    """log p(y | x_t) of each label (Dhariwal & Nichol 2021); its attributes are Network's."""
 
     @nn.compact
     def __call__(self, x, t, dropout_keys=None):
@@ -253,9 +253,8 @@ class Classifier(nn.Module):
         Returns:
           log p: [B, K], of x's dtype.
         """
-        temb = embed_time(self, t)
-        h = middle(self, way_down(self, x, temb, dropout_keys)[-1], temb, dropout_keys)
-        h = nn.swish(group_norm(self.norm_groups, self.dtype, "norm_out")(h)).mean((1, 2))
+        context = self.time_embedding(t), dropout_keys
+        h = self.last_norm(self.middle(self.way_down(x, context)[-1], context)).mean((1, 2))
         return nn.log_softmax(dense(self.num_classes, self.dtype, "logits")(h).astype(x.dtype))
 
 

@@ -6,6 +6,7 @@ runs/cifar10/
   metrics.jsonl        one JSON object a log point; TensorBoard events beside it
   labels.json          what each class is called, if the run knows any
   samples/             grids and arrays of images
+  show/, report.html   pictures of it, see show.py
 """
 
 import contextlib
@@ -136,6 +137,13 @@ def write_npz(path, **arrays):
     """Writes arrays to an .npz file, whole or not at all."""
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **arrays)
+
+
+def read_metrics(workdir):
+    """The lines of metrics.jsonl, as dicts; none where there is no such file."""
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
 
 
 def _step_of(line):

@@ -57,7 +57,9 @@ def test_every_field_has_a_comment_and_a_reader():
     default = (root / "configs" / "default.py").read_text().splitlines()
     package = "\n".join(p.read_text() for p in (root / "ddpm_jax").glob("*.py"))
     # Read under another spelling: data[field], and the whole section as UNet's attributes.
-    package += "".join(f".{name}\n" for name in ("split", "eval_split", *unet.UNet.__annotations__))
+    package += "".join(
+        f".{name}\n" for name in ("split", "eval_split", *unet.Network.__annotations__)
+    )
     for name in configs.flatten(load(root / "configs" / "default.py")):
         (line,) = [x for x in default if f"    {name if '.' in name else f'config.{name}'} = " in x]
         assert "  # " in line, line

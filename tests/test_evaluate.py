@@ -174,10 +174,19 @@ def test_four_channels_are_not_for_inception(config):
         configs.check(config, "evaluate")
 
 
-def test_runs_that_are_older_than_evaluation(run, capsys):
-    workdir, _ = run
+def test_runs_that_are_older_than_some_fields(run):
+    """They can be used, and trained further, with what those fields were before they existed."""
+    workdir, config = run
     fields = json.loads((workdir / "config.json").read_text())
-    fields.pop("evaluate")
+    for section, name in (field.split(".") for field in configs.ADDED):
+        del fields[section][name]
+    del fields["evaluate"], fields["show"], fields["sample"]["sampler"]
     (workdir / "config.json").write_text(json.dumps(fields))
     command = main.parse(["main.py", "--mode=evaluate", f"--workdir={workdir}"])
     assert command.config.evaluate.num_samples == 50_000
+    assert command.config.sample.sampler == "ancestral"
+    saved = run_files.load_config(workdir)
+    configs.check_same_run(saved, config, workdir, "train")
+    config.data.num_classes = 10
+    with pytest.raises(UserError, match=r"data\.num_classes 0 -> 10"):
+        configs.check_same_run(saved, config, workdir, "train")

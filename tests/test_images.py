@@ -3,6 +3,7 @@
 import imageio.v3 as imageio
 import numpy as np
 import pytest
+import videos
 
 from ddpm_jax import images, workdir
 
@@ -52,3 +53,49 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
         raise ZeroDivisionError
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("count", [1, 7, 65])
+def test_strips(count, channels):
+    """A row for each image, a column for each frame; above them their titles, in black on white."""
+    frames = np.zeros((3, count, 8, 16, channels), np.uint8)
+    frames += np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1, 1)
+    picture = images.strips(frames, ["t = 2", "t = 1", "t = 0"])
+    assert picture.shape == (18 + count * 36 + 4, 3 * 68 + 4, channels)
+    for column in range(3):
+        assert (picture[22:54, column * 68 + 4 : column * 68 + 68] == column).all()
+        title = picture[:18, column * 68 : (column + 1) * 68]
+        assert title[..., 0].min() < 100 and title[..., 0].max() == 255
+    assert channels < 4 or (picture[:18, :, 3] == 255).all()
+    np.testing.assert_array_equal(images.strips(frames), picture[18:])
+
+
+@pytest.mark.parametrize("suffix", ["gif", "mp4"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_animation(tmp_path, suffix, channels):
+    """Odd sizes; every picture, and the last one for two seconds. Transparency is on white."""
+    pictures = [np.full((33, 47, channels), 50 * i, np.uint8) for i in range(5)]
+    path = tmp_path / f"x.{suffix}"
+    images.write_animation(path, iter(pictures), seconds=0.1)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    if suffix == "mp4":
+        frames = videos.read(path, 34, 48)
+        assert len(frames) == 25
+    else:  # equal frames may be stored as one that is shown longer
+        frames = imageio.imread(path, index=None)
+        assert frames.shape[1:] == (34, 48, 3)
+    alpha = 200 / 255
+    last = 200 if channels < 4 else 200 * alpha + 255 * (1 - alpha)
+    np.testing.assert_allclose(frames[-1, :33, :47].astype(int), last, atol=6)
+
+
+def test_a_failed_animation_leaves_nothing(tmp_path):
+    def pictures():
+        yield np.zeros((8, 8, 1), np.uint8)
+        raise ZeroDivisionError
+
+    for suffix in ("gif", "mp4"):
+        with pytest.raises(ZeroDivisionError):
+            images.write_animation(tmp_path / f"x.{suffix}", pictures())
+    assert not list(tmp_path.iterdir())

@@ -161,6 +161,33 @@ def test_schedules_survive(name):
     assert (again.diffusion.variance, again.diffusion.clip_x0) == ("fixed_small", True)
 
 
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_predictions_survive(prediction):
+    config = default.get_config()
+    config.diffusion.prediction = prediction
+    fields = interop.diffusion_fields(interop.diffusers_scheduler(config), "f")
+    assert fields["diffusion.prediction"] == prediction
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"diffusion.prediction": "mean"},
+            "diffusion.prediction='mean': diffusers has only eps, x0",
+        ),
+        ({"diffusion.variance": "learned", "diffusion.loss": "bound"}, "'learned': diffusers has"),
+        ({"data.num_classes": 10}, "data.num_classes=10: diffusers' pipelines need 0"),
+    ],
+)
+def test_what_diffusers_cannot_express(tmp_path, config, changes, message):
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError) as error:
+        interop.export_run(config, tmp_path, tmp_path / "out")
+    assert message in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
 NETWORKS = {
     "_class_name": ("UNet2DConditionModel", 'must be "UNet2DModel"'),
     "norm_eps": (1e-5, "our U-Net has 1e-06"),

@@ -1,0 +1,115 @@
+"""Every picture of a config and of a run, and the page that holds them."""
+
+import html.parser
+import re
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import videos
+
+import main
+from ddpm_jax import data, schedules, show, train
+from ddpm_jax import workdir as run_files
+from ddpm_jax.errors import UserError
+
+OF_CONFIG = {"schedule.png", "data.png", "forward.png"}
+OF_RUN = {"samples.png", "denoising.png", "denoising_x0.png", "reverse.gif", "reverse.mp4"}
+
+
+def written(workdir):
+    return {path.name for path in (workdir / "show").iterdir()}
+
+
+class Page(html.parser.HTMLParser):
+    """Notes what a page would load, and that its tags match."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.sources, self.open = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.sources += [attributes[name] for name in ("src", "href") if name in attributes]
+        if tag not in ("meta", "img", "tr", "td"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_a_config_without_a_run(tmp_path, config):
+    show.show(config, tmp_path)
+    assert written(tmp_path) == OF_CONFIG
+    page = Page((tmp_path / "report.html").read_text())
+    assert len(page.sources) == 3 and not page.open
+
+
+def test_a_run_shows_itself_after_training(tmp_path, config):
+    config.show.update(num_images=3, num_frames=7, timesteps=(19, 10, 0))
+    train.train(config, tmp_path)
+    assert written(tmp_path) == OF_CONFIG | OF_RUN | {"losses.png"}
+    folder = tmp_path / "show"
+    # Rows of 3 images, 64 pixels and a line of 8 each; above them the titles.
+    assert imageio.imread(folder / "denoising.png").shape == (18 + 3 * 72 + 8, 3 * 72 + 8)
+    assert imageio.imread(folder / "forward.png").shape == (18 + 3 * 72 + 8, 4 * 72 + 8)
+    gif = imageio.imread(folder / "reverse.gif", index=None)
+    video = videos.read(folder / "reverse.mp4", *gif.shape[1:3])
+    assert len(video) == 7 + 40
+    # Lossy, but the same pictures: the last is what it ends with.
+    assert np.abs(video[-1].astype(float) - gif[-1].astype(float)).mean() < 12
+    assert np.abs(video[0].astype(float) - gif[-1].astype(float)).mean() > 20
+
+    text = (tmp_path / "report.html").read_text()
+    page = Page(text)
+    assert not page.open and len(page.sources) == 3 + 5 - 1 + 1 + 1  # no .gif; losses; a grid
+    assert all(re.match(r"data:(image/png|video/mp4);base64,", s) for s in page.sources)
+    assert "model.channels" in text and "step 4" in text and "eval_loss" in text
+
+    # Of a shorter chain, what is nearest.
+    main.run(["main.py", "--mode=show", f"--workdir={tmp_path}", "--config.sample.num_steps=4",
+              "--config.sample.sampler=ddim"])  # fmt: skip
+    assert imageio.imread(folder / "denoising.png").shape[1] == 3 * 72 + 8
+    with pytest.raises(UserError, match=r"show\.timesteps=\(20,\): must be whole numbers below 20"):
+        main.run(
+            ["main.py", "--mode=show", f"--workdir={tmp_path}", "--config.show.timesteps=(20,)"]
+        )
+    with pytest.raises(UserError, match=r"model\.channels"):
+        main.run(["main.py", "--mode=show", f"--workdir={tmp_path}", "--config.model.channels=16"])
+
+
+@pytest.mark.parametrize("channels, shape", [(1, (8, 8)), (3, (8, 16)), (4, (16, 8))])
+def test_forward_process_of_every_kind_of_image(tmp_path, config, channels, shape):
+    """White images; the first column is the image itself, the last one nearly noise."""
+    config.data.update(image_size=shape, channels=channels)
+    x = np.full((65, *shape, channels), 255, np.uint8)
+    show.draw_data(config, tmp_path, data.Source(65, lambda i: data.Batch(x[i], None), ()))
+    picture = imageio.imread(tmp_path / "forward.png")
+    assert picture.ndim == (2 if channels == 1 else 3)
+    column = picture.shape[1] // 11  # the image, and ten steps
+    assert picture[18:, :column].min() == 255
+    assert (picture[18:, -column:] < 128).mean() > 0.2
+    assert imageio.imread(tmp_path / "data.png").ndim == picture.ndim
+
+
+def test_losses_of_a_line_that_is_not_whole(tmp_path):
+    text = '{"step": 1, "loss": 0.5, "loss_q1": 0.9}\n{"step": 2, "loss": 0.4}\n{"step": 3, "lo'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    lines = run_files.read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2]
+    show.draw_losses(tmp_path / "losses.png", lines)
+    assert imageio.imread(tmp_path / "losses.png").ndim == 3
+    assert run_files.read_metrics(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize("num_timesteps", [1, 2, 1000])
+def test_schedules_of_every_length(tmp_path, num_timesteps):
+    show.draw_schedule(tmp_path / "s.png", schedules.make_schedule("cosine", num_timesteps))
+    assert imageio.imread(tmp_path / "s.png").shape[:2] == (300, 1200)
+
+
+def test_what_the_config_says_is_text_in_the_report(tmp_path, config):
+    config.data.path = "<script>alert(1)</script>"
+    show.write_report(config, tmp_path, None, [])
+    assert "<script>" not in (tmp_path / "report.html").read_text()
