@@ -3,6 +3,9 @@
     python main.py --config=configs/digits_conditional.py
     python main.py --mode=sample --workdir=runs/digits_conditional --config.sample.label=7 \
         --config.sample.guidance=2
+
+On 2 CPU cores, busy with other work: 180 s; held-out loss 0.130. Of 2,000 samples 0.964 are taken for
+what they should be, with a guidance of 2 0.998 (benchmarks/samplers.py).
 """
 
 from configs import digits

@@ -1,12 +1,15 @@
 """Class labels: from the dataset through training into the picture of a 7."""
 
 import json
+import pathlib
 
 import imageio.v3 as imageio
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
+from sklearn.svm import SVC
 
 import main
 from ddpm_jax import config as configs
@@ -14,6 +17,8 @@ from ddpm_jax import data, generate, likelihood, parallel, sampling, schedules, 
 from ddpm_jax import state as states
 from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -111,6 +116,7 @@ def test_guidance_in_the_sampler(conditional):
     np.testing.assert_allclose(in_turn[2], sample(1.0, 8, (8, 8, 8, 8))[0], atol=1)
 
 
+@pytest.mark.slow
 def test_a_classifier_learns_and_guides(config, tmp_path):
     """Trained on x_t by the same loop: its loss falls; its gradient changes what is sampled."""
     unconditional = tmp_path / "unet"
@@ -147,6 +153,7 @@ def test_a_classifier_learns_and_guides(config, tmp_path):
         generate.load_classifier(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "prediction, loss, variance",
     [("v", "simple", "fixed_small"), ("x0", "bound", "fixed_large"), ("mean", "bound", "learned")],
@@ -163,6 +170,21 @@ def test_ablations_train_sample_and_are_measured(config, tmp_path, prediction, l
     assert found["bits_per_dim"] == found[f"bits_per_dim_{variance}"] > 0
     assert ("bits_per_dim_learned" in found) == (variance == "learned")
     assert (tmp_path / "samples" / "step_000004.png").exists()
+
+
+@pytest.mark.slow
+def test_asking_for_a_seven(tmp_path):
+    """A short training on the digits; a classifier of real ones recognises what was asked for."""
+    run = f"--workdir={tmp_path / 'run'}"
+    main.run(["main.py", f"--config={ROOT}/configs/digits_conditional.py", run,
+              "--config.train.num_steps=500", "--config.train.sample_every=500"])  # fmt: skip
+    main.run(["main.py", "--mode=sample", run, "--config.sample.guidance=2",
+              "--config.sample.num_samples=80"])  # fmt: skip
+    path = tmp_path / "run" / "samples" / "sample_000500_seed0_guidance2.npz"
+    images = np.load(path)["images"].reshape(80, 64)
+    digits = load_digits()
+    classifier = SVC(C=10).fit(np.round(digits.data * (255 / 16)), digits.target)
+    assert (classifier.predict(images) == np.arange(80) % 10).mean() > 0.8
 
 
 def test_the_bound_as_a_loss_is_the_bound(config):

@@ -13,6 +13,12 @@ from ddpm_jax import state as states
 from ddpm_jax.errors import UserError
 
 
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    """test_show.py has what comes after training."""
+    monkeypatch.setattr(train.show, "show", lambda *_: None)
+
+
 def setup(config, num_devices, count_traces=None):
     """A train step on the first devices, and a fresh state there."""
     devices = jax.devices()[:num_devices]
