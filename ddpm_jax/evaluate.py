@@ -365,7 +365,7 @@ def draw_progressive(config, workdir):
     """A few images' predicted x0 along the reverse process, to evaluation_progressive.png."""
     steps = config.sample.num_steps or config.diffusion.num_timesteps
     seen = tuple(np.unique(np.linspace(steps - 1, 0, 10).round().astype(int))[::-1].tolist())
-    _, sample = generate.restore_sampler(config, workdir, frames_at=seen)
+    _, sample = generate.restore_sampler(config, workdir, x0_at=seen)
     frames = sample(np.arange(PROGRESSIVE_IMAGES)).x0_frames
     images.write_png(workdir / "evaluation_progressive.png", images.strips(frames))
 

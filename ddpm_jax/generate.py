@@ -33,7 +33,7 @@ class Generated(NamedTuple):
 
     x: np.ndarray  # [N, H, W, C]
     frames: np.ndarray  # [K, N, H, W, C], x_t
-    x0_frames: np.ndarray  # [K, N, H, W, C], the x0 predicted with it
+    x0_frames: np.ndarray  # [L, N, H, W, C], the x0 predicted on the way to it
 
 
 def make_chain(config):
@@ -141,6 +141,7 @@ def make_sampler(
     config,
     label=None,
     frames_at=(),
+    x0_at=(),
     task=from_noise,
     classifier=None,
     finish=images.to_uint8,
@@ -151,6 +152,7 @@ def make_sampler(
       config: its model, data, diffusion and sample sections are used.
       label: the class of all images; None for all classes in turn.
       frames_at: the task's steps after which to keep the images; K of them.
+      x0_at: and those whose x0_pred to keep; L of them. Frames are in the order of the steps.
       task: (config, chain) to
         start: (keys [B], inputs) to the x that the process starts from,
         step_of: (predict_fn, keys, inputs) to a step, (x, i) to (x, x0_pred),
@@ -170,7 +172,8 @@ def make_sampler(
     classes = model.num_classes if model else config.data.num_classes
     parts = segments(steps)
     # The frames of a part leave the device when it is done.
-    hits = [[t for t in part.tolist() if t in frames_at] for part in parts]
+    wanted = set(frames_at), set(x0_at)
+    hits = [[t for t in part.tolist() if t in wanted[0] | wanted[1]] for part in parts]
     most = max(map(len, hits))
     slots = [np.array(hit + (most - len(hit)) * [-1], np.int32) for hit in hits]
 
@@ -189,16 +192,20 @@ def make_sampler(
         if classes:
             labels = numbers % classes if label is None else np.full(len(numbers), label)
             labels = parallel.split(labels.astype(np.int32))
-        x, kept = begin(keys, inputs), []
+        x, shape = begin(keys, inputs), (len(numbers), *configs.image_shape(config))
+        kept = [np.empty((len(steps), *shape), np.uint8) for steps in wanted]
+        rooms = [iter(array) for array in kept]
         for ts, slot, hit in zip(parts, slots, hits, strict=True):
-            x, frames = run(params, classifier_params, x, keys, labels, inputs, ts, slot)
-            kept.append([_frames_to_host(f)[: len(hit)] for f in frames])
+            x, new = run(params, classifier_params, x, keys, labels, inputs, ts, slot)
+            for room, frames, steps in zip(rooms, new, wanted, strict=True):
+                for t, frame in zip(hit, _frames_to_host(frames), strict=False):
+                    if t in steps:
+                        next(room)[:] = frame
             jax.block_until_ready(x)
             bar.update(len(ts))
             if stop:
                 return None
-        frames = [np.concatenate(f) for f in zip(*kept, strict=True)]
-        return Generated(np.asarray(parallel.merge(end(x))), *frames)
+        return Generated(np.asarray(parallel.merge(end(x))), *kept)
 
     def sample(params, indices, inputs=None, stop=()):
         devices, count = jax.device_count(), len(indices)

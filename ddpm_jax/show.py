@@ -139,17 +139,18 @@ def draw_reverse(config, workdir, folder):
     strip = {int(np.abs(taus - t).argmin()) for t in timesteps(config)}
     last, count = len(taus) - 1, min(config.show.num_frames, len(taus))
     animated = set(np.linspace(0, last, count).round().astype(int).tolist()) | {0}
-    frames_at = tuple(sorted(strip | animated, reverse=True))
-    _, sample = generate.restore_sampler(config, workdir, frames_at=frames_at)
+    frames_at, x0_at = (sorted(steps, reverse=True) for steps in (strip | animated, strip))
+    _, sample = generate.restore_sampler(config, workdir, frames_at=frames_at, x0_at=x0_at)
     found = sample(np.arange(config.sample.num_samples))
     generate.write_grid(folder / "samples.png", config, found.x)
 
-    seen = [i for i, t in enumerate(frames_at) if t in strip]
-    titles = [f"t = {taus[frames_at[i]]}" for i in seen]
-    for name, frames in (("denoising", found.frames), ("denoising_x0", found.x0_frames)):
-        some = frames[seen, : config.show.num_images]
+    titles = [f"t = {taus[i]}" for i in x0_at]
+    seen, moving = (
+        [frames_at.index(i) for i in steps] for steps in (x0_at, sorted(animated)[::-1])
+    )
+    for name, frames in (("denoising", found.frames[seen]), ("denoising_x0", found.x0_frames)):
+        some = frames[:, : config.show.num_images]
         images.write_png(folder / f"{name}.png", images.strips(some, titles))
-    moving = [i for i, t in enumerate(frames_at) if t in animated]
     columns = generate.grid_columns(config)
     for suffix in ("gif", "mp4"):
         pictures = (

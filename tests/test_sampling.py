@@ -296,9 +296,9 @@ def some_params(config):
     return parallel.replicate(jax.tree.map(lambda p: p + 0.02, params))
 
 
-def sample(config, batch_size, num_samples, seed=5, frames_at=()):
+def sample(config, batch_size, num_samples, seed=5, frames_at=(), x0_at=()):
     config.sample.update(batch_size=batch_size, seed=seed)
-    sampler = generate.make_sampler(config, frames_at=frames_at)
+    sampler = generate.make_sampler(config, frames_at=frames_at, x0_at=x0_at)
     return sampler(some_params(config), np.arange(num_samples))
 
 
@@ -338,9 +338,9 @@ def test_images_do_not_depend_on_their_batch(config, batch_size):
 
 def test_frames(config):
     """The frame after t = 0 is the image, and what is taken for it; N need not fill the batches."""
-    x, frames, x0_frames = sample(config, 4, 6, frames_at=(15, 0))
-    assert frames.shape == x0_frames.shape == (2, 6, 8, 8, 1)
+    x, frames, x0_frames = sample(config, 4, 6, frames_at=(15, 0), x0_at=(12, 3, 0))
+    assert frames.shape == (2, 6, 8, 8, 1) and x0_frames.shape == (3, 6, 8, 8, 1)
     assert frames.dtype == x0_frames.dtype == np.uint8
-    np.testing.assert_array_equal(x0_frames[1], x)
+    np.testing.assert_array_equal(x0_frames[2], x)
     np.testing.assert_array_equal(frames[1], x)
     assert (frames[0] != x).mean() > 0.5
