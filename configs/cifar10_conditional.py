@@ -12,5 +12,5 @@ def get_config():
     """cifar10.py, told the class of nine images in ten; samples come in a column for each class."""
     config = cifar10.get_config()
     config.data.num_classes = 10
-    config.sample.update(num_samples=80, batch_size=80)
+    config.sample.num_samples = 60
     return config

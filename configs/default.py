@@ -77,7 +77,7 @@ def get_config():
     sample.label = ""  # the class to sample, by name or number; empty: all in turn
     sample.guidance = 1.0  # weight of the class: 0 none, 1 as trained, above 1 more of it
     sample.classifier = ""  # a run with model.kind = "classifier": guidance by its gradient
-    sample.t = 0  # the step that interpolate and img2img start from; 0: T / 2
+    sample.t = -1  # the step that interpolate and img2img start from; -1: T / 2
     sample.resamplings = 1  # how often inpaint does each jump_length steps (RePaint)
     sample.jump_length = 10  # steps that it goes back each time
 

@@ -16,7 +16,7 @@ POSITIVE = """
 """.split()
 NOT_NEGATIVE = """
     seed data.max_ram_gib data.num_classes optim.warmup_steps optim.weight_decay optim.grad_clip
-    train.keep_every sample.seed sample.num_steps sample.guidance sample.t
+    train.keep_every sample.seed sample.num_steps sample.guidance
     evaluate.num_samples evaluate.bits_per_dim_images
 """.split()
 BELOW_ONE = ("model.dropout", "optim.ema_decay")  # in [0, 1)
@@ -121,7 +121,7 @@ def check(config, mode="train"):
     schedules.from_config(config.diffusion)
     _check_model(config.model, config.data.image_size)
     _check_task(config, mode)
-    _check_sampling(config)
+    _check_sampling(config, mode)
     name, count = "evaluate.num_samples", config.evaluate.num_samples
     _require(count != 1, name, count, "must be 0, or 2 or more")
     if mode in ("train", "evaluate"):
@@ -162,25 +162,32 @@ def _check_task(config, mode):
         name, count = "data.num_classes", config.data.num_classes
         _require(count > 1, name, count, "must be 2 or more for a classifier")
         allowed = "a classifier can only be trained; name it in sample.classifier to guide another"
-        _require(mode == "train", "model.kind", kind, allowed)
+        _require(mode in ("train", "show"), "model.kind", kind, allowed)
 
 
-def _check_sampling(config):
+def _check_sampling(config, mode):
     """The sampler's settings must fit the chain and what the network was told."""
     sample, total = config.sample, config.diffusion.num_timesteps
     allowed = f"must be from 1 to diffusion.num_timesteps={total}, or 0 for all"
     _require(sample.num_steps <= total, "sample.num_steps", sample.num_steps, allowed)
-    learned = config.diffusion.variance == "learned" and sample.sampler == "ancestral"
+    ancestral = sample.sampler == "ancestral" and mode != "invert"  # which is always ddim
+    allowed = "must be 0, unless sample.sampler='ddim'"
+    _require(sample.eta == 0 or not ancestral, "sample.eta", sample.eta, allowed)
+    learned = config.diffusion.variance == "learned" and ancestral
     allowed = f"a learned variance is one of all {total} steps; use sample.sampler='ddim' for fewer"
     fits = not learned or sample.num_steps in (0, total)
     _require(fits, "sample.num_steps", sample.num_steps, allowed)
     name, ts = "show.timesteps", config.show.timesteps
     _require(_all(lambda v: 0 <= v < total, ts), name, ts, f"must be whole numbers below {total}")
-    _require(sample.t < total, "sample.t", sample.t, f"must be below {total}, or 0 for T / 2")
+    allowed = f"must be from 0 to {total - 1}, or -1 for T / 2"
+    _require(-1 <= sample.t < total, "sample.t", sample.t, allowed)
     if not config.data.num_classes and not sample.classifier:
         allowed = "this model knows no classes (data.num_classes=0; sample.classifier is empty)"
         _require(sample.guidance == 1, "sample.guidance", sample.guidance, allowed)
         _require(sample.label == "", "sample.label", sample.label, allowed)
+    elif config.train.label_dropout == 0 and not sample.classifier:
+        allowed = "must be 1: this model was always told the class (train.label_dropout=0)"
+        _require(sample.guidance == 1, "sample.guidance", sample.guidance, allowed)
 
 
 def _all(predicate, value):

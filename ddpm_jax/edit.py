@@ -4,8 +4,10 @@ Each is a task of generate.make_sampler: where the reverse process starts, what 
 steps are taken. Images and masks come from files of exactly the model's size and channels.
 """
 
+import hashlib
 import logging
 import pathlib
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +24,16 @@ log = logging.getLogger(__name__)
 WEIGHTS = np.linspace(0, 1, 11)  # λ of the paper's figure 8, and both ends
 
 
-def start_t(config):
-    """The network's step that `sample.t` names."""
-    return config.sample.t or config.diffusion.num_timesteps // 2
-
-
 def start_index(config, chain):
-    """A chain's step for it: the noisiest that is not above it."""
-    return max(int(np.searchsorted(chain.timesteps, start_t(config), side="right")) - 1, 0)
+    """A chain's step for `sample.t`: the noisiest that is not above it."""
+    t = config.sample.t if config.sample.t >= 0 else config.diffusion.num_timesteps // 2
+    return int(np.searchsorted(chain.timesteps, t, side="right")) - 1
+
+
+def start_t(config):
+    """The network's step at which that is."""
+    chain = generate.make_chain(config)
+    return int(chain.timesteps[start_index(config, chain)])
 
 
 def img2img_task(config, chain):
@@ -112,8 +116,8 @@ def decode_task(config, chain):
 def img2img(config, workdir, paths):
     """Noises images to `sample.t`, and denoises them again.
 
-    Writes samples/img2img_t<t>_<step>_<settings>.npz (`images`, uint8) and a .png: on the left what
-    went in, on the right what came out. The other functions here do the same under their names.
+    Writes samples/img2img_t<t>_….npz (`images`, uint8) and a .png: on the left what went in, on the
+    right what came out. The other functions here do the same under their names.
 
     Args:
       config: the run's config, checked.
@@ -127,7 +131,7 @@ def img2img(config, workdir, paths):
     step, sampler = generate.restore_sampler(config, workdir, task=img2img_task, in_turn=False)
     out = sampler(np.arange(len(given)), {"image": given}).x
     rows = np.stack([given, out], axis=1)
-    write(config, workdir, step, f"img2img_t{start_t(config)}", rows, images=out)
+    write(config, workdir, step, f"img2img_t{start_t(config)}", given, rows, images=out)
 
 
 def interpolate(config, workdir, paths):
@@ -146,19 +150,24 @@ def interpolate(config, workdir, paths):
     out = out.reshape(pairs, count, *out.shape[1:])
     rows = np.concatenate([given[::2, None], out, given[1::2, None]], axis=1)
     name = f"interpolate_t{start_t(config)}"
-    write(config, workdir, step, name, rows, images=out, weights=WEIGHTS)
+    write(config, workdir, step, name, given, rows, images=out, weights=WEIGHTS)
 
 
 def inpaint(config, workdir, paths, mask):
     """Paints the white parts of a mask anew; what is black stays, bit for bit."""
     given = read_images(config, paths)
     known = read_mask(config, mask, len(given))
+    jump, steps = config.sample.jump_length, len(generate.make_chain(config).timesteps)
+    if config.sample.resamplings > 1 and jump >= steps:
+        raise UserError(
+            f"sample.jump_length={jump}: must be below the {steps} steps that are taken"
+        )
     step, sampler = generate.restore_sampler(config, workdir, task=inpaint_task, in_turn=False)
     out = sampler(np.arange(len(given)), {"image": given, "known": known}).x
     wanted, masked = config.sample, np.where(known, given, 128).astype(np.uint8)
     repeats = f"_r{wanted.resamplings}j{wanted.jump_length}" if wanted.resamplings > 1 else ""
     rows = np.stack([given, masked, out], axis=1)
-    write(config, workdir, step, f"inpaint{repeats}", rows, images=out)
+    write(config, workdir, step, f"inpaint{repeats}", masked, rows, images=out)
 
 
 def invert(config, workdir, paths):
@@ -178,12 +187,25 @@ def invert(config, workdir, paths):
     rmse = float(np.sqrt(np.mean(np.square(np.float64(out) - given))))
     steps = config.sample.num_steps or config.diffusion.num_timesteps
     log.info("%d steps and back: RMSE %.3g of 255", steps, rmse)
-    write(config, workdir, step, "invert", np.stack([given, out], 1), images=out, noise=noise)
+    rows = np.stack([given, out], axis=1)
+    write(config, workdir, step, "invert", given, rows, images=out, noise=noise)
 
 
-def write(config, workdir, step, name, rows, **arrays):
-    """Writes samples/<name>_<step>_<settings>.npz, and a picture of rows [N, columns, H, W, C]."""
-    settings = f"{step:06d}_{generate.settings(config)}"
+def write(config, workdir, step, name, given, rows, **arrays):
+    """Writes samples/<name>_<step>_<settings>_<digest of the inputs>.npz, and a picture.
+
+    Args:
+      config: the run's config.
+      workdir: the run's folder.
+      step: of the checkpoint.
+      name: what was done.
+      given: the inputs, which decide the digest.
+      rows: uint8 [N, columns, H, W, C], the picture.
+      **arrays: of the .npz.
+    """
+    # The inputs have no name of their own; what is made of others goes to another file.
+    digest = hashlib.sha256(given.tobytes()).hexdigest()[:8]
+    settings = f"{step:06d}_{generate.settings(config, workdir)}_{digest}"
     path = pathlib.Path(workdir) / "samples" / f"{name}_{settings}.npz"
     run_files.write_npz(path, **arrays)
     shown = rows[: max(1, generate.GRID_IMAGES // rows.shape[1])]
@@ -231,9 +253,9 @@ def read_mask(config, path, count):
 
 def _arrays(path):
     try:
-        with np.load(path) as file:
-            array = file["images"]
-    except (OSError, ValueError, KeyError) as error:
+        with open(path, "rb") as file, np.load(file) as arrays:
+            array = arrays["images"]
+    except (OSError, EOFError, TypeError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"--images={path}: {one_line(error)}") from None
     if array.dtype != np.uint8 or array.ndim < 4:
         raise UserError(f"--images={path}: `images` is {array.dtype} {array.shape}, not uint8")
@@ -246,7 +268,7 @@ def _pixels(path, flag="images", mode=None):
         with Image.open(path) as image:
             mode = mode or image.mode
             array = np.asarray(image.convert(mode))
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"--{flag}={path}: cannot be read ({one_line(error)})") from None
     if mode not in data.MODES.values():
         raise UserError(f"--{flag}={path}: is of mode {mode}; use {', '.join(data.MODES.values())}")

@@ -45,7 +45,7 @@ FORMAT = 1  # of what is cached; counts up when features or terms are computed o
 COMPARABLE = {
     "fid": """
         dataset split_sha256 eval_split_sha256 image_size channels num_samples resize
-        weights_sha256 ema
+        weights_sha256 ema label
     """.split(),
     "kid": ["scored_features"],
     "bits_per_dim": "bits_per_dim_sha256 bits_per_dim_images image_size channels ema".split(),
@@ -324,7 +324,7 @@ def make_bound_rows(config, params, source):
 
     def rows(params, batch, indices):
         x0, keys = images.to_float(batch.images), sampling.image_keys(config.sample.seed, indices)
-        predict_fn = generate.make_predictor(config, schedule, unet.net_fn(model, params))
+        predict_fn = generate.unguided_predict(config, schedule, unet.net_fn(model, params))
         if batch.labels is not None:
             predict_fn = generate.labelled(predict_fn, batch.labels)
         bound = likelihood.bound(

@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from ddpm_jax import checkpoint, diffusion, images, parallel, sampling, schedules, unet
+from ddpm_jax import (
+    checkpoint,
+    diffusion,
+    images,
+    likelihood,
+    parallel,
+    sampling,
+    schedules,
+    unet,
+)
 from ddpm_jax import config as configs
 from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError
@@ -18,6 +27,7 @@ from ddpm_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 GRID_IMAGES = 256  # nobody looks at a picture of more
+MOST_COLUMNS = 16
 
 
 class Chain(NamedTuple):
@@ -59,7 +69,7 @@ def label_number(label, names):
     raise UserError(f"sample.label={label!r}: choose from {', '.join(names)}")
 
 
-def make_predict(config, chain, params, labels, classifier=None):
+def guided_predict(config, chain, params, labels, classifier=None):
     """What the network says of x_t at a chain's steps, guided and clipped as the config says.
 
     Args:
@@ -74,7 +84,7 @@ def make_predict(config, chain, params, labels, classifier=None):
     """
     guidance, known = config.sample.guidance, config.data.num_classes
     net_fn = unet.net_fn(unet.make_model(config), params)
-    predict_fn = make_predictor(config, chain.of_network, net_fn)
+    predict_fn = unguided_predict(config, chain.of_network, net_fn)
     if classifier is not None:
         model, params = classifier
         log_p = unet.net_fn(model, params)
@@ -92,7 +102,7 @@ def make_predict(config, chain, params, labels, classifier=None):
     return diffusion.clipped(predict_fn) if config.diffusion.clip_x0 else predict_fn
 
 
-def make_predictor(config, schedule, net_fn):
+def unguided_predict(config, schedule, net_fn):
     """The network's output as a Prediction, for what the config's network predicts."""
     section = config.diffusion
     return diffusion.predictor(
@@ -170,16 +180,19 @@ def make_sampler(
     start, step_of, steps = task(config, chain)
     model, classifier_params = classifier or (None, None)
     classes = model.num_classes if model else config.data.num_classes
-    parts = segments(steps)
+    # On a CPU, a gradient inside a scan takes six times as long.
+    alone = classifier is not None and jax.default_backend() == "cpu"
+    parts = np.split(steps, len(steps)) if alone else segments(steps)
     # The frames of a part leave the device when it is done.
     wanted = set(frames_at), set(x0_at)
+    assert wanted[0] | wanted[1] <= set(steps.tolist())
     hits = [[t for t in part.tolist() if t in wanted[0] | wanted[1]] for part in parts]
     most = max(map(len, hits))
     slots = [np.array(hit + (most - len(hit)) * [-1], np.int32) for hit in hits]
 
     def run(params, classifier_params, x, keys, labels, inputs, ts, slots):
         guide = model and (model, classifier_params)
-        predict_fn = make_predict(config, chain, params, labels, guide)
+        predict_fn = guided_predict(config, chain, params, labels, guide)
         step = step_of(predict_fn, keys, inputs)
         return sampling.reverse_process(step, x, ts, slots, keep=_as_uint8)
 
@@ -250,9 +263,9 @@ def write_grid(path, config, x):
 
 
 def grid_columns(config):
-    """A column for each class if they come in turn; None leaves it to the grid."""
-    in_turn = config.data.num_classes and config.sample.label == ""
-    return config.data.num_classes if in_turn else None
+    """A column for each class if they come in turn and are few; None leaves it to the grid."""
+    classes, in_turn = config.data.num_classes, config.sample.label == ""
+    return classes if in_turn and 0 < classes <= MOST_COLUMNS else None
 
 
 def load_classifier(config):
@@ -277,6 +290,30 @@ def load_classifier(config):
     return unet.make_model(saved), params, run_files.load_label_names(workdir)
 
 
+def who_guides(config, names):
+    """The class and the classifier that a config's sample section asks for.
+
+    Args:
+      config: checked.
+      names: of the run's own classes.
+
+    Returns:
+      {"label", "classifier"} as make_sampler takes them.
+
+    Raises:
+      UserError: if there is no such label or classifier, or it knows other classes.
+    """
+    found = load_classifier(config)
+    if found is None:
+        return {"label": label_number(config.sample.label, names), "classifier": None}
+    *classifier, its_names = found
+    if names and names != its_names:
+        text = f"sample.classifier={config.sample.classifier!r}: knows other classes"
+        raise UserError(f"{text}: {', '.join(its_names)}")
+    label = label_number(config.sample.label, its_names)
+    return {"label": label, "classifier": tuple(classifier)}
+
+
 def restore_sampler(config, workdir, in_turn=True, **options):
     """make_sampler for a run: with its newest parameters, label names and classifier.
 
@@ -292,36 +329,49 @@ def restore_sampler(config, workdir, in_turn=True, **options):
     Raises:
       UserError: if there is no checkpoint, no such label, or no such classifier.
     """
-    names, guide = run_files.load_label_names(workdir), load_classifier(config)
-    if guide is not None:
-        *classifier, others = guide
-        if names and names != others:
-            text = f"sample.classifier={config.sample.classifier!r}: knows other classes"
-            raise UserError(f"{text}: {', '.join(others)}")
-        names = others
-    label = label_number(config.sample.label, names)
-    if label is None and not in_turn:
-        if guide is not None:
-            raise UserError("sample.label='': is missing; sample.classifier guides to one class")
-        label = config.data.num_classes
+    known = config.data.num_classes
+    names = run_files.load_label_names(workdir) or tuple(map(str, range(known)))
+    guides = who_guides(config, names)
+    if guides["label"] is None and not in_turn:
+        field = "sample.label='': is missing"
+        if guides["classifier"]:
+            raise UserError(f"{field}; sample.classifier guides to one class")
+        if known and config.train.label_dropout == 0:
+            raise UserError(f"{field}; this run was always told the class (train.label_dropout=0)")
+        guides["label"] = known
+    warn_of_short_chain(config)
     step, params = checkpoint.restore_params(config, workdir)
-    sampler = make_sampler(config, label, classifier=guide and tuple(classifier), **options)
+    sampler = make_sampler(config, **guides, **options)
     return step, lambda indices, inputs=None: sampler(params, indices, inputs)
 
 
-def settings(config):
+def warn_of_short_chain(config):
+    """Says so if the steps that are taken do not begin in noise."""
+    chain = make_chain(config)
+    start, last = int(chain.timesteps[-1]), config.diffusion.num_timesteps - 1
+    if start < last and likelihood.prior_kl(chain.schedule, 1 / 3) > likelihood.MAX_PRIOR_KL:
+        log.warning(
+            "sample.num_steps=%d: sampling starts at t = %d, where images are not noise yet",
+            len(chain.timesteps),
+            start,
+        )
+
+
+def settings(config, workdir):
     """The part of a file's name that tells samples of one checkpoint apart: seed0_ddim50_label7."""
-    wanted = config.sample
+    wanted, chain, saved = config.sample, config.diffusion, run_files.load_config(workdir).diffusion
+    fewer = wanted.num_steps not in (0, chain.num_timesteps)
     parts = {
         f"seed{wanted.seed}": True,
         "raw": not wanted.use_ema,
-        f"{wanted.sampler}{wanted.num_steps or ''}": wanted.sampler != "ancestral"
-        or wanted.num_steps,
-        wanted.spacing: wanted.spacing != "uniform",
-        f"eta{wanted.eta:g}": wanted.sampler == "ddim" and wanted.eta > 0,
+        chain.variance: chain.variance != saved.variance,
+        f"clip{chain.clip_x0:d}": chain.clip_x0 != saved.clip_x0,
+        f"{wanted.sampler}{wanted.num_steps or ''}": wanted.sampler != "ancestral" or fewer,
+        wanted.spacing: wanted.spacing != "uniform" and fewer,
+        f"eta{wanted.eta:g}": wanted.eta > 0,
         f"label{wanted.label}": wanted.label != "",
         f"guidance{wanted.guidance:g}": wanted.guidance != 1,
-        "classifier": wanted.classifier != "",
+        pathlib.Path(wanted.classifier).name: wanted.classifier != "",
     }
     return re.sub(r"[^\w.-]", "-", "_".join(part for part, said in parts.items() if said))
 
@@ -343,7 +393,7 @@ def sample(config, workdir):
     count, which = config.sample.num_samples, "EMA" if config.sample.use_ema else "raw"
     log.info("sampling %d images from the %s parameters of step %d", count, which, step)
     x = sampler(np.arange(count)).x
-    path = pathlib.Path(workdir) / "samples" / f"sample_{step:06d}_{settings(config)}.npz"
+    path = pathlib.Path(workdir) / "samples" / f"sample_{step:06d}_{settings(config, workdir)}.npz"
     run_files.write_npz(path, images=x)
     write_grid(path.with_suffix(".png"), config, x)
     log.info("wrote %s and .png", path)

@@ -134,6 +134,8 @@ def _write_mp4(path, pictures, seconds):
             video.send(last.tobytes())
         for _ in range(round(2 / seconds)):
             video.send(last.tobytes())
+    if not path.exists() or path.stat().st_size == 0:
+        raise RuntimeError("ffmpeg wrote nothing")
 
 
 def write_png(path, image):

@@ -16,6 +16,8 @@ import numpy as np
 from ddpm_jax import diffusion
 
 BITS = float(1 / np.log(2))  # in a nat
+# A chain that ends further than this from noise (bits/dim) is worth a warning.
+MAX_PRIOR_KL = 1e-3
 
 
 def prior_kl(schedule, mean_square):

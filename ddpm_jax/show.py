@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from ddpm_jax import checkpoint, data, diffusion, generate, images, sampling, schedules
 from ddpm_jax import config as configs
 from ddpm_jax import workdir as run_files
+from ddpm_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -81,9 +82,14 @@ def show(config, workdir, source=None):
     workdir = pathlib.Path(workdir)
     folder = workdir / "show"
     draw_schedule(folder / "schedule.png", schedules.from_config(config.diffusion))
-    if config.data.name:  # an imported run may have none
-        draw_data(config, folder, source or data.open_source(config.data))
     step = checkpoint.latest_step(workdir)
+    if config.data.name:  # an imported run may have none
+        try:
+            draw_data(config, folder, source or data.open_source(config.data))
+        except UserError as error:
+            if step is None:  # else there is more to show
+                raise
+            log.warning("without the data: %s", error)
     if step is not None and config.model.kind == "unet":
         draw_reverse(config, workdir, folder)
     lines = run_files.read_metrics(workdir)
@@ -141,7 +147,7 @@ def draw_reverse(config, workdir, folder):
     animated = set(np.linspace(0, last, count).round().astype(int).tolist()) | {0}
     frames_at, x0_at = (sorted(steps, reverse=True) for steps in (strip | animated, strip))
     _, sample = generate.restore_sampler(config, workdir, frames_at=frames_at, x0_at=x0_at)
-    found = sample(np.arange(config.sample.num_samples))
+    found = sample(np.arange(min(config.sample.num_samples, generate.GRID_IMAGES)))
     generate.write_grid(folder / "samples.png", config, found.x)
 
     titles = [f"t = {taus[i]}" for i in x0_at]
@@ -153,11 +159,11 @@ def draw_reverse(config, workdir, folder):
         images.write_png(folder / f"{name}.png", images.strips(some, titles))
     columns = generate.grid_columns(config)
     for suffix in ("gif", "mp4"):
-        pictures = (
-            images.grid(found.frames[i, : generate.GRID_IMAGES], columns, smallest=32)
-            for i in moving
-        )
-        images.write_animation(folder / f"reverse.{suffix}", pictures)
+        pictures = (images.grid(found.frames[i], columns, smallest=32) for i in moving)
+        try:
+            images.write_animation(folder / f"reverse.{suffix}", pictures)
+        except (IndexError, OSError, RuntimeError) as error:  # ffmpeg is missing, or fails
+            log.warning("no reverse.%s: %s", suffix, error)
 
 
 def draw_losses(path, lines):
@@ -196,13 +202,14 @@ def write_report(config, workdir, step, lines):
         parts.append(f"<p>Checkpoint of step {step:,}.</p>")
     last = {name: value for line in lines for name, value in line.items()}
     if lines:
-        values = {name: f"{value:.5g}" for name, value in last.items()}
+        step_text = {"step": f"{last.pop('step'):,}"}
+        values = step_text | {name: f"{value:.5g}" for name, value in last.items()}
         parts.append(f"<h2>Last values</h2>{rows(values)}")
     for title, pictures in SECTIONS.items():
         drawn = {folder / name: text for name, text in pictures.items()}
         drawn = [embedded(path, text) for path, text in drawn.items() if path.exists()]
         parts += [f"<h2>{title}</h2>", *drawn] if drawn else []
-    grids = sorted((workdir / "samples").glob("step_*.png"))
+    grids = sorted((workdir / "samples").glob("step_*.png"), key=lambda p: int(p.stem[5:]))
     if grids:
         chosen = np.unique(np.linspace(0, len(grids) - 1, min(GRIDS, len(grids))).round())
         shown = "".join(

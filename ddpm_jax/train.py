@@ -34,8 +34,6 @@ log = logging.getLogger(__name__)
 
 # The held-out loss always uses the same noise, whatever the run's seed.
 EVAL_SEED = 20200619
-# A chain that ends further than this from noise (bits/dim) is worth a warning.
-MAX_PRIOR_KL = 1e-3
 
 
 def step_keys(seed, step, indices):
@@ -87,7 +85,7 @@ def make_loss(config, model, schedule):
         return diffusion.simple_loss(schedule, net_fn, x0, t, eps, section.prediction)
 
     def bound(net_fn, x0, labels, t, eps):
-        predict_fn = generate.make_predictor(config, schedule, net_fn)
+        predict_fn = generate.unguided_predict(config, schedule, net_fn)
         terms, _ = likelihood.bound_terms(schedule, predict_fn, x0, t, eps, variances=(variance,))
         return terms[variance]
 
@@ -227,6 +225,7 @@ def train(config, workdir):
     model = unet.make_model(config)
     optimizer = states.make_optimizer(config.optim, config.train.num_steps)
     source, eval_source = (data.open_source(config.data, f) for f in ("split", "eval_split"))
+    guides = generate.who_guides(config, source.label_names)
     run_files.save_config(config, workdir)
     if source.label_names:
         run_files.save_label_names(source.label_names, workdir)
@@ -239,11 +238,12 @@ def train(config, workdir):
         first = int(state.step)
         metrics = stack.enter_context(contextlib.closing(run_files.Metrics(workdir, first)))
         describe(config, state, schedule, source, eval_source)
+        if first < config.train.num_steps:
+            (workdir / "report.html").unlink(missing_ok=True)  # it will be out of date
 
         eval_loss = make_eval_loss(config, model, schedule, eval_source)
         draws = config.model.kind == "unet"  # a classifier does not
-        label = generate.label_number(config.sample.label, source.label_names)
-        sample = generate.make_sampler(config, label) if draws else None
+        sample = generate.make_sampler(config, **guides) if draws else None
 
         def evaluate(step, state):
             if step > first:  # at `first` it was done before the interruption
@@ -269,12 +269,11 @@ def train(config, workdir):
         step_fn = make_train_step(config, model, schedule, optimizer)
         run_loop(every, first, updates(config, state, step_fn, source), metrics, actions, caught)
         manager.wait_until_finished()
-        new = checkpoint.latest_step(workdir) != first or not (workdir / "report.html").exists()
         if caught:
             name, step = signal.Signals(caught[0]).name, manager.latest_step()
             saved = "nothing was trained" if step is None else f"step {step} is saved"
             log.info("stopped by %s; %s", name, saved)
-    if new and not caught:
+    if not caught and not (workdir / "report.html").exists():
         show.show(config, workdir, source)
     return caught[0] if caught else 0
 
@@ -384,7 +383,7 @@ def describe(config, state, schedule, source, eval_source):
     log.info(
         "chain: T = %d, ᾱ_T = %.4g, prior KL %.3g bits/dim", schedule.num_timesteps, alpha_bar, kl
     )
-    if kl > MAX_PRIOR_KL:
+    if kl > likelihood.MAX_PRIOR_KL:
         log.warning(
             "the chain does not end in noise (a prior KL of %.2g bits/dim): sampling starts where "
             "training never was. Use more diffusion.num_timesteps, or "

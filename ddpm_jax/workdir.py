@@ -130,7 +130,10 @@ def save_label_names(names, workdir):
 def load_label_names(workdir):
     """The names in labels.json; none where the run knows no classes."""
     path = pathlib.Path(workdir) / "labels.json"
-    return tuple(json.loads(path.read_text())) if path.exists() else ()
+    try:
+        return tuple(json.loads(path.read_text())) if path.exists() else ()
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
 def write_npz(path, **arrays):

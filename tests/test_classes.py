@@ -12,8 +12,18 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 import main
+from ddpm_jax import (
+    checkpoint,
+    data,
+    generate,
+    likelihood,
+    parallel,
+    sampling,
+    schedules,
+    train,
+    unet,
+)
 from ddpm_jax import config as configs
-from ddpm_jax import data, generate, likelihood, parallel, sampling, schedules, train, unet
 from ddpm_jax import state as states
 from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError
@@ -96,6 +106,28 @@ def test_train_and_sample_a_class(conditional, tmp_path, monkeypatch):
         main.run([*command, "--config.sample.label=k"])
     with pytest.raises(UserError, match=r"sample\.label='10': choose from a"):
         main.run([*command, "--config.sample.label=10"])
+
+
+def test_bad_labels_and_weights_are_known_before_anything_is_written(conditional, tmp_path):
+    conditional.sample.label = "eleven"
+    with pytest.raises(UserError, match=r"sample\.label='eleven': choose from 0, 1, 2, 3, 4, 5"):
+        train.train(conditional, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+    conditional.train.label_dropout = 0.0
+    conditional.sample.guidance = 2.0
+    with pytest.raises(UserError, match=r"sample\.guidance=2\.0: must be 1: .* told the class"):
+        configs.check(conditional)
+
+
+def test_numbers_do_where_names_are_lost(conditional, tmp_path):
+    run_files.save_config(conditional, tmp_path)
+    checkpoint.save_imported(tmp_path, some_params(conditional))
+    conditional.sample.update(label="9", num_samples=4)
+    generate.sample(conditional, tmp_path)
+    assert (tmp_path / "samples" / "sample_000000_seed0_label9.npz").exists()
+    (tmp_path / "labels.json").write_text("[")
+    with pytest.raises(UserError, match=r"labels\.json: not valid JSON"):
+        generate.sample(conditional, tmp_path)
 
 
 def test_guidance_in_the_sampler(conditional):
@@ -194,7 +226,7 @@ def test_the_bound_as_a_loss_is_the_bound(config):
     params = some_params(config)
     x0 = np.float32(data.open_source(config.data).read(np.arange(3)).images / 127.5 - 1)
     keys = sampling.image_keys(0, jnp.arange(3))
-    predict_fn = generate.make_predictor(config, schedule, unet.net_fn(model, params))
+    predict_fn = generate.unguided_predict(config, schedule, unet.net_fn(model, params))
 
     def noise(t):
         return sampling.noise(keys, t, (8, 8, 1))

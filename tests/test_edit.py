@@ -81,6 +81,8 @@ def test_interpolation_begins_and_ends_at_the_images(run, pictures):
     run_files.write_npz(folder.parent / "firsts.npz", images=given[::2])
     firsts = edit("img2img", run, folder.parent / "firsts.npz", "--config.sample.t=12")["images"]
     np.testing.assert_array_equal(found["images"][:, 0], firsts)
+    # λ = 1 is another image's, denoised with the same noise but for its own q-sample's.
+    assert (found["images"][:, -1] != found["images"][:, 0]).mean() > 0.5
     # Neighbours are closer than the two ends.
     steps = np.abs(np.diff(found["images"].astype(float), axis=1)).mean(axis=(0, 2, 3, 4))
     ends = np.abs(found["images"][:, 0].astype(float) - found["images"][:, -1]).mean()
@@ -100,6 +102,21 @@ def test_to_noise_and_back(run, pictures, caplog):
     assert errors[1] < errors[0]
 
 
+def test_the_same_images_that_begin_and_end(run, pictures):
+    """Both ends of a pair of equal images differ in their noise only, and stay near the image."""
+    folder, given = pictures
+    run_files.write_npz(folder.parent / "twice.npz", images=given[[0, 0]])
+    found = edit("interpolate", run, folder.parent / "twice.npz", "--config.sample.t=0")["images"]
+    assert np.abs(found - given[:1].astype(float)).max() < 30
+
+
+def test_resampling_needs_more_steps_than_a_jump(run, pictures, tmp_path):
+    Image.new("L", (8, 8), 255).save(tmp_path / "mask.png")
+    more = ["--config.sample.resamplings=2", "--config.sample.num_steps=10"]
+    with pytest.raises(UserError, match=r"sample\.jump_length=10: must be below the 10 steps"):
+        edit("inpaint", run, pictures[0], f"--mask={tmp_path / 'mask.png'}", *more)
+
+
 def test_images_that_do_not_fit(run, pictures, tmp_path):
     folder, _ = pictures
     before = {p.name for p in run.iterdir()}
@@ -109,6 +126,8 @@ def test_images_that_do_not_fit(run, pictures, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty").mkdir()
     np.savez(tmp_path / "float.npz", images=np.zeros((2, 8, 8, 1)))
+    (tmp_path / "none.npz").write_bytes(b"")
+    (tmp_path / "part.npz").write_bytes((tmp_path / "float.npz").read_bytes()[:100])
     np.savez(tmp_path / "other.npz", pictures=np.zeros((2, 8, 8, 1), np.uint8))
     for path, message in (
         ("rgb.png", r"rgb\.png: is 8x8x3 \(height, width, channels\), not 8x8x1"),
@@ -119,6 +138,8 @@ def test_images_that_do_not_fit(run, pictures, tmp_path):
         ("empty", "holds no images"),
         ("float.npz", "not uint8"),
         ("other.npz", "images"),
+        ("none.npz", ""),
+        ("part.npz", ""),
     ):
         for mode in ("img2img", "invert"):
             with pytest.raises(UserError, match=f"--images=.*{message}") as error:

@@ -344,3 +344,11 @@ def test_frames(config):
     np.testing.assert_array_equal(x0_frames[2], x)
     np.testing.assert_array_equal(frames[1], x)
     assert (frames[0] != x).mean() > 0.5
+
+
+@pytest.mark.parametrize("steps, warns", [(1, True), (2, True), (50, False), (200, False)])
+def test_a_chain_that_does_not_start_in_noise_is_reported(config, caplog, steps, warns):
+    config.diffusion.num_timesteps = 200
+    config.sample.num_steps = steps
+    generate.warn_of_short_chain(config)
+    assert ("are not noise yet" in caplog.text) == warns

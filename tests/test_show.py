@@ -4,12 +4,13 @@ import html.parser
 import re
 
 import imageio.v3 as imageio
+import jax
 import numpy as np
 import pytest
 import videos
 
 import main
-from ddpm_jax import data, schedules, show, train
+from ddpm_jax import checkpoint, data, schedules, show, train, unet
 from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError
 
@@ -91,6 +92,21 @@ def test_forward_process_of_every_kind_of_image(tmp_path, config, channels, shap
     assert picture[18:, :column].min() == 255
     assert (picture[18:, -column:] < 128).mean() > 0.2
     assert imageio.imread(tmp_path / "data.png").ndim == picture.ndim
+
+
+def test_without_ffmpeg_there_is_all_but_the_video(tmp_path, config, monkeypatch, caplog):
+    config.show.update(num_images=1, num_frames=2)
+    shapes = unet.param_shapes(unet.make_model(config), (8, 8, 1))
+    params = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+    checkpoint.save_imported(tmp_path, params)
+    run_files.save_config(config, tmp_path)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/bin/false")
+    main.run(["main.py", "--mode=show", f"--workdir={tmp_path}"])
+    assert written(tmp_path) == (OF_CONFIG | OF_RUN) - {"reverse.mp4"}
+    assert "no reverse.mp4" in caplog.text and (tmp_path / "report.html").exists()
+    # Nor does a lost dataset hide a run.
+    main.run(["main.py", "--mode=show", f"--workdir={tmp_path}", "--config.data.split=tset"])
+    assert "without the data: data.split='tset'" in caplog.text
 
 
 def test_losses_of_a_line_that_is_not_whole(tmp_path):
