@@ -26,6 +26,14 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 @pytest.fixture
+def no_report(monkeypatch):
+    """Training ends without what test_show.py tests."""
+    from ddpm_jax import train
+
+    monkeypatch.setattr(train.show, "show", lambda *_: None)
+
+
+@pytest.fixture
 def config():
     """The digits with a network of a few thousand parameters and a short chain."""
     from configs import digits

@@ -28,6 +28,7 @@ from ddpm_jax import state as states
 from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("no_report")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 

@@ -42,6 +42,7 @@ def test_gradient_of_each_tensor():
     references.assert_same_gradients(ours, theirs)
 
 
+@pytest.mark.usefixtures("no_report")
 def test_import_sample_train_and_export(tmp_path, weights):
     """The run is like any other; raw and averaged weights go out with the bits they came with."""
     workdir, out = f"--workdir={tmp_path / 'run'}", tmp_path / "out"

@@ -12,11 +12,7 @@ from ddpm_jax import config as configs
 from ddpm_jax import state as states
 from ddpm_jax.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    """test_show.py has what comes after training."""
-    monkeypatch.setattr(train.show, "show", lambda *_: None)
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 def setup(config, num_devices, count_traces=None):
