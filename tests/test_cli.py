@@ -71,7 +71,9 @@ def test_train_finish_and_sample(tmp_path):
     assert (run / "samples" / "sample_000004_seed3.png").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
     arguments = [f"--config={ROOT}/configs/digits.py", "--workdir=run", *TINY]
     arguments += ["--config.train.num_steps=1000000", "--config.train.checkpoint_every=1000000"]
