@@ -60,6 +60,7 @@ def test_one_and_four_devices_agree(config):
         assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(a) + 1e-3
 
 
+@pytest.mark.slow
 def test_dropout_matters(config):
     config.optim.update(warmup_steps=0, learning_rate=0.01)
     config.model.dropout = 0.5
@@ -140,6 +141,7 @@ def test_resuming_changes_no_bit(config, tmp_path):
     assert list((tmp_path / "whole").glob("events.out.tfevents.*"))
 
 
+@pytest.mark.slow
 def test_asynchronous_saving_does_not_see_later_steps(config, tmp_path):
     """A checkpoint written while training goes on is the state at its own step."""
     config.train.checkpoint_every = 1
@@ -179,6 +181,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(last["params"]))
 
 
+@pytest.mark.slow
 def test_old_checkpoints_go_and_every_nth_stays(config, tmp_path):
     config.train.update(num_steps=7, checkpoint_every=1, keep_checkpoints=2, keep_every=3)
     train.train(config, tmp_path / "run")
