@@ -6,8 +6,7 @@
 Quality is the Fréchet distance between 2,000 samples and the 1,500 images of the training split, on
 the 64 hidden units of a classifier that was trained on that split (scikit-learn's MLPClassifier, on
 pixels in [0, 1]). For a conditional run, another one, trained on the other 297 images, says of how
-many samples it recognises the class. Times are those of a batch after
-others, which does not compile.
+many samples it recognises the class. Times are those of a batch after others: nothing compiles.
 """
 
 import time

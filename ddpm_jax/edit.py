@@ -36,15 +36,20 @@ def start_t(config):
     return int(chain.timesteps[start_index(config, chain)])
 
 
+def noised(chain, t, image, keys, number):
+    """x_t ~ q(x_t | image) for uint8 images, with the noise of this number of their keys."""
+    x0 = images.to_float(image)
+    eps = sampling.noise(keys, number, x0.shape[1:])
+    return diffusion.q_sample(chain.schedule, x0, jnp.full(len(x0), t), eps)
+
+
 def img2img_task(config, chain):
     """Denoises x_t ~ q(x_t | image); inputs are {"image": uint8 [B, H, W, C]}."""
     first = start_index(config, chain)
     _, step_of, _ = generate.from_noise(config, chain)
 
     def start(keys, inputs):
-        x0 = images.to_float(inputs["image"])
-        eps = sampling.prior(keys, config.diffusion.num_timesteps, x0.shape[1:])
-        return diffusion.q_sample(chain.schedule, x0, jnp.full(len(x0), first), eps)
+        return noised(chain, first, inputs["image"], keys, config.diffusion.num_timesteps)
 
     return start, step_of, np.arange(first + 1)[::-1]
 
@@ -60,13 +65,10 @@ def interpolate_task(config, chain):
     total = config.diffusion.num_timesteps
 
     def start(keys, inputs):
-        x_ts = []
-        for name, number in (("image", total), ("other", total + 1)):
-            x0 = images.to_float(inputs[name])
-            eps = sampling.noise(keys, number, x0.shape[1:])
-            x_ts.append(diffusion.q_sample(chain.schedule, x0, jnp.full(len(x0), first), eps))
+        one = noised(chain, first, inputs["image"], keys, total)
+        other = noised(chain, first, inputs["other"], keys, total + 1)
         weight = inputs["weight"][:, None, None, None]
-        return (1 - weight) * x_ts[0] + weight * x_ts[1]
+        return (1 - weight) * one + weight * other
 
     return start, step_of, steps
 

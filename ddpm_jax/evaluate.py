@@ -102,7 +102,8 @@ def evaluate(config, workdir):
     weights = inception.load(wanted.inception_weights) if wanted.num_samples else None
     train, test = (data.open_source(config.data, field) for field in ("split", "eval_split"))
     step, params = checkpoint.restore_params(config, workdir)
-    guide = generate.load_classifier(config)
+    guides = generate.run_guides(config, workdir)
+    generate.warn_of_short_chain(config)
     log.info("evaluating step %d", step)
     found = {
         "step": step,
@@ -116,7 +117,7 @@ def evaluate(config, workdir):
         "num_classes": config.data.num_classes,
         "label": config.sample.label,
         "guidance": config.sample.guidance,
-        "classifier_sha256": guide and digest_of(guide[1]),
+        "classifier_sha256": guides["classifier"] and digest_of(guides["classifier"][1]),
         "variance": config.diffusion.variance,
         "clip_x0": config.diffusion.clip_x0,
         "dtype": config.model.dtype,
@@ -132,10 +133,10 @@ def evaluate(config, workdir):
         "eval_split_sha256": describe(config.data, config.data.eval_split, test)["images_sha256"],
     }
     if wanted.num_samples:
-        found |= sample_quality(config, workdir, made, weights, train, test)
+        found |= sample_quality(config, workdir, made, params, guides, weights, train, test)
     if wanted.bits_per_dim_images:
         found |= bits_per_dim(config, workdir, made, params, test)
-        draw_progressive(config, workdir)
+        draw_progressive(config, workdir, params, guides)
     with run_files.atomic_write(workdir / "evaluation.json") as path:
         path.write_text(json.dumps(found, indent=2) + "\n")
     print("\n".join(table({str(workdir): found}, PUBLISHED if is_papers(config) else {})))
@@ -160,7 +161,7 @@ def describe(section, split, source):
     }
 
 
-def sample_quality(config, workdir, made, weights, train, test):
+def sample_quality(config, workdir, made, params, guides, weights, train, test):
     """FID against both splits, KID, precision, recall, and with a classifier Inception Score."""
     wanted = config.evaluate
     how = {"resize": wanted.resize, "weights_sha256": weights.sha256}
@@ -173,10 +174,10 @@ def sample_quality(config, workdir, made, weights, train, test):
 
     kept = {"images": "kept"} if wanted.keep_images else {}
     folder = _folder(workdir / "evaluation", {**made, **how, **kept})
-    _, sample = generate.restore_sampler(config, workdir)
+    sample = generate.make_sampler(config, **guides)
 
     def of_samples(first, last):
-        x = sample(np.arange(first, first + size)).x  # another size would be compiled again
+        x = sample(params, np.arange(first, first + size)).x  # another size would be compiled again
         if wanted.keep_images:
             run_files.write_npz(folder / f"images_{first:07d}.npz", images=x[: last - first])
         return extract(x)[: last - first]
@@ -361,12 +362,12 @@ def draw_curves(path, curves):
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def draw_progressive(config, workdir):
+def draw_progressive(config, workdir, params, guides):
     """A few images' predicted x0 along the reverse process, to evaluation_progressive.png."""
     steps = config.sample.num_steps or config.diffusion.num_timesteps
     seen = tuple(np.unique(np.linspace(steps - 1, 0, 10).round().astype(int))[::-1].tolist())
-    _, sample = generate.restore_sampler(config, workdir, x0_at=seen)
-    frames = sample(np.arange(PROGRESSIVE_IMAGES)).x0_frames
+    sample = generate.make_sampler(config, **guides, x0_at=seen)
+    frames = sample(params, np.arange(PROGRESSIVE_IMAGES)).x0_frames
     images.write_png(workdir / "evaluation_progressive.png", images.strips(frames))
 
 

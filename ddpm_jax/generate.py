@@ -50,8 +50,10 @@ def make_chain(config):
     """The Chain of a config's diffusion and sample sections."""
     total, wanted = config.diffusion.num_timesteps, config.sample
     timesteps = schedules.SPACINGS[wanted.spacing](total, wanted.num_steps or total)
-    short = schedules.from_config(config.diffusion, timesteps if len(timesteps) < total else None)
-    return Chain(timesteps, short, schedules.from_config(config.diffusion))
+    whole = schedules.from_config(config.diffusion)
+    fewer = len(timesteps) < total
+    short = schedules.from_config(config.diffusion, timesteps) if fewer else whole
+    return Chain(timesteps, short, whole)
 
 
 def label_number(label, names):
@@ -314,6 +316,12 @@ def who_guides(config, names):
     return {"label": label, "classifier": tuple(classifier)}
 
 
+def run_guides(config, workdir):
+    """who_guides for a run that was trained; where its classes' names are lost, numbers do."""
+    names = run_files.load_label_names(workdir) or tuple(map(str, range(config.data.num_classes)))
+    return who_guides(config, names)
+
+
 def restore_sampler(config, workdir, in_turn=True, **options):
     """make_sampler for a run: with its newest parameters, label names and classifier.
 
@@ -329,9 +337,7 @@ def restore_sampler(config, workdir, in_turn=True, **options):
     Raises:
       UserError: if there is no checkpoint, no such label, or no such classifier.
     """
-    known = config.data.num_classes
-    names = run_files.load_label_names(workdir) or tuple(map(str, range(known)))
-    guides = who_guides(config, names)
+    known, guides = config.data.num_classes, run_guides(config, workdir)
     if guides["label"] is None and not in_turn:
         field = "sample.label='': is missing"
         if guides["classifier"]:

@@ -85,8 +85,9 @@ def classifier_guided(schedule, predict_fn, log_prob_fn, guidance):
 
     def guided(x_t, t):
         gradient = jax.grad(lambda x: log_prob_fn(x, t).sum())(x_t)
-        shift = -guidance * diffusion.at(schedule.sqrt_one_minus_alpha_bars, t, x_t) * gradient
-        shift *= -diffusion.at(schedule.sqrt_recip_alpha_bars_minus_one, t, x_t)  # of ε to of x0
+        shift = guidance * diffusion.at(schedule.sqrt_one_minus_alpha_bars, t, x_t) * gradient
+        # What ε loses, x0 gains √(1 / ᾱ - 1) times.
+        shift *= diffusion.at(schedule.sqrt_recip_alpha_bars_minus_one, t, x_t)
         found = predict_fn(x_t, t)
         return found._replace(x0=found.x0 + shift)
 
