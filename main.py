@@ -9,10 +9,12 @@
   python main.py --mode=compare --workdirs=runs/a,runs/b
   python main.py --mode=import --weights=FOLDER --workdir=runs/x
   python main.py --mode=export --workdir=runs/x --weights=FOLDER
+  srun python main.py --config=configs/cifar10.py --distributed
 
 --config.section.field=value overrides any field of the config; configs/default.py lists them all.
 """
 
+import contextlib
 import difflib
 import logging
 import os
@@ -23,6 +25,7 @@ import shlex
 import sys
 from typing import NamedTuple
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -31,7 +34,7 @@ from configs import default
 from ddpm_jax import config as configs
 from ddpm_jax import edit, evaluate, generate, interop, parallel, show, train
 from ddpm_jax import workdir as run_files
-from ddpm_jax.errors import UserError, one_line
+from ddpm_jax.errors import UserError, is_disk_full, one_line
 
 EDITS = {
     "img2img": edit.img2img,
@@ -42,6 +45,8 @@ EDITS = {
 MODES = ("train", "sample", *EDITS, "show", "evaluate", "compare", "import", "export")
 # Flags that some modes need, and the others do not take.
 NEEDED = {"weights": ("import", "export"), "images": tuple(EDITS), "mask": ("inpaint",)}
+DISTRIBUTED = ("train", "sample", "evaluate")  # what several processes can do together
+LOGGERS = ("main", "ddpm_jax")
 log = logging.getLogger("main")
 
 
@@ -56,6 +61,7 @@ class Command(NamedTuple):
     workdirs: tuple = ()
     images: tuple = ()
     mask: str | None = None
+    processes: tuple | None = None  # what parallel.connected takes, if there are several
 
 
 def define_flags():
@@ -74,6 +80,14 @@ def define_flags():
     flags.DEFINE_list("images", [], text, flag_values=values)
     text = "a file of the images' size; inpaint paints where it is white"
     flags.DEFINE_string("mask", None, text, flag_values=values)
+    text = "whether this is one of several processes; Slurm, Kubernetes or Open MPI say which"
+    flags.DEFINE_boolean("distributed", False, text, flag_values=values)
+    text = "where they do not: host:port of process 0"
+    flags.DEFINE_string("coordinator", None, text, flag_values=values)
+    text = "and the number of processes"
+    flags.DEFINE_integer("num_processes", None, text, lower_bound=1, flag_values=values)
+    text = "and the number of this one, from 0"
+    flags.DEFINE_integer("process_id", None, text, lower_bound=0, flag_values=values)
     flags.DEFINE_boolean("helpshort", False, "explain the flags", flag_values=values)
     flags.DEFINE_alias("help", "helpshort", flag_values=values)
     return values
@@ -106,6 +120,7 @@ def parse(argv):
         if (values.mode in modes) != bool(values[flag].value):
             text = "is missing; needed by" if values.mode in modes else "is only for"
             raise UserError(f"--{flag}: {text} --mode={', '.join(modes)}")
+    processes = check_processes(values)
     workdir = pathlib.Path(values.workdir or f"runs/{pathlib.Path(values.config).stem}")
     if os.path.exists(workdir) and not os.path.isdir(workdir):  # no error for a long name
         raise UserError(f"workdir={workdir}: is not a folder")
@@ -125,7 +140,29 @@ def parse(argv):
         values.weights,
         images=tuple(values.images),
         mask=values.mask,
+        processes=processes,
     )
+
+
+def check_processes(values):
+    """What the flags say of other processes: (coordinator, number, this one's), or None."""
+    given = (values.coordinator, values.num_processes, values.process_id)
+    if given == (None, None, None):
+        processes = given if values.distributed else None
+    else:
+        for name in ("coordinator", "num_processes", "process_id"):
+            if values[name].value is None:
+                text = "is missing; --coordinator, --num_processes and --process_id go together"
+                raise UserError(f"--{name}: {text}")
+        if not re.fullmatch(r".+:\d+", values.coordinator):
+            raise UserError(f"--coordinator={values.coordinator}: must be host:port")
+        if values.process_id >= values.num_processes:
+            allowed = f"must be below --num_processes={values.num_processes}"
+            raise UserError(f"--process_id={values.process_id}: {allowed}")
+        processes = given
+    if processes and values.mode not in DISTRIBUTED:
+        raise UserError(f"--distributed: is only for --mode={', '.join(DISTRIBUTED)}")
+    return processes
 
 
 def complete(config, origin):
@@ -189,11 +226,25 @@ def run(argv):
     command = parse(argv)
     if command is None:
         return 0
-    mode, config, workdir, weights = command.mode, command.config, command.workdir, command.weights
-    if mode == "compare":
+    if command.mode == "compare":
         evaluate.compare(command.workdirs)
         return 0
-    parallel.use_cpu_cores(*configs.batch_sizes(config, mode).values())
+    parallel.keep_remat()
+    if command.processes is None:
+        parallel.use_cpu_cores(*configs.batch_sizes(command.config, command.mode).values())
+        processes = contextlib.nullcontext()
+    else:
+        processes = parallel.connected(*command.processes)
+    with processes:
+        if not parallel.is_first():
+            for name in LOGGERS:
+                logging.getLogger(name).setLevel(logging.ERROR)
+        return act(command, argv)
+
+
+def act(command, argv):
+    """Does what a command says; returns the exit code."""
+    mode, config, workdir, weights = command.mode, command.config, command.workdir, command.weights
     if mode == "import":  # checks the config when the weights have said their part of it
         interop.import_run(config, weights, workdir, command.overrides)
         return 0
@@ -224,17 +275,32 @@ def run(argv):
 def main():
     """Runs, and turns what a user got wrong into one line and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
-    for name in ("main", "ddpm_jax"):
+    for name in ("absl", "asyncio"):  # Orbax logs, at length, what it raises
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO)
     try:
         with logging_redirect_tqdm():
-            sys.exit(run(sys.argv))
+            code = run(sys.argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        code = 2
+    except jax.errors.JaxRuntimeError as error:
+        if not (text := parallel.explanation(error)):
+            raise
+        print(f"error: {text} ({one_line(error)[:200]})", file=sys.stderr)
+        code = 1
     except KeyboardInterrupt:
         print("interrupted; nothing was lost, the same command starts again", file=sys.stderr)
-        sys.exit(130)
+        code = 130
+    else:
+        sys.exit(code)
+    parallel.leave(code)
 
 
 if __name__ == "__main__":

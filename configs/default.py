@@ -44,6 +44,7 @@ def get_config():
     model.dropout = 0.1  # inside the residual blocks
     model.norm_groups = 32  # of every GroupNorm
     model.dtype = "float32"  # of the computation; or bfloat16 (parameters are float32)
+    model.remat = False  # compute activations again for the gradient: less memory, slower
 
     config.optim = optim = ConfigDict()
     optim.learning_rate = 2e-4  # of Adam, after the warm-up
@@ -52,6 +53,8 @@ def get_config():
     optim.weight_decay = 0.0  # above 0: AdamW
     optim.grad_clip = 1.0  # largest norm of the gradient; 0: do not clip
     optim.ema_decay = 0.9999  # of the parameters' moving average
+    optim.accumulate = 1  # parts of a batch that are computed one after another: less memory
+    optim.max_skipped = 10  # updates in a row left out for a gradient that is not finite
 
     config.train = train = ConfigDict()
     train.batch_size = 128  # over all devices

@@ -9,14 +9,14 @@ from ddpm_jax.errors import UserError
 
 POSITIVE = """
     data.image_size model.channels model.channel_mults model.num_res_blocks model.norm_groups
-    optim.learning_rate train.batch_size train.num_steps
+    optim.learning_rate optim.accumulate train.batch_size train.num_steps
     train.log_every train.eval_every train.eval_images train.sample_every
     train.checkpoint_every train.keep_checkpoints sample.num_samples sample.batch_size
     sample.resamplings sample.jump_length show.num_images show.num_frames
 """.split()
 NOT_NEGATIVE = """
     seed data.max_ram_gib data.num_classes optim.warmup_steps optim.weight_decay optim.grad_clip
-    train.keep_every sample.seed sample.num_steps sample.guidance
+    optim.max_skipped train.keep_every sample.seed sample.num_steps sample.guidance
     evaluate.num_samples evaluate.bits_per_dim_images
 """.split()
 BELOW_ONE = ("model.dropout", "optim.ema_decay")  # in [0, 1)
@@ -43,9 +43,10 @@ IDENTITY = {
 FREE = {
     "train": """
         data.data_dir data.max_ram_gib data.eval_split diffusion.variance diffusion.clip_x0
+        model.remat
     """.split(),
     "use": """
-        diffusion.variance diffusion.clip_x0 diffusion.loss model.dropout model.dtype
+        diffusion.variance diffusion.clip_x0 diffusion.loss model.dropout model.dtype model.remat
     """.split(),
 }
 # Fields that came after the first runs, and what runs without them were made with.
@@ -54,6 +55,9 @@ ADDED = {
     "diffusion.prediction": "eps",
     "diffusion.loss": "simple",
     "model.kind": "unet",
+    "model.remat": False,
+    "optim.accumulate": 1,
+    "optim.max_skipped": 0,
     "train.label_dropout": 0.0,
 }
 
@@ -133,7 +137,8 @@ def check(config, mode="train"):
         name, allowed = "data.channels", "Inception takes 1 or 3 (or evaluate.num_samples=0)"
         _require(config.data.channels != 4, name, 4, allowed)
     for name, value in batch_sizes(config, mode).items():
-        parallel.check_batch_size(name, value)
+        parts = config.optim.accumulate if name == "train.batch_size" else 1
+        parallel.check_batch_size(name, value, parts)
 
 
 def _check_model(model, image_size):

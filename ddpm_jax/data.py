@@ -18,8 +18,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image, ImageOps
 from tensorflow_datasets.core.download import download_manager, downloader, extractor
-from tqdm.auto import tqdm
 
+from ddpm_jax import parallel, progress
 from ddpm_jax.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
@@ -82,13 +82,13 @@ def open_source(data, field="split"):
 
 
 def batches(source, *, batch_size, seed, first_step, random_flip):
-    """Endless shuffled batches, read ahead by threads.
+    """Endless shuffled batches, read ahead by threads; of each, this process's part.
 
     Every image comes once an epoch; the order is another one in each epoch.
 
     Args:
       source: a Source.
-      batch_size: images a batch, B.
+      batch_size: images a global batch.
       seed: decides the order and the flips.
       first_step: number of the first batch; batch s is the same wherever one starts.
       random_flip: whether to mirror each image with probability ½.
@@ -98,9 +98,10 @@ def batches(source, *, batch_size, seed, first_step, random_flip):
     """
 
     def read(indices, rng):
-        batch = source.read(indices)
+        flip = parallel.part(rng.random(len(indices)) < 0.5)  # the same however many processes
+        batch = source.read(parallel.part(indices))
         if random_flip:
-            x, flip = batch.images, rng.random(len(indices)) < 0.5
+            x = batch.images
             x[flip] = x[flip, :, ::-1]  # x is this batch's own copy
         return batch
 
@@ -144,7 +145,7 @@ def _load(source, name):
     """Reads a whole source into memory."""
     blocks = np.array_split(np.arange(source.size), -(-source.size // BLOCK))
     whole = None
-    with tqdm(total=source.size, desc=f"load {name}", unit="img", leave=False) as bar:
+    with progress.bar(source.size, f"load {name}", "img") as bar:
         for block in blocks:
             batch = source.read(block)
             if whole is None:
@@ -215,8 +216,11 @@ def _readable(folder, skip_unreadable):
             return False
 
     with ThreadPoolExecutor() as pool:
-        results = pool.map(decodes, paths)
-        good = [*tqdm(results, "check images", len(paths), unit="img", leave=False)]
+        good = []
+        with progress.bar(len(paths), "check images", "img") as bar:
+            for ok in pool.map(decodes, paths):
+                good.append(ok)
+                bar.update()
     broken = [str(path) for path, ok in zip(paths, good, strict=True) if not ok]
     if broken:
         names = ", ".join(broken[:5]) + (f" and {len(broken) - 5} more" if broken[5:] else "")
@@ -231,22 +235,11 @@ def _readable(folder, skip_unreadable):
 
 def _open_tfds(data, split):
     """A TFDS dataset in array_record format, prepared first if it is not there yet."""
-    data_dir = data.data_dir or None
-    try:
-        builder = tfds.builder(data.name, data_dir=data_dir, file_format="array_record")
-    except tfds.core.DatasetNotFoundError:
-        known = "digits, folder, or a TFDS name such as mnist, cifar10, tf_flowers, celeb_a"
-        raise UserError(f"data.name={data.name!r}: unknown dataset; use {known}") from None
-    except (ValueError, AssertionError, ImportError) as error:
-        text = f"data.name={data.name!r}: {one_line(error)[:200]}"
-        if "already set to" in text:  # TFDS's own default is tfrecord, which needs TensorFlow
-            text += "; set data.data_dir to a folder in which it can be array_record"
-        raise UserError(text) from None
+    with parallel.first_goes_first():
+        builder = _builder(data)
+        if not builder.is_prepared():
+            _prepare(builder, data.name)
     features, names = builder.info.features, ()
-    if "image" not in features or not isinstance(features["image"], tfds.features.Image):
-        raise UserError(f"data.name={data.name!r}: its examples have no 'image'")
-    if not builder.is_prepared():
-        _prepare(builder, data.name)
     label = features["label"] if data.num_classes and "label" in features else None
     if isinstance(label, tfds.features.ClassLabel):
         names = tuple(label.names)
@@ -263,6 +256,25 @@ def _open_tfds(data, split):
         return [io.BytesIO(e["image"]) for e in found], labels
 
     return _decoding_source(data, len(stored), examples, names)
+
+
+def _builder(data):
+    """TFDS's builder of a dataset of images."""
+    data_dir = data.data_dir or None
+    try:
+        builder = tfds.builder(data.name, data_dir=data_dir, file_format="array_record")
+    except tfds.core.DatasetNotFoundError:
+        known = "digits, folder, or a TFDS name such as mnist, cifar10, tf_flowers, celeb_a"
+        raise UserError(f"data.name={data.name!r}: unknown dataset; use {known}") from None
+    except (ValueError, AssertionError, ImportError) as error:
+        text = f"data.name={data.name!r}: {one_line(error)[:200]}"
+        if "already set to" in text:  # TFDS's own default is tfrecord, which needs TensorFlow
+            text += "; set data.data_dir to a folder in which it can be array_record"
+        raise UserError(text) from None
+    features = builder.info.features
+    if "image" not in features or not isinstance(features["image"], tfds.features.Image):
+        raise UserError(f"data.name={data.name!r}: its examples have no 'image'")
+    return builder
 
 
 def _prepare(builder, name):

@@ -104,10 +104,11 @@ def evaluate(config, workdir):
     step, params = checkpoint.restore_params(config, workdir)
     guides = generate.run_guides(config, workdir)
     generate.warn_of_short_chain(config)
+    generate.warn_of_young_ema(config, step)
     log.info("evaluating step %d", step)
     found = {
         "step": step,
-        "params_sha256": digest_of(params),
+        "params_sha256": checkpoint.digest(params),
         "ema": config.sample.use_ema,
         "seed": config.sample.seed,
         "sampler": config.sample.sampler,
@@ -117,7 +118,7 @@ def evaluate(config, workdir):
         "num_classes": config.data.num_classes,
         "label": config.sample.label,
         "guidance": config.sample.guidance,
-        "classifier_sha256": guides["classifier"] and digest_of(guides["classifier"][1]),
+        "classifier_sha256": guides["classifier"] and checkpoint.digest(guides["classifier"][1]),
         "variance": config.diffusion.variance,
         "clip_x0": config.diffusion.clip_x0,
         "dtype": config.model.dtype,
@@ -139,7 +140,9 @@ def evaluate(config, workdir):
         draw_progressive(config, workdir, params, guides)
     with run_files.atomic_write(workdir / "evaluation.json") as path:
         path.write_text(json.dumps(found, indent=2) + "\n")
-    print("\n".join(table({str(workdir): found}, PUBLISHED if is_papers(config) else {})))
+    if parallel.is_first():
+        published = PUBLISHED if is_papers(config) else {}
+        print("\n".join(table({str(workdir): found}, published)))
     log.info("wrote %s", workdir / "evaluation.json")
     return found
 
@@ -342,8 +345,9 @@ def make_bound_rows(config, params, source):
 
     def rows_of(first, last):
         indices = np.minimum(first + np.arange(size), last - 1)  # the last one fills the batch
-        out = rows(params, *parallel.split((source.read(indices), indices)))
-        return np.asarray(parallel.merge(out))[: last - first]
+        mine = parallel.part(indices)
+        out = rows(params, *parallel.split((source.read(mine), mine)))
+        return parallel.merge(out)[: last - first]
 
     return rows_of
 
@@ -462,14 +466,6 @@ def is_papers(config):
         "evaluate.split": "",
     }
     return all(fields[name] == value for name, value in papers.items())
-
-
-def digest_of(params):
-    """sha256 of parameters."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()
 
 
 def _folder(parent, provenance):

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm.auto import tqdm
 
 from ddpm_jax import (
     checkpoint,
@@ -16,6 +15,7 @@ from ddpm_jax import (
     images,
     likelihood,
     parallel,
+    progress,
     sampling,
     schedules,
     unet,
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 GRID_IMAGES = 256  # nobody looks at a picture of more
 MOST_COLUMNS = 16
+MOST_OF_START = 0.1  # of the averaged parameters may be what training started from
 
 
 class Chain(NamedTuple):
@@ -44,6 +45,11 @@ class Generated(NamedTuple):
     x: np.ndarray  # [N, H, W, C]
     frames: np.ndarray  # [K, N, H, W, C], x_t
     x0_frames: np.ndarray  # [L, N, H, W, C], the x0 predicted on the way to it
+
+
+def never():
+    """Nothing asks to stop."""
+    return False
 
 
 def make_chain(config):
@@ -173,8 +179,8 @@ def make_sampler(
       finish: what is done with the last x.
 
     Returns:
-      sample(params, indices [N], inputs=None, stop=()) → Generated, of the images with these
-      numbers, or None as soon as `stop` holds something. inputs is a tree of arrays [N, …] for the
+      sample(params, indices [N], inputs=None, stop=never) → Generated, of the images with these
+      numbers, or None as soon as stop() is true. inputs is a tree of arrays [N, …] for the
       task. Image i depends on (sample.seed, i) and its inputs only, up to rounding. params are
       replicated (see parallel.py).
     """
@@ -196,37 +202,39 @@ def make_sampler(
         guide = model and (model, classifier_params)
         predict_fn = guided_predict(config, chain, params, labels, guide)
         step = step_of(predict_fn, keys, inputs)
-        return sampling.reverse_process(step, x, ts, slots, keep=_as_uint8)
+        x, frames = sampling.reverse_process(step, x, ts, slots, keep=_as_uint8)
+        return x, jax.tree.map(lambda f: jnp.moveaxis(f, 0, 1), frames)  # [B, K, …]
 
     begin, end = parallel.pmap(start), parallel.pmap(finish)
     run = parallel.pmap(run, in_axes=(None, None, 0, 0, 0, 0, None, None), donate_argnums=2)
 
     def sample_batch(params, numbers, inputs, bar, stop):
-        keys, inputs = parallel.split((sampling.image_keys(config.sample.seed, numbers), inputs))
-        labels = None
+        labels, keys = None, sampling.image_keys(config.sample.seed, numbers)
         if classes:
             labels = numbers % classes if label is None else np.full(len(numbers), label)
-            labels = parallel.split(labels.astype(np.int32))
+            labels = labels.astype(np.int32)
+        keys, labels, inputs = parallel.split(parallel.part((keys, labels, inputs)))
         x, shape = begin(keys, inputs), (len(numbers), *configs.image_shape(config))
         kept = [np.empty((len(steps), *shape), np.uint8) for steps in wanted]
         rooms = [iter(array) for array in kept]
         for ts, slot, hit in zip(parts, slots, hits, strict=True):
             x, new = run(params, classifier_params, x, keys, labels, inputs, ts, slot)
-            for room, frames, steps in zip(rooms, new, wanted, strict=True):
-                for t, frame in zip(hit, _frames_to_host(frames), strict=False):
-                    if t in steps:
-                        next(room)[:] = frame
+            if hit:
+                for room, frames, steps in zip(rooms, parallel.merge(new), wanted, strict=True):
+                    for t, frame in zip(hit, np.moveaxis(frames, 1, 0), strict=False):
+                        if t in steps:
+                            next(room)[:] = frame
             jax.block_until_ready(x)
             bar.update(len(ts))
-            if stop:
+            if stop():
                 return None
-        return Generated(np.asarray(parallel.merge(end(x))), *kept)
+        return Generated(parallel.merge(end(x)), *kept)
 
-    def sample(params, indices, inputs=None, stop=()):
+    def sample(params, indices, inputs=None, stop=never):
         devices, count = jax.device_count(), len(indices)
         size = min(config.sample.batch_size, -(-count // devices) * devices)
         done, total = [], -(-count // size) * len(steps)
-        with tqdm(total=total, desc="sample", unit="step", leave=False) as bar:
+        with progress.bar(total, "sample", "step") as bar:
             for first in range(0, count, size):
                 # The last batch is filled up with the last image.
                 chosen = np.minimum(np.arange(first, first + size), count - 1)
@@ -251,12 +259,6 @@ def segments(steps):
 
 def _as_uint8(x, x0_pred):
     return images.to_uint8(x), images.to_uint8(x0_pred)
-
-
-def _frames_to_host(frames):
-    """[D, K, B, …] on the devices to [K, D·B, …] here."""
-    devices, count, size, *shape = frames.shape
-    return np.moveaxis(np.asarray(frames), 0, 1).reshape(count, devices * size, *shape)
 
 
 def write_grid(path, config, x):
@@ -347,6 +349,7 @@ def restore_sampler(config, workdir, in_turn=True, **options):
         guides["label"] = known
     warn_of_short_chain(config)
     step, params = checkpoint.restore_params(config, workdir)
+    warn_of_young_ema(config, step)
     sampler = make_sampler(config, **guides, **options)
     return step, lambda indices, inputs=None: sampler(params, indices, inputs)
 
@@ -360,6 +363,19 @@ def warn_of_short_chain(config):
             "sample.num_steps=%d: sampling starts at t = %d, where images are not noise yet",
             len(chain.timesteps),
             start,
+        )
+
+
+def warn_of_young_ema(config, step):
+    """Says so if the averaged parameters have hardly moved from where training started."""
+    left = config.optim.ema_decay**step
+    if config.sample.use_ema and step > 0 and left > MOST_OF_START:
+        log.warning(
+            "the averaged parameters are still %.0f %% the initial ones (optim.ema_decay=%g, step "
+            "%d); --noconfig.sample.use_ema samples from the raw ones",
+            100 * left,
+            config.optim.ema_decay,
+            step,
         )
 
 

@@ -1,22 +1,45 @@
-"""Every line that knows about devices: one batch axis, over which functions are pmapped.
+"""Every line that knows about devices or processes: one batch axis, and functions pmapped over it.
 
 Functions that run under `pmap` see one device's part of a batch, may average over the axis with
 `lax.pmean(…, AXIS)`, and learn which examples they hold from `example_indices`.
+
+Several processes, on one machine or many, run the same program with the same arguments and do the
+same things in the same order. Each feeds its devices `part` of every global batch; all read the
+same folder, and only the first writes there. A lone process is the first of one.
 """
 
+import contextlib
 import functools
+import importlib.util
 import math
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import psutil
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import UserError, one_line
 
 AXIS = "batch"
+LOST = "one of the processes was lost; start all of them again to go on from the newest checkpoint"
+TOO_LARGE = "not enough memory; smaller are a batch_size, optim.accumulate=2, model.remat=true"
 
 pmap = functools.partial(jax.pmap, axis_name=AXIS)
+
+
+def keep_remat():
+    """Lets model.remat and optim.accumulate save memory on a CPU, too; before JAX is used.
+
+    What keeps their parts apart, XLA takes for superfluous there before it plans the memory.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "--xla_disable_hlo_passes" not in flags and not importlib.util.find_spec("jax_cuda12_plugin"):
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_disable_hlo_passes=cse_barrier_expander"
 
 
 def use_cpu_cores(*batch_sizes):
@@ -37,16 +60,116 @@ def use_cpu_cores(*batch_sizes):
     jax.config.update("jax_num_cpu_devices", max(fitting, default=1))
 
 
-def check_batch_size(field, batch_size):
-    """Raises a UserError unless the global batch divides evenly over the devices."""
+@contextlib.contextmanager
+def connected(coordinator=None, num_processes=None, process_id=None):
+    """Joins the other processes, for as long as the context lasts; before JAX is used.
+
+    Args:
+      coordinator: host:port of the first process; None, like the rest, where Slurm, Kubernetes or
+        Open MPI has started the processes and says it.
+      num_processes: how many there are.
+      process_id: this one's number, from 0.
+
+    Raises:
+      UserError: if they cannot be found.
+    """
+    jax.config.update("jax_enable_preemption_service", False)  # train.py catches SIGTERM itself
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            initialization_timeout=120,
+            heartbeat_timeout_seconds=30,
+            shutdown_timeout_seconds=60,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--distributed: {one_line(error)[:300]}") from None
+    # When another process is lost, JAX ends this one from a thread of its own, with a stack trace
+    # and before Python can say anything. So a child does, unless it hears that all is well.
+    code = "import sys; sys.stdin.read() or print('error:', sys.argv[1], file=sys.stderr)"
+    command = [sys.executable, "-c", code, LOST]
+    witness = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, text=True)
+    try:
+        yield
+    finally:
+        witness.communicate("all is well")
+
+
+def explanation(error):
+    """What a JaxRuntimeError means to the user; empty where that is not known."""
+    if "RESOURCE_EXHAUSTED" in str(error):
+        return TOO_LARGE
+    return LOST if jax.distributed.is_initialized() else ""
+
+
+def leave(code):
+    """Ends this process, which failed; the others, who count on it, need not be waited for."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def is_first():
+    """Whether this process is the one that writes files and talks to the user."""
+    return jax.process_index() == 0
+
+
+def barrier():
+    """Waits until all processes are here."""
+    multihost_utils.sync_global_devices("barrier")
+
+
+@contextlib.contextmanager
+def first_goes_first():
+    """What is done inside, the first process has done before the others begin."""
+    if not is_first():
+        barrier()
+    yield
+    if is_first():
+        barrier()
+
+
+def of_first(number):
+    """What the first process says, int, in all of them."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+_largest = pmap(lambda x: jax.lax.pmax(x, AXIS), out_axes=None)
+
+
+def largest(number):
+    """The largest of what the processes say, an int32 scalar that is still being computed."""
+    return _largest(np.full(jax.local_device_count(), number, np.int32))
+
+
+def check_batch_size(field, batch_size, parts=1):
+    """Raises a UserError unless the global batch divides evenly over the devices.
+
+    Args:
+      field: its name.
+      batch_size: its size.
+      parts: into which each device's part is cut again, optim.accumulate.
+    """
     devices = jax.device_count()
-    if batch_size % devices:
-        raise UserError(f"{field}={batch_size}: must be a multiple of the {devices} devices")
+    if batch_size % (devices * parts):
+        times = f" times optim.accumulate={parts}" if parts > 1 else ""
+        raise UserError(f"{field}={batch_size}: must be a multiple of the {devices} devices{times}")
+
+
+def memory_of_a_device():
+    """How many bytes it has in all; on a CPU, where they share, its part of what is free."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return psutil.virtual_memory().available // jax.local_device_count()
+    return device.memory_stats()["bytes_limit"]
 
 
 def replicated(devices=None):
-    """The sharding of an array that every device has a whole copy of."""
-    return NamedSharding(Mesh(devices or jax.devices(), (AXIS,)), PartitionSpec())
+    """The sharding of an array that each of these devices, by default all of this process, has a
+    whole copy of."""
+    return NamedSharding(Mesh(devices or jax.local_devices(), (AXIS,)), PartitionSpec())
 
 
 def replicate(tree, devices=None):
@@ -54,7 +177,7 @@ def replicate(tree, devices=None):
 
     Args:
       tree: a pytree of arrays.
-      devices: where to; all by default.
+      devices: where to; all of this process by default.
 
     Returns:
       The tree, as arrays that pmap takes with in_axes=None as they are (uncommitted arrays would
@@ -63,15 +186,56 @@ def replicate(tree, devices=None):
     return jax.device_put(tree, replicated(devices))
 
 
+def as_global(tree):
+    """Replicated arrays of each process's devices as ones of all devices, which Orbax wants."""
+    if jax.process_count() == 1:
+        return tree
+    everywhere = replicated(jax.devices())
+
+    def one(array):
+        copies = [shard.data for shard in array.addressable_shards]
+        return jax.make_array_from_single_device_arrays(array.shape, everywhere, copies)
+
+    return jax.tree.map(one, tree)
+
+
+def as_local(tree):
+    """The inverse of as_global, and what pmap wants."""
+    if jax.process_count() == 1:
+        return tree
+
+    def one(array):
+        copies = [shard.data for shard in array.addressable_shards]
+        return jax.make_array_from_single_device_arrays(array.shape, replicated(), copies)
+
+    return jax.tree.map(one, tree)
+
+
+def part(tree):
+    """This process's examples of global batches [B, ...]: equally many, in the processes' order."""
+    index, count = jax.process_index(), jax.process_count()
+    if count == 1:
+        return tree
+    return jax.tree.map(lambda a: a[len(a) * index // count : len(a) * (index + 1) // count], tree)
+
+
 def split(tree, num_devices=None):
-    """Arrays [B, ...] to [devices, B / devices, ...], for pmap with in_axes=0."""
+    """This process's arrays [B, ...] to [devices, B / devices, ...], for pmap with in_axes=0."""
     devices = num_devices or jax.local_device_count()
     return jax.tree.map(lambda array: array.reshape(devices, -1, *array.shape[1:]), tree)
 
 
 def merge(tree):
-    """The inverse of split: arrays [devices, B / devices, ...] to [B, ...]."""
-    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), tree)
+    """What pmap gives back, [devices, B / devices, ...], as NumPy arrays [B, ...] of the whole
+    global batch, in every process."""
+
+    def one(array):
+        array = np.asarray(array)
+        array = array.reshape(-1, *array.shape[2:])
+        several = jax.process_count() > 1
+        return multihost_utils.process_allgather(array, tiled=True) if several else array
+
+    return jax.tree.map(one, tree)
 
 
 def example_indices(local_batch):

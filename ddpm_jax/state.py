@@ -79,9 +79,14 @@ def create_state(model, optimizer, image_shape, seed):
     return create(jax.random.key(seed))
 
 
-def apply_gradients(state, grads, optimizer, ema_decay):
-    """One update: optimizer, then ema = decay · ema + (1 - decay) · params (no bias correction)."""
+def apply_gradients(state, grads, optimizer, ema_decay, applies=True):
+    """One update: optimizer, then ema = decay · ema + (1 - decay) · params (no bias correction).
+
+    Where `applies` is false only the step counts.
+    """
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_decay)
-    return TrainState(state.step + 1, params, ema_params, opt_state)
+    old = state.replace(step=state.step + 1)
+    new = TrainState(old.step, params, ema_params, opt_state)
+    return jax.tree.map(lambda new, old: jnp.where(applies, new, old), new, old)

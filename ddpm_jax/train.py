@@ -1,17 +1,16 @@
 """Training (Ho et al. 2020, Algorithm 1): the step, and the loop around it."""
 
+import collections
 import contextlib
 import logging
 import pathlib
 import signal
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm.auto import tqdm
 
 from ddpm_jax import (
     checkpoint,
@@ -21,6 +20,7 @@ from ddpm_jax import (
     images,
     likelihood,
     parallel,
+    progress,
     schedules,
     show,
     unet,
@@ -104,8 +104,48 @@ def make_loss(config, model, schedule):
     return loss
 
 
-def train_step(state, batch, *, loss_fn, num_timesteps, optimizer, ema_decay, label_dropout, seed):
+def mean_over_parts(function, batch, parts):
+    """The mean of function(part of the batch), one part after another: only one takes memory.
+
+    Args:
+      function: a batch to a tree of arrays, each a mean over the batch.
+      batch: a tree of arrays [B, ...].
+      parts: how many equal ones; divides B.
+
+    Returns:
+      The tree of function's means over the whole batch.
+    """
+    if parts == 1:
+        return function(batch)
+    batch = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), batch)
+    shapes = jax.eval_shape(function, jax.tree.map(lambda a: a[0], batch))
+    total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def add(total, part):
+        # In a loop that is unrolled, too, the next one begins when this one is done.
+        total, part = jax.lax.optimization_barrier((total, part))
+        return jax.tree.map(jnp.add, total, function(part)), None
+
+    # On a CPU, a gradient inside a loop takes a dozen times as long.
+    total, _ = jax.lax.scan(add, total, batch, unroll=jax.default_backend() == "cpu")
+    return jax.tree.map(lambda x: x / parts, total)
+
+
+def train_step(
+    state,
+    batch,
+    *,
+    loss_fn,
+    num_timesteps,
+    optimizer,
+    ema_decay,
+    label_dropout,
+    seed,
+    accumulate=1,
+):
     """One update of Algorithm 1; runs under parallel.pmap.
+
+    A loss or gradient that is not finite changes nothing, but that the step counts.
 
     Args:
       state: a TrainState.
@@ -116,10 +156,12 @@ def train_step(state, batch, *, loss_fn, num_timesteps, optimizer, ema_decay, la
       ema_decay: of the parameters' moving average, in [0, 1).
       label_dropout: (rate, the label that replaces dropped ones), for classifier-free guidance.
       seed: int.
+      accumulate: parts of the batch whose gradients are computed one after another.
 
     Returns:
       (state, metrics), means over the global batch: loss, the gradient's norm before clipping; of
-      each quarter of the timesteps [4] the share of examples, and their loss times that share.
+      each quarter of the timesteps [4] the share of examples, and their loss times that share; and
+      whether the update was applied.
     """
     x0, labels = images.to_float(batch.images), batch.labels
     keys = step_keys(seed, state.step, parallel.example_indices(len(x0)))
@@ -128,16 +170,21 @@ def train_step(state, batch, *, loss_fn, num_timesteps, optimizer, ema_decay, la
         rate, null_label = label_dropout
         labels = jnp.where(coins < rate, null_label, labels)
 
-    def mean_loss(params):
+    def mean_loss(params, x0, labels, t, eps, dropout_keys):
         losses = loss_fn(params, x0, labels, t, eps, dropout_keys)
         quarter = jax.nn.one_hot(4 * t // num_timesteps, 4)
         of_quarters = {"share": quarter.mean(0), "loss_share": (losses[:, None] * quarter).mean(0)}
         return losses.mean(), of_quarters
 
-    found = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+    def loss_and_gradient(examples):
+        return jax.value_and_grad(mean_loss, has_aux=True)(state.params, *examples)
+
+    found = mean_over_parts(loss_and_gradient, (x0, labels, t, eps, dropout_keys), accumulate)
     (loss, of_quarters), grads = jax.lax.pmean(found, parallel.AXIS)
-    state = states.apply_gradients(state, grads, optimizer, ema_decay)
-    return state, {"loss": loss, "grad_norm": optax.tree.norm(grads), **of_quarters}
+    norm = optax.tree.norm(grads)
+    applied = jnp.isfinite(loss) & jnp.isfinite(norm)
+    state = states.apply_gradients(state, grads, optimizer, ema_decay, applied)
+    return state, {"loss": loss, "grad_norm": norm, **of_quarters, "applied": applied}
 
 
 def make_train_step(config, model, schedule, optimizer, devices=None):
@@ -154,6 +201,7 @@ def make_train_step(config, model, schedule, optimizer, devices=None):
             ema_decay=config.optim.ema_decay,
             label_dropout=(rate, config.data.num_classes),
             seed=config.seed,
+            accumulate=config.optim.accumulate,
         )
 
     # The state goes in and out replicated, and its memory is used again.
@@ -172,8 +220,8 @@ def make_eval_loss(config, model, schedule, source):
       source: the held-out images.
 
     Returns:
-      eval_loss(params, stop=()) → the mean over the first `train.eval_images` images; or None as
-      soon as `stop` holds something.
+      eval_loss(params, stop=never) → the mean over the first `train.eval_images` images; or None
+      as soon as stop() is true.
     """
     loss_fn = make_loss(config, model, schedule)
     count, size = min(config.train.eval_images, source.size), config.train.batch_size
@@ -188,13 +236,13 @@ def make_eval_loss(config, model, schedule, source):
 
     batch_loss = parallel.pmap(batch_loss, in_axes=(None, 0, 0), out_axes=None)
 
-    def eval_loss(params, stop=()):
+    def eval_loss(params, stop=generate.never):
         total = 0.0
         for first in range(0, count, size):
-            indices = first + np.arange(size)  # those from `count` on are padding
+            indices = parallel.part(first + np.arange(size))  # those from `count` on are padding
             batch = source.read(np.minimum(indices, count - 1))
             total += float(batch_loss(params, parallel.split(batch), parallel.split(indices)))
-            if stop:
+            if stop():
                 return None
         return total / count
 
@@ -213,7 +261,8 @@ def train(config, workdir):
       (what was trained is saved first).
 
     Raises:
-      UserError: for a folder that holds another run, bad data, or a loss that is not finite.
+      UserError: for a folder that holds another run, or in which another program trains; bad data;
+        or losses that are not finite.
     """
     workdir = pathlib.Path(workdir)
     saved = run_files.load_config(workdir)
@@ -226,20 +275,22 @@ def train(config, workdir):
     optimizer = states.make_optimizer(config.optim, config.train.num_steps)
     source, eval_source = (data.open_source(config.data, f) for f in ("split", "eval_split"))
     guides = generate.who_guides(config, source.label_names)
-    run_files.save_config(config, workdir)
-    if source.label_names:
-        run_files.save_label_names(source.label_names, workdir)
-
-    state = states.create_state(model, optimizer, configs.image_shape(config), config.seed)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(run_files.lock(workdir, "train"))
+        run_files.save_config(config, workdir)
+        if source.label_names:
+            run_files.save_label_names(source.label_names, workdir)
+        stop = stack.enter_context(catch_signals())
         manager = stack.enter_context(checkpoint.open_manager(workdir, config.train))
-        caught = stack.enter_context(catch_signals())
+        state = states.create_state(model, optimizer, configs.image_shape(config), config.seed)
         state = checkpoint.restore(manager, parallel.replicate(state))
         first = int(state.step)
         metrics = stack.enter_context(contextlib.closing(run_files.Metrics(workdir, first)))
         describe(config, state, schedule, source, eval_source)
+        step_fn = make_train_step(config, model, schedule, optimizer)
         if first < config.train.num_steps:
             (workdir / "report.html").unlink(missing_ok=True)  # it will be out of date
+            describe_memory(step_fn, state, source, config.train.batch_size)
 
         eval_loss = make_eval_loss(config, model, schedule, eval_source)
         draws = config.model.kind == "unet"  # a classifier does not
@@ -247,15 +298,15 @@ def train(config, workdir):
 
         def evaluate(step, state):
             if step > first:  # at `first` it was done before the interruption
-                raw = eval_loss(state.params, stop=caught)
-                ema = eval_loss(state.ema_params, stop=caught)
-                if not caught:
+                raw, ema = (eval_loss(p, stop) for p in (state.params, state.ema_params))
+                if not stop():
                     metrics.write(step, eval_loss=raw, eval_loss_ema=ema)
 
         def draw(step, state):
             path = workdir / "samples" / f"step_{step:06d}.png"
             if step > first or not path.exists():
-                write_grid(path, sample, config, state, caught)
+                generate.warn_of_young_ema(config, step)
+                write_grid(path, sample, config, state, stop)
 
         def save(step, state):
             if step > first:
@@ -266,16 +317,16 @@ def train(config, workdir):
         if draws:
             actions[draw] = every.sample_every
         actions[save] = every.checkpoint_every
-        step_fn = make_train_step(config, model, schedule, optimizer)
-        run_loop(every, first, updates(config, state, step_fn, source), metrics, actions, caught)
+        run_loop(config, first, updates(config, state, step_fn, source), metrics, actions, stop)
         manager.wait_until_finished()
+        caught = stop()
         if caught:
-            name, step = signal.Signals(caught[0]).name, manager.latest_step()
+            name, step = signal.Signals(caught).name, manager.latest_step()
             saved = "nothing was trained" if step is None else f"step {step} is saved"
             log.info("stopped by %s; %s", name, saved)
-    if not caught and not (workdir / "report.html").exists():
-        show.show(config, workdir, source)
-    return caught[0] if caught else 0
+        elif not (workdir / "report.html").exists():
+            show.show(config, workdir, source)
+    return caught
 
 
 def updates(config, state, step_fn, source):
@@ -293,77 +344,93 @@ def updates(config, state, step_fn, source):
         yield state, values
 
 
-def run_loop(every, first, states_and_values, metrics, actions, caught):
+def run_loop(config, first, states_and_values, metrics, actions, stop):
     """Trains to the last step or to a signal, and does what is due on the way.
 
     Args:
-      every: the config's train section.
+      config: its train section, and optim.max_skipped.
       first: the step that training starts from.
       states_and_values: from `updates`.
       metrics: where the losses go.
       actions: {action(step, state): interval}, done in this order, and all at the last step.
-      caught: a list; when it holds a signal, the last action (to save) is done and the loop ends.
+      stop: from catch_signals; when it is true, the last action (to save) is done and the loop
+        ends.
+
+    Raises:
+      UserError: after more than optim.max_skipped updates in a row that were not applied.
     """
     *_, save = actions
-    last = every.num_steps
-    pending = []  # values of the steps since the last log point
+    every, last = config.train, config.train.num_steps
+    pending, skipped = [], 0  # values of the steps since the last log point; not applied, in a row
     mark = first, time.monotonic()  # the clock of images/s
 
     def due(interval):
         return step == last or (step > 0 and step % interval == 0)
 
-    # A log file need not hold ten lines a second.
-    options = {"dynamic_ncols": True, "mininterval": 0.1 if sys.stderr.isatty() else 10}
-    with tqdm(total=last, initial=first, desc="train", unit="step", **options) as bar:
+    with progress.bar(last, "train", "step", initial=first, leave=True) as bar:
         for step, (state, values) in enumerate(states_and_values, first):
             if values is not None:
                 pending.append(values)
                 bar.update()
-            if step == first + 1:  # compilation does not count as training
-                jax.block_until_ready(values)
-                log.info("first step, with compilation: %.1f s", time.monotonic() - mark[1])
-                mark = step, time.monotonic()
-            now = [] if caught else [do for do, interval in actions.items() if due(interval)]
-            if pending and (caught or now or due(every.log_every)):
-                means = summarize(pending, step)
+            stopped = stop(behind=2)  # so as not to wait for the step that has just begun
+            now = [] if stopped else [do for do, interval in actions.items() if due(interval)]
+            if pending and (stopped or now or due(every.log_every)):
+                skipped = count_skipped(pending, step, skipped, config.optim.max_skipped)
+                means = summarize(pending)
                 speed = (step - mark[0]) * every.batch_size / (time.monotonic() - mark[1])
                 metrics.write(step, **means, images_per_second=speed)
-                bar.set_postfix_str(f"loss {means['loss']:.4f}, {speed:.0f} img/s")
+                bar.set_postfix_str(f"loss {means.get('loss', np.nan):.4f}, {speed:.0f} img/s")
                 pending, mark = [], (step, time.monotonic())
             for action in now:
-                action(step, state)
-            if caught or step >= last:
+                # What is being skipped may be the fault of the parameters.
+                if not (action is save and skipped and step < last):
+                    action(step, state)
+            if stop.agreed or step >= last:
                 save(step, state)
                 break
             if now:
-                mark = step, time.monotonic()  # nor does this
+                mark = step, time.monotonic()  # what is not training does not count as such
 
 
-def summarize(pending, step):
-    """Means of the values of the last steps, the newest of which is `step`.
+def count_skipped(pending, step, skipped, most):
+    """How many updates in a row were not applied, up to the newest.
+
+    Args:
+      pending: the values of the last steps, the newest of which is `step`.
+      step: int.
+      skipped: the count before them.
+      most: the largest that is allowed.
 
     Raises:
-      UserError: if a loss or a gradient is not finite; the parameters are spoilt then.
+      UserError: if there are more.
     """
+    for number, values in enumerate(pending, step - len(pending) + 1):
+        skipped = 0 if values["applied"] else skipped + 1
+        if skipped > most:
+            raise UserError(
+                f"loss={values['loss']:g}, gradient norm={values['grad_norm']:g}: not finite at "
+                f"step {number}, and optim.max_skipped={most} before it; the newest checkpoint is "
+                "from before; a smaller optim.learning_rate may help"
+            )
+    return skipped
+
+
+def summarize(pending):
+    """Means of the values of some steps; those that were not applied are only counted."""
     columns = {k: np.array([v[k] for v in pending]) for k in pending[0]}
+    applied = columns.pop("applied")
+    columns = {k: v[applied] for k, v in columns.items()}
     share, loss_share = columns.pop("share").sum(0), columns.pop("loss_share").sum(0)
-    finite = np.isfinite(columns["loss"]) & np.isfinite(columns["grad_norm"])
-    if not finite.all():
-        worst = int(np.argmin(finite))
-        raise UserError(
-            f"loss={columns['loss'][worst]}, gradient norm={columns['grad_norm'][worst]}: not "
-            f"finite at step {step - len(pending) + 1 + worst}; the checkpoints are from before; "
-            "a smaller optim.learning_rate may help"
-        )
-    means = {k: float(v.mean()) for k, v in columns.items()}
+    means = {k: float(v.mean()) for k, v in columns.items()} if applied.any() else {}
     quarters = {f"loss_q{i + 1}": loss_share[i] / share[i] for i in range(4) if share[i] > 0}
-    return means | {k: float(v) for k, v in quarters.items()}
+    means |= {k: float(v) for k, v in quarters.items()}
+    return means | {"skipped": int((~applied).sum())}
 
 
-def write_grid(path, sample, config, state, caught):
+def write_grid(path, sample, config, state, stop):
     """Draws samples from a state and writes them to path, unless a signal comes first."""
     params = state.ema_params if config.sample.use_ema else state.params
-    generated = sample(params, np.arange(config.sample.num_samples), stop=caught)
+    generated = sample(params, np.arange(config.sample.num_samples), stop=stop)
     if generated is not None:
         generate.write_grid(path, config, generated.x)
 
@@ -397,14 +464,56 @@ def describe(config, state, schedule, source, eval_source):
         log.info("resuming from the checkpoint of step %d", step)
 
 
+def describe_memory(step_fn, state, source, batch_size):
+    """Compiles the train step, and logs what memory it takes; warns if it does not fit."""
+    batch = source.read(np.zeros(batch_size // jax.process_count(), int))
+    start = time.monotonic()
+    compiled = step_fn.lower(
+        state, parallel.split(batch)
+    ).compile()  # it is kept for the first step
+    seconds, memory = time.monotonic() - start, compiled.memory_analysis()
+    kept = memory.argument_size_in_bytes
+    needed = kept + memory.temp_size_in_bytes
+    needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    there, text = parallel.memory_of_a_device(), "compiled in %.1f s; memory: %s a device of %s"
+    sizes = (f"{size / 2**30:.2f} GiB" for size in (needed, there, kept))
+    log.info(f"{text}, %s of it parameters, optimizer and data", seconds, *sizes)
+    if needed > there:
+        log.warning(
+            "this does not fit: use a smaller train.batch_size or a larger optim.accumulate (less "
+            "of the batch at a time), model.remat=true, or more devices"
+        )
+
+
+class Stop:
+    """stop() is the number of the signal that asks to stop, or 0.
+
+    All processes must ask equally often, and are answered alike. With `behind`, the answer is that
+    of so many calls ago, for which they need not wait.
+    """
+
+    def __init__(self):
+        self.caught, self.agreed = 0, 0
+        self._asked = collections.deque()
+
+    def __call__(self, behind=0):
+        if jax.process_count() == 1:
+            self.agreed = self.caught
+        elif not self.agreed:
+            self._asked.append(parallel.largest(self.caught))
+            while len(self._asked) > behind and not self.agreed:
+                self.agreed = int(self._asked.popleft())
+        return self.agreed
+
+
 @contextlib.contextmanager
 def catch_signals():
-    """Yields a list that receives the number of the first SIGINT or SIGTERM; a second one acts as
-    it would have without this."""
-    caught = []
+    """Yields a Stop that the first SIGINT or SIGTERM sets; a second one acts as it would have
+    without this."""
+    stop = Stop()
 
     def handle(number, _):
-        caught.append(number)
+        stop.caught = number
         restore()
 
     def restore():
@@ -413,6 +522,6 @@ def catch_signals():
 
     previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield caught
+        yield stop
     finally:
         restore()

@@ -133,6 +133,7 @@ class Network(nn.Module):
       norm_groups: groups of every GroupNorm.
       dtype: of the computation (parameters are float32).
       num_classes: K, the number of labels; 0 where there are none.
+      remat: whether the gradient computes a block's inside again rather than remembering it.
     """
 
     channels: int
@@ -143,6 +144,7 @@ class Network(nn.Module):
     norm_groups: int = 32
     dtype: jnp.dtype = jnp.float32
     num_classes: int = 0
+    remat: bool = False
 
     def time_embedding(self, t):
         """[B, 4 · channels], what every residual block is told of t."""
@@ -152,12 +154,14 @@ class Network(nn.Module):
 
     def res_block(self, h, features, name, context):
         """A residual block; context is (temb, dropout_keys)."""
-        block = ResBlock(features, self.dropout, self.norm_groups, self.dtype, name=name)
+        block = nn.remat(ResBlock) if self.remat else ResBlock
+        block = block(features, self.dropout, self.norm_groups, self.dtype, name=name)
         return block(h, *context)
 
     def attention(self, h, name):
         """An attention block."""
-        return AttentionBlock(self.norm_groups, self.dtype, name=name)(h)
+        block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
+        return block(self.norm_groups, self.dtype, name=name)(h)
 
     def level_block(self, h, features, name, context):
         """A residual block, and attention behind it at the resolutions that have it."""

@@ -10,23 +10,33 @@ runs/cifar10/
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
 import shutil
+import socket
 import tempfile
 
 import ml_collections
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from ddpm_jax import parallel
 from ddpm_jax.errors import UserError
 
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yields a temporary path beside `path`, and renames it to that when all went well."""
+    """Yields a temporary path beside `path`, and renames it to that when all went well.
+
+    Of several processes, which all come here, only the first one's file stays.
+    """
     path = pathlib.Path(path)
+    if not parallel.is_first():
+        with tempfile.TemporaryDirectory() as folder:
+            yield pathlib.Path(folder) / path.name
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -34,6 +44,35 @@ def atomic_write(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock(workdir, purpose):
+    """Keeps other programs from doing the same in a run's folder, as long as this one lives.
+
+    Args:
+      workdir: the run's folder.
+      purpose: names the file, .<purpose>.lock.
+
+    Raises:
+      UserError: if another program is at it.
+    """
+    with contextlib.ExitStack() as stack:
+        holder = ""
+        if parallel.is_first():
+            pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((pathlib.Path(workdir) / f".{purpose}.lock").open("a+"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it
+                file.truncate(0)
+                print(os.getpid(), "on", socket.gethostname(), file=file, flush=True)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+        if parallel.of_first(holder != ""):
+            text = f"workdir={workdir}: another program is at work in it ({purpose})"
+            raise UserError(f"{text}; process {holder}" if holder else text)
+        yield
 
 
 def check_free(flag, folder):
@@ -145,7 +184,7 @@ def write_npz(path, **arrays):
 def read_metrics(workdir):
     """The lines of metrics.jsonl, as dicts; none where there is no such file."""
     path = pathlib.Path(workdir) / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
 
 
@@ -158,22 +197,24 @@ def _step_of(line):
 
 
 class Metrics:
-    """Appends to metrics.jsonl and to TensorBoard's event file.
+    """Appends to metrics.jsonl and to TensorBoard's event file, in the first of the processes.
 
     What an interrupted run logged after `step`, the checkpoint it resumes from, is dropped, as is
     a line it did not finish: those steps are about to be done again.
     """
 
     def __init__(self, workdir, step):
-        path = pathlib.Path(workdir) / "metrics.jsonl"
-        if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
+        first = parallel.is_first()
+        path = pathlib.Path(workdir) / "metrics.jsonl" if first else pathlib.Path(os.devnull)
+        if path.is_file():
+            lines = path.read_text(errors="replace").splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) <= step]
             if len(kept) < len(lines):
                 with atomic_write(path) as temporary:
                     temporary.write_text("".join(kept))
         self._file = path.open("a")
-        self._board = SummaryWriter(str(workdir), purge_step=step + 1)
+        options = {"purge_step": step + 1, "write_to_disk": first}
+        self._board = SummaryWriter(str(workdir), **options)
 
     def write(self, step, **values):
         """Logs named numbers at a step."""

@@ -388,7 +388,7 @@ def table():
 def shown(value):
     """A number; of an array, its norm."""
     norm = "‖·‖ = " if np.ndim(value) else ""
-    value = float(np.linalg.norm(value) if norm else value)
+    value = float(np.linalg.norm(np.float64(value)) if norm else value)  # the same everywhere
     return norm + (f"{value:,.0f}" if value >= 1e4 else f"{value:.8g}")
 
 

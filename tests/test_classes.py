@@ -247,11 +247,13 @@ def test_the_bound_as_a_loss_is_the_bound(config):
 def test_loss_by_quarter_of_t():
     """Over the steps since the last log point, each weighted with its number of examples."""
     pending = [
-        {"loss": 1.0, "grad_norm": 1.0, "share": [0.5, 0.5, 0, 0], "loss_share": [1, 0.5, 0, 0]},
-        {"loss": 2.0, "grad_norm": 1.0, "share": [0.25, 0.75, 0, 0], "loss_share": [0.5, 3, 0, 0]},
+        {"loss": 1.0, "share": [0.5, 0.5, 0, 0], "loss_share": [1, 0.5, 0, 0], "applied": True},
+        {"loss": 2.0, "share": [0.25, 0.75, 0, 0], "loss_share": [0.5, 3, 0, 0], "applied": True},
+        {"loss": np.nan, "share": [0, 0, 0, 1], "loss_share": 4 * [np.nan], "applied": False},
     ]
-    means = train.summarize(pending, 2)
+    means = train.summarize(pending)
     assert (means["loss_q1"], means["loss_q2"], means["loss"]) == (2.0, 2.8, 1.5)
+    assert means["skipped"] == 1
     assert "loss_q3" not in means
 
 

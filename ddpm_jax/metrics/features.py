@@ -1,12 +1,10 @@
 """Inception features of many images, in files that survive a kill."""
 
-import jax.numpy as jnp
 import numpy as np
-from tqdm.auto import tqdm
 
-from ddpm_jax import parallel
+from ddpm_jax import parallel, progress
 from ddpm_jax.metrics import inception
-from ddpm_jax.workdir import atomic_write
+from ddpm_jax.workdir import atomic_write, lock
 
 
 def make_extractor(params, resize, batch_size):
@@ -34,8 +32,8 @@ def make_extractor(params, resize, batch_size):
             batch = images[first : first + batch_size]
             padding = np.zeros((batch_size - len(batch), *batch.shape[1:]), np.uint8)
             padded = np.concatenate([batch, padding])
-            out = parallel.merge(features(params, parallel.split(jnp.asarray(padded))))
-            parts.append(np.asarray(out)[: len(batch)])
+            out = parallel.merge(features(params, parallel.split(parallel.part(padded))))
+            parts.append(out[: len(batch)])
         return np.concatenate(parts)
 
     return extract
@@ -52,19 +50,24 @@ def collect(folder, count, size, rows_of, description):
       size: images at a time.
       rows_of: (first, last) to an array [last - first, …].
       description: for the progress bar.
+
+    Raises:
+      UserError: if another program is computing the same.
     """
-    done = sum(len(rows) for rows in _files(folder).values())
-    for path in set(folder.glob("rows_*.npy")) - _files(folder).keys():
-        path.unlink()  # what comes after a file that is missing
-    with tqdm(
-        total=count, initial=min(done, count), desc=description, unit="img", leave=False
-    ) as bar:
-        for first in range(done, count, size):
-            last = min(first + size, count)
-            rows = rows_of(first, last)
-            with atomic_write(folder / f"rows_{first:07d}.npy") as path, open(path, "wb") as file:
-                np.save(file, rows)
-            bar.update(last - first)
+    with lock(folder, "rows"):
+        there = _files(folder)
+        if parallel.is_first():
+            for path in set(folder.glob("rows_*.npy")) - there.keys():
+                path.unlink()  # what comes after a file that is missing
+        done = parallel.of_first(sum(map(len, there.values())))
+        with progress.bar(count, description, "img", initial=min(done, count)) as bar:
+            for first in range(done, count, size):
+                last = min(first + size, count)
+                rows, name = rows_of(first, last), f"rows_{first:07d}.npy"
+                with atomic_write(folder / name) as path, open(path, "wb") as file:
+                    np.save(file, rows)
+                bar.update(last - first)
+        parallel.barrier()  # all of them will read the files
 
 
 def _files(folder):

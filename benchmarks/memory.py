@@ -1,0 +1,78 @@
+"""Memory of a train step: as the compiler plans it, and as the process takes it.
+
+    python -m benchmarks.memory
+    python -m benchmarks.memory --config=configs/celebahq256.py --batch_size=8 --plan_only
+
+Each row is a process of its own: optim.accumulate and model.remat, the bytes of a step on one
+device by XLA's plan (parameters, optimizer and batch, and what is temporary), the largest resident
+size above that before the first step, and the seconds of a step.
+"""
+
+import argparse
+import itertools
+import resource
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import psutil
+
+import main
+from ddpm_jax import config as configs
+from ddpm_jax import data, parallel, schedules, train, unet
+from ddpm_jax import state as states
+
+STEPS = 3
+
+
+def measure(config, plan_only):
+    """Prints one row."""
+    shape, size = configs.image_shape(config), config.train.batch_size
+    model, optimizer = unet.make_model(config), states.make_optimizer(config.optim, 100)
+    step = train.make_train_step(config, model, schedules.from_config(config.diffusion), optimizer)
+    state = jax.eval_shape(lambda: states.create_state(model, optimizer, shape, 0))
+    batch = data.Batch(np.zeros((size, *shape), np.uint8), None)
+    memory = step.lower(state, parallel.split(batch)).compile().memory_analysis()
+    planned = [memory.argument_size_in_bytes, memory.temp_size_in_bytes]
+    cells = [f"{number / 2**20:,.0f}" for number in planned]
+    if not plan_only:
+        state = parallel.replicate(states.create_state(model, optimizer, shape, 0))
+        before = psutil.Process().memory_info().rss
+        seconds = []
+        for _ in range(STEPS):
+            start = time.perf_counter()
+            state, values = step(state, parallel.split(batch))
+            jax.block_until_ready(values)
+            seconds.append(time.perf_counter() - start)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        cells += [f"{(peak - before) / 2**20:,.0f}", f"{min(seconds[1:]):.2f}"]
+    print(f"| {config.optim.accumulate} | {config.model.remat} | {' | '.join(cells)} |", flush=True)
+
+
+def run():
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="configs/cifar10.py")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--plan_only", action="store_true")
+    parser.add_argument("--row", nargs=2, type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.row:
+        parallel.keep_remat()
+        config = main.load_config(options.config)
+        config.train.batch_size = options.batch_size
+        config.optim.accumulate, config.model.remat = options.row[0], bool(options.row[1])
+        measure(config, options.plan_only)
+        return
+    measured = "" if options.plan_only else " measured above state, MiB | s a step |"
+    print(f"| accumulate | remat | planned: state, MiB | planned: temporary, MiB |{measured}")
+    print("|---" * (4 + measured.count("|")) + "|", flush=True)
+    for accumulate, remat in itertools.product((1, 2, 4), (0, 1)):
+        command = [sys.executable, "-m", "benchmarks.memory", *sys.argv[1:]]
+        subprocess.run([*command, "--row", str(accumulate), str(remat)], check=True)
+
+
+if __name__ == "__main__":
+    run()
