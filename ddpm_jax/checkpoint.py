@@ -1,13 +1,14 @@
 """Checkpoints: Orbax, asynchronous, whole or not there.
 
 Step s lives in <workdir>/checkpoints/<s>/, as three items (params, ema_params, opt_state), so that
-sampling reads only the one it needs, and the digest of each, because Orbax does not notice a
-flipped bit. A checkpoint that was being written when its process died has a temporary name and does
-not count; one that was damaged later is passed over, for the one before it.
+sampling reads only the one it needs. A checkpoint that was being written when its process died has
+a temporary name and does not count. One that was damaged later is passed over for the one before
+it: sha256.json has a digest of each file, because Orbax reads flipped bits without a word.
 """
 
 import contextlib
 import hashlib
+import json
 import logging
 import pathlib
 import shutil
@@ -15,26 +16,18 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from ddpm_jax import parallel, unet
 from ddpm_jax.config import image_shape
-from ddpm_jax.errors import UserError, is_disk_full, one_line
+from ddpm_jax.errors import UserError, is_disk_full
 
 log = logging.getLogger(__name__)
 
 ITEMS = ("params", "ema_params", "opt_state")
-DIGESTS = "digests"
-
-
-def digest(tree):
-    """sha256 of a tree of arrays."""
-    found = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        found.update(np.asarray(leaf).tobytes())
-    return found.hexdigest()
+DIGESTS = "sha256.json"
+ROOM = 2**23  # bytes that a checkpoint and the run's other files may take besides the arrays
 
 
 @contextlib.contextmanager
@@ -51,12 +44,9 @@ def open_manager(workdir, train):
     keep = [preservation_policy.LatestN(train.keep_checkpoints)]
     if train.keep_every:
         keep.append(preservation_policy.EveryNSteps(train.keep_every))
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=preservation_policy.AnyPreservationPolicy(keep),
-        cleanup_tmp_directories=True,
-    )
+    policy = preservation_policy.AnyPreservationPolicy(keep)
     try:
-        with _manager(workdir, options) as manager:
+        with _manager(workdir, preservation_policy=policy) as manager:
             yield manager
     except (OSError, ValueError) as error:  # of Orbax's threads, ValueErrors
         if not is_disk_full(error):
@@ -74,8 +64,9 @@ def save(manager, step, state):
         return
     items = {name: getattr(state, name) for name in ITEMS}
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
-    room = shutil.disk_usage(manager.directory).free if parallel.is_first() else size
-    if parallel.of_first(room < size):
+    free = shutil.disk_usage(manager.directory).free if parallel.is_first() else 0
+    if parallel.of_first(free < size + ROOM):
+        manager.wait_until_finished()  # for the one before it
         text = f"a checkpoint takes {size / 2**20:.0f} MiB"
         raise _disk_full(pathlib.Path(manager.directory).parent, text)
     manager.save(step, args=_to_save(parallel.as_global(items)))
@@ -100,21 +91,12 @@ def restore(manager, state):
     Raises:
       UserError: if there are only damaged ones.
     """
-    items = {name: getattr(state, name) for name in ITEMS}
-    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, parallel.as_global(items))
-    step, restored, damaged = _newest_whole(
-        manager,
-        lambda step: like if step > 0 else {"params": like["params"]},  # see save_imported
-    )
+    step = _newest_whole(manager.directory)
     if step is None:
         return state
-    if parallel.is_first():
-        for name in map(str, damaged):  # their steps will be saved again
-            path = pathlib.Path(manager.directory) / name
-            path.rename(path.with_name(f"{name}.damaged.{time.time_ns()}"))
-    parallel.barrier()
-    if damaged:
-        manager.reload()
+    _put_damaged_aside(manager, step)
+    items = {name: getattr(state, name) for name in (ITEMS if step > 0 else ITEMS[:1])}
+    restored = _restore(manager, step, parallel.as_global(items))
     if step == 0:
         restored["ema_params"] = jax.tree.map(jnp.copy, restored["params"])
     step = jax.device_put(jnp.asarray(step, jnp.int32), state.step.sharding)
@@ -154,68 +136,93 @@ def restore_params(config, workdir):
     params = unet.param_shapes(unet.make_model(config), image_shape(config))
     here = parallel.replicated(jax.devices())  # those they were saved from may not exist
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=here), params)
-
-    def like_of(step):
-        return {"ema_params" if config.sample.use_ema and step > 0 else "params": params}
-
-    with _manager(workdir) as manager:
-        step, restored, _ = _newest_whole(manager, like_of)
-    (params,) = restored.values()
-    return step, params
+    step = _newest_whole(_folder(workdir))
+    name = "ema_params" if config.sample.use_ema and step > 0 else "params"
+    with ocp.CheckpointManager(_folder(workdir), item_names=ITEMS) as manager:
+        return step, _restore(manager, step, {name: params})[name]
 
 
 def _folder(workdir):
     return pathlib.Path(workdir).absolute() / "checkpoints"
 
 
-def _manager(workdir, options=None):
-    return ocp.CheckpointManager(_folder(workdir), options=options, item_names=(*ITEMS, DIGESTS))
+def _manager(workdir, **options):
+    """A CheckpointManager that writes DIGESTS into what it saves, before that gets its name."""
+
+    def write_digests():
+        if parallel.is_first():
+            (unfinished,) = _folder(workdir).glob("*.orbax-checkpoint-tmp")
+            files = (p for p in unfinished.glob("*/**/*") if p.is_file())
+            digests = {str(p.relative_to(unfinished)): _digest(p) for p in files}
+            (unfinished / DIGESTS).write_text(json.dumps(digests, indent=2) + "\n")
+
+    options = ocp.CheckpointManagerOptions(
+        **options,
+        cleanup_tmp_directories=True,
+        async_options=ocp.AsyncOptions(post_finalization_callback=write_digests),
+    )
+    return ocp.CheckpointManager(_folder(workdir), options=options, item_names=ITEMS)
+
+
+def _digest(path):
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _to_save(items):
-    """Orbax's arguments for {name: tree}, and their digests."""
-    digests = ocp.args.JsonSave({name: digest(tree) for name, tree in items.items()})
     trees = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-    return ocp.args.Composite(**trees, **{DIGESTS: digests})
+    return ocp.args.Composite(**trees)
 
 
-def _newest_whole(manager, like_of):
-    """Reads the newest checkpoint whose files can be read, and hold what was saved.
+def _restore(manager, step, like):
+    """Reads the items of a checkpoint; `like` has their shapes and shardings."""
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    trees = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
+    return parallel.as_local(dict(manager.restore(step, args=ocp.args.Composite(**trees))))
 
-    Args:
-      manager: a CheckpointManager.
-      like_of: a step to {item: tree of shapes and shardings}.
 
-    Returns:
-      (step, {item: tree}, steps of the damaged ones that are newer); step is None where there is
-      no checkpoint at all.
+def _newest_whole(folder):
+    """The newest step whose files are those that were written, or None where there is no step.
 
     Raises:
       UserError: if all are damaged.
     """
-    damaged, error = [], None
-    for step in sorted(manager.all_steps(), reverse=True):
-        found, error = _read_whole(manager, step, like_of(step))
-        if not int(parallel.largest(error is not None)):
-            return step, parallel.as_local(found), damaged
-        damaged.append(step)
-        log.warning("the checkpoint of step %d is damaged (%s)", step, error or "elsewhere")
-    if damaged:
-        raise UserError(f"{manager.directory}: no checkpoint is whole; the last error: {error}")
-    return None, {}, []
+    steps, whole = sorted(ocp.utils.checkpoint_steps(folder), reverse=True), -1
+    if not steps:
+        return None
+    if parallel.is_first():
+        for step in steps:
+            if not (wrong := _damage(pathlib.Path(folder) / str(step))):
+                whole = step
+                break
+            log.warning("the checkpoint of step %d is damaged: %s", step, wrong)
+    whole = parallel.of_first(whole)
+    if whole < 0:
+        raise UserError(f"{folder}: all checkpoints are damaged ({', '.join(map(str, steps))})")
+    return whole
 
 
-def _read_whole(manager, step, like):
-    """({item: tree}, None), or (None, what is wrong with it)."""
-    items = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
-    if (pathlib.Path(manager.directory) / str(step) / DIGESTS).exists():  # not in older runs
-        items[DIGESTS] = ocp.args.JsonRestore()
+def _damage(folder):
+    """What is wrong with a checkpoint's files; empty if nothing is. Older ones have no digests."""
+    if not (folder / DIGESTS).exists():
+        return ""
     try:
-        found = dict(manager.restore(step, args=ocp.args.Composite(**items)))
-    except jax.errors.JaxRuntimeError:
-        raise  # of a device or a process, not of a file
-    except Exception as error:  # Orbax raises this very class, among others
-        return None, f"{type(error).__name__}: {one_line(error)[:200]}"
-    digests = found.pop(DIGESTS, {})
-    wrong = [name for name in digests if name in found and digest(found[name]) != digests[name]]
-    return (None, f"{', '.join(wrong)} is not what was saved") if wrong else (found, None)
+        digests = json.loads((folder / DIGESTS).read_text())
+    except ValueError:
+        return f"{DIGESTS} cannot be read"
+    for name, digest in digests.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _digest(folder / name) != digest:
+            return f"{name} is not what was written"
+    return ""
+
+
+def _put_damaged_aside(manager, step):
+    """Renames the checkpoints after this step, which will be saved again; deletes nothing."""
+    later = [s for s in manager.all_steps() if s > step]
+    if later and parallel.is_first():
+        for path in (pathlib.Path(manager.directory) / str(s) for s in later):
+            path.rename(path.with_name(f"{path.name}.damaged.{time.time_ns()}"))
+    parallel.barrier()
+    manager.reload()

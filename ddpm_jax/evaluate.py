@@ -108,7 +108,7 @@ def evaluate(config, workdir):
     log.info("evaluating step %d", step)
     found = {
         "step": step,
-        "params_sha256": checkpoint.digest(params),
+        "params_sha256": digest_of(params),
         "ema": config.sample.use_ema,
         "seed": config.sample.seed,
         "sampler": config.sample.sampler,
@@ -118,7 +118,7 @@ def evaluate(config, workdir):
         "num_classes": config.data.num_classes,
         "label": config.sample.label,
         "guidance": config.sample.guidance,
-        "classifier_sha256": guides["classifier"] and checkpoint.digest(guides["classifier"][1]),
+        "classifier_sha256": guides["classifier"] and digest_of(guides["classifier"][1]),
         "variance": config.diffusion.variance,
         "clip_x0": config.diffusion.clip_x0,
         "dtype": config.model.dtype,
@@ -466,6 +466,14 @@ def is_papers(config):
         "evaluate.split": "",
     }
     return all(fields[name] == value for name, value in papers.items())
+
+
+def digest_of(params):
+    """sha256 of parameters."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def _folder(parent, provenance):

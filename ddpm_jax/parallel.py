@@ -37,8 +37,8 @@ def keep_remat():
 
     What keeps their parts apart, XLA takes for superfluous there before it plans the memory.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "--xla_disable_hlo_passes" not in flags and not importlib.util.find_spec("jax_cuda12_plugin"):
+    flags, gpu = os.environ.get("XLA_FLAGS", ""), importlib.util.find_spec("jax_cuda12_plugin")
+    if gpu is None and "--xla_disable_hlo_passes" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_disable_hlo_passes=cse_barrier_expander"
 
 

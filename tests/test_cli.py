@@ -1,54 +1,20 @@
 """The command line: from nothing to images, going on after a signal, and every bad input."""
 
 import json
-import os
-import pathlib
 import signal
-import subprocess
-import sys
 import time
 
 import imageio.v3 as imageio
 import numpy as np
 import pytest
+from programs import DIGITS, ROOT, TINY, finish, start
 
 import main
 from ddpm_jax.errors import UserError
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-TINY = [
-    "--config.model.channels=8",
-    "--config.model.norm_groups=4",
-    "--config.model.channel_mults=(1,)",
-    "--config.model.attention_resolutions=()",
-    "--config.diffusion.num_timesteps=20",
-    "--config.train.batch_size=32",
-    "--config.train.log_every=2",
-    "--config.train.eval_every=10",
-]
-
-
-def start(*arguments, cwd, devices=2):
-    """Starts main.py as a user would, in another folder than the repository's."""
-    environment = {
-        **os.environ,
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-    }
-    command = [sys.executable, str(ROOT / "main.py"), *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True)
-
-
-def finish(*arguments, cwd, devices=2):
-    process = start(*arguments, cwd=cwd, devices=devices)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out + err
-
 
 def test_train_finish_and_sample(tmp_path):
-    digits = f"--config={ROOT}/configs/digits.py"
-    train = [digits, *TINY, "--config.train.num_steps=4", "--config.sample.num_samples=5"]
+    train = [DIGITS, *TINY, "--config.train.num_steps=4", "--config.sample.num_samples=5"]
     code, text = finish(*train, cwd=tmp_path)
     assert code == 0, text
     run = tmp_path / "runs" / "digits"
@@ -75,7 +41,7 @@ def test_train_finish_and_sample(tmp_path):
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
-    arguments = [f"--config={ROOT}/configs/digits.py", "--workdir=run", *TINY]
+    arguments = [DIGITS, "--workdir=run", *TINY]
     arguments += ["--config.train.num_steps=1000000", "--config.train.checkpoint_every=1000000"]
     arguments += ["--config.train.sample_every=1000000"]
     process = start(*arguments, cwd=tmp_path)
@@ -111,8 +77,7 @@ def test_helpshort(tmp_path):
 
 
 def test_an_error_is_one_line_and_code_2(tmp_path):
-    config = f"--config={ROOT}/configs/digits.py"
-    code, text = finish(config, "--config.diffusion.num_timesteps=0", cwd=tmp_path)
+    code, text = finish(DIGITS, "--config.diffusion.num_timesteps=0", cwd=tmp_path)
     assert code == 2
     assert text == "error: diffusion.num_timesteps=0: must be at least 1\n"
     assert not list(tmp_path.iterdir())
@@ -221,7 +186,7 @@ def test_the_workdir_is_a_folder(tmp_path):
     path = tmp_path / "file"
     path.write_text("")
     with pytest.raises(UserError, match=r"workdir=.*not a folder"):
-        main.run(["main.py", f"--config={ROOT}/configs/digits.py", f"--workdir={path}"])
+        main.run(["main.py", DIGITS, f"--workdir={path}"])
 
 
 def test_damaged_config(tmp_path):

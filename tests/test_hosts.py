@@ -1,0 +1,153 @@
+"""One run on 1, 2, 4 and 8 devices, and on two processes: the same numbers; and a lost process."""
+
+import json
+import pathlib
+import signal
+import time
+
+import numpy as np
+import pytest
+from programs import DIGITS, TINY, finish, finish_several, result, start_several
+
+import main
+from ddpm_jax.errors import UserError
+
+pytestmark = pytest.mark.slow
+
+RUN = [DIGITS, *TINY, "--config.model.dropout=0.2", "--config.train.log_every=1"]
+RUN += ["--config.train.sample_every=1000", "--config.sample.num_samples=16"]
+RUN += ["--config.sample.batch_size=16", "--config.optim.warmup_steps=2"]
+EVALUATE = ["--config.evaluate.num_samples=0", "--config.evaluate.bits_per_dim_images=20"]
+LONG = [*RUN, "--config.train.num_steps=1000000", "--config.train.eval_every=1000000"]
+LONG += ["--config.train.checkpoint_every=20", "--workdir=run"]
+
+
+def train(steps):
+    return [*RUN, "--workdir=run", f"--config.train.num_steps={steps}"]
+
+
+def numbers(run):
+    """What a run came to: (losses, held-out losses, samples, evaluation)."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses, held_out = ([x[name] for x in lines if name in x] for name in ("loss", "eval_loss"))
+    (samples,) = (run / "samples").glob("sample_*.npz")
+    with np.load(samples) as arrays:
+        images = arrays["images"].astype(int)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    return losses, held_out, images, evaluation
+
+
+def assert_same(run, other):
+    for ours, theirs in zip(numbers(run)[:2], numbers(other)[:2], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    (*_, images, evaluation), (*_, other_images, other_evaluation) = numbers(run), numbers(other)
+    # Rounding can tip a pixel over to the next level.
+    assert np.abs(images - other_images).max() <= 1
+    for name in ("bits_per_dim", "rate", "distortion", "rmse"):
+        assert evaluation[name] == pytest.approx(other_evaluation[name], rel=1e-3), name
+
+
+def one_process(folder, devices, steps):
+    folder.mkdir(exist_ok=True)
+    for arguments in (
+        train(steps),
+        ["--mode=sample", "--workdir=run"],
+        ["--mode=evaluate", "--workdir=run", *EVALUATE],
+    ):
+        code, text = finish(*arguments, cwd=folder, devices=devices)
+        assert code == 0, text
+    return folder / "run"
+
+
+def test_the_number_of_devices_changes_nothing(tmp_path):
+    """Training with dropout, sampling, evaluation; batch sizes are global."""
+    runs = [one_process(tmp_path / str(n), n, 6) for n in (1, 2, 4, 8)]
+    assert len(numbers(runs[0])[0]) == 6
+    for run in runs[1:]:
+        assert_same(runs[0], run)
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    """And each goes on with what the other has saved."""
+    one, two = one_process(tmp_path / "one", 4, 6), tmp_path / "two" / "run"
+    two.parent.mkdir()
+    for arguments in (
+        train(6),
+        ["--mode=sample", "--workdir=run"],
+        ["--mode=evaluate", "--workdir=run", *EVALUATE],
+    ):
+        (code, text), (other_code, other_text) = finish_several(*arguments, cwd=two.parent)
+        assert (code, other_code) == (0, 0), text + other_text
+        said = [line for line in other_text.splitlines() if "peer rank" not in line]  # of Gloo
+        assert not said  # only the first process speaks
+    assert_same(one, two)
+    assert {p.name for p in two.iterdir()} - {p.name for p in one.iterdir()} <= {
+        p.name for p in two.glob("events.out.*")
+    }
+    assert len(list(two.glob("events.out.*"))) == 1
+    assert [path.name for path in (two / "checkpoints").iterdir()] == ["6"]
+
+    assert finish(*train(9), cwd=two.parent, devices=2)[0] == 0
+    (code, text), _ = finish_several(*train(9), cwd=one.parent)
+    assert code == 0 and "resuming from the checkpoint of step 6" in text, text
+    for run in (one, two):
+        next((run / "samples").glob("sample_*.npz")).unlink()
+        code, text = finish("--mode=sample", "--workdir=run", cwd=run.parent)
+        assert code == 0, text
+    assert_same(one, two)
+
+
+def wait_for_steps(processes, metrics, count=1):
+    """Until a run has logged so many steps after its first checkpoint."""
+    deadline = time.monotonic() + 240
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 25 + count:
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_ends_the_others(tmp_path, lost):
+    """Within a minute, with a message; and the run goes on from its checkpoint."""
+    processes = start_several(*LONG, cwd=tmp_path)
+    wait_for_steps(processes, tmp_path / "run" / "metrics.jsonl")
+    processes[lost].kill()
+    since = time.monotonic()
+    code, text = result(processes[1 - lost], 60)
+    assert time.monotonic() - since < 60
+    assert code != 0 and "one of the processes was lost; start all of them again" in text, text
+    result(processes[lost])
+    steps = max(
+        int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()
+    )
+    ends = [*LONG, f"--config.train.num_steps={steps + 2}"]
+    (code, text), _ = finish_several(*ends, cwd=tmp_path)
+    assert code == 0 and f"resuming from the checkpoint of step {steps}" in text, text
+
+
+def test_a_signal_to_one_process_stops_all(tmp_path):
+    """At the same step, and it is saved."""
+    processes = start_several(*LONG, cwd=tmp_path)
+    wait_for_steps(processes, tmp_path / "run" / "metrics.jsonl")
+    processes[1].send_signal(signal.SIGTERM)
+    for process in processes:
+        code, text = result(process, 60)
+        assert code == 128 + signal.SIGTERM, text
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert (tmp_path / "run" / "checkpoints" / str(last)).exists()
+
+
+BAD = {
+    "--coordinator=127.0.0.1:1": "--num_processes: is missing",
+    "--coordinator=x --num_processes=2 --process_id=0": "must be host:port",
+    "--coordinator=x:1 --num_processes=2 --process_id=2": "--process_id=2: must be below",
+    "--distributed --mode=show": "--distributed: is only for --mode=train",
+    "--num_processes=0": "--num_processes",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_flags(arguments, tmp_path):
+    with pytest.raises(UserError, match=BAD[arguments]):
+        main.run(["main.py", DIGITS, f"--workdir={tmp_path / 'run'}", *arguments.split()])
+    assert not list(pathlib.Path(tmp_path).iterdir())
