@@ -26,7 +26,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ddpm_jax.errors import UserError, one_line
 
 AXIS = "batch"
-LOST = "one of the processes was lost; start all of them again to go on from the newest checkpoint"
+LOST = (
+    "a process was lost, or cannot be reached; start all of them again, and the run goes on from "
+    "its newest checkpoint"
+)
 TOO_LARGE = "not enough memory; smaller are a batch_size, optim.accumulate=2, model.remat=true"
 
 pmap = functools.partial(jax.pmap, axis_name=AXIS)
@@ -74,6 +77,19 @@ def connected(coordinator=None, num_processes=None, process_id=None):
       UserError: if they cannot be found.
     """
     jax.config.update("jax_enable_preemption_service", False)  # train.py catches SIGTERM itself
+    # When another process is lost, JAX ends this one from a thread of its own, with a stack trace
+    # and before Python can say anything. So a child does, unless it hears that all is well.
+    code = "import sys; sys.stdin.read() or print('error:', sys.argv[1], file=sys.stderr)"
+    command = [sys.executable, "-c", code, LOST]
+    witness = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, text=True)
+    try:
+        _initialize(coordinator, num_processes, process_id)
+        yield
+    finally:
+        witness.communicate("all is well")
+
+
+def _initialize(coordinator, num_processes, process_id):
     try:
         jax.distributed.initialize(
             coordinator,
@@ -85,15 +101,6 @@ def connected(coordinator=None, num_processes=None, process_id=None):
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(f"--distributed: {one_line(error)[:300]}") from None
-    # When another process is lost, JAX ends this one from a thread of its own, with a stack trace
-    # and before Python can say anything. So a child does, unless it hears that all is well.
-    code = "import sys; sys.stdin.read() or print('error:', sys.argv[1], file=sys.stderr)"
-    command = [sys.executable, "-c", code, LOST]
-    witness = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, text=True)
-    try:
-        yield
-    finally:
-        witness.communicate("all is well")
 
 
 def explanation(error):

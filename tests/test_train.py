@@ -251,3 +251,58 @@ def test_a_chain_that_does_not_end_in_noise_is_reported(config, caplog):
         train.describe(config, state, schedules.from_config(config.diffusion), source, source)
         assert ("linear_rescaled" in caplog.text) == (name == "linear")
         assert ("0.132" in caplog.text) == (name == "linear")
+
+
+@pytest.mark.parametrize(
+    "section, field, value", [("optim", "accumulate", 2), ("model", "remat", True)]
+)
+def test_what_saves_memory_changes_no_gradient(config, section, field, value):
+    """But for rounding; dropout is that of the whole batch. A norm of all gradients is compared."""
+    plain, losses = run(config, 4, 4)
+    config[section][field] = value
+    saving, same_losses = run(config, 4, 4)
+    np.testing.assert_allclose(same_losses, losses, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(plain.params), jax.tree.leaves(saving.params), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(a) + 1e-3
+
+
+def test_the_batch_must_divide_into_parts(config):
+    config.optim.accumulate = 3
+    with pytest.raises(UserError, match=r"train\.batch_size=8: .* 4 devices times optim\.accum"):
+        configs.check(config)
+
+
+def test_one_copy_of_the_state_a_device(config):
+    """And what it was before the step is gone."""
+    step, before = setup(config, 4)
+    batch = data.open_source(config.data).read(np.arange(8))
+    after, _ = step(before, parallel.split(batch))
+    for leaf in jax.tree.leaves(after):
+        shards = leaf.addressable_shards
+        assert len(shards) == len({shard.device for shard in shards}) == 4
+        assert all(shard.data.shape == leaf.shape for shard in shards)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+
+
+def test_the_step_is_compiled_once(config, caplog):
+    """For the estimate of its memory, and for all steps."""
+    step, state = setup(config, 4)
+    source = data.open_source(config.data)
+    batch = parallel.split(source.read(np.arange(8)))
+    caplog.set_level("INFO", logger="ddpm_jax")
+    with jax.log_compiles():
+        train.describe_memory(step, state, source, 8)
+        compiled = [record for record in caplog.records if "Compiling" in record.getMessage()]
+        for _ in range(3):
+            state, _ = step(state, batch)
+    again = [record for record in caplog.records if "Compiling" in record.getMessage()]
+    assert len(compiled) == 1 == len(again)
+    assert "GiB a device of" in caplog.text
+
+
+def test_memory_that_is_not_there_is_warned_of(config, caplog, monkeypatch):
+    step, state = setup(config, 4)
+    monkeypatch.setattr(parallel, "memory_of_a_device", lambda: 1000)
+    train.describe_memory(step, state, data.open_source(config.data), 8)
+    for cure in ("train.batch_size", "optim.accumulate", "model.remat", "more devices"):
+        assert cure in caplog.text
