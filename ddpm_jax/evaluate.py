@@ -248,11 +248,12 @@ def reference(config, field, source, extract, how):
         folder, source.size, SHARD, lambda a, b: extract(source.read(np.arange(a, b)).images), name
     )
     path = folder / "statistics.npz"
-    if not path.exists():
+    if path.exists():
+        with np.load(path) as arrays:
+            statistics = distances.Statistics(**arrays)
+    else:
         statistics = distances.statistics(features.chunks(folder, source.size))
         run_files.write_npz(path, **statistics._asdict())
-    with np.load(path) as arrays:
-        statistics = distances.Statistics(**arrays)
     some = features.rows(folder, min(config.evaluate.max_features, source.size))
     return Reference(statistics, some)
 

