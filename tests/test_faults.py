@@ -34,13 +34,18 @@ def lines(workdir):
 # Damaged files.
 
 
+TRAINED = []  # once for all tests
+
+
 @pytest.fixture
-def run(config, tmp_path):
+def run(config, tmp_path, tmp_path_factory):
     """A finished run of 4 steps with checkpoints of steps 2 and 4."""
     config.train.update(checkpoint_every=2, keep_checkpoints=5)
     config.optim.decay = "constant"  # which does not depend on the number of steps
-    train.train(config, tmp_path / "run")
-    return tmp_path / "run"
+    if not TRAINED:
+        TRAINED.append(tmp_path_factory.mktemp("trained") / "run")
+        train.train(config, TRAINED[0])
+    return pathlib.Path(shutil.copytree(TRAINED[0], tmp_path / "run"))
 
 
 def largest_file(folder):
@@ -65,7 +70,12 @@ def flip(folder):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [truncate, delete, flip])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "damage", [pytest.param(truncate, marks=slow), pytest.param(delete, marks=slow), flip]
+)
 def test_a_damaged_checkpoint_is_passed_over(config, run, caplog, damage):
     """And the steps since the one before it are done again, to the same end, bit for bit."""
     _, before = params_of(config, run)
@@ -259,7 +269,14 @@ def test_too_many_in_a_row_stop_the_run(poisoned, tmp_path):
     assert checkpoint.latest_step(tmp_path / "run") is None
 
 
-@pytest.mark.parametrize("prediction, loss", [("eps", "simple"), ("v", "simple"), ("x0", "bound")])
+@pytest.mark.parametrize(
+    "prediction, loss",
+    [
+        ("eps", "simple"),
+        pytest.param("v", "simple", marks=slow),
+        pytest.param("x0", "bound", marks=slow),
+    ],
+)
 def test_constant_images_poison_nothing(config, tmp_path, prediction, loss):
     """Black, gray and white ones; a group norm of them divides by nothing."""
     folder = tmp_path / "images"

@@ -254,7 +254,11 @@ def test_a_chain_that_does_not_end_in_noise_is_reported(config, caplog):
 
 
 @pytest.mark.parametrize(
-    "section, field, value", [("optim", "accumulate", 2), ("model", "remat", True)]
+    "section, field, value",
+    [
+        ("optim", "accumulate", 2),
+        pytest.param("model", "remat", True, marks=pytest.mark.slow),
+    ],
 )
 def test_what_saves_memory_changes_no_gradient(config, section, field, value):
     """But for rounding; dropout is that of the whole batch. A norm of all gradients is compared."""
