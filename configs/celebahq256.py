@@ -4,6 +4,7 @@
 
 FOLDER holds the 30,000 images of CelebA-HQ (Karras et al. 2018), which TFDS cannot fetch by itself:
 its authors publish them as differences from CelebA, and ready-made copies at 256×256 are common.
+On smaller devices the batch needs --config.optim.accumulate=8, say, and --config.model.remat=true.
 """
 
 from configs import default
