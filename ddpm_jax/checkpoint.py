@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 ITEMS = ("params", "ema_params", "opt_state")
 DIGESTS = "sha256.json"
+NONE, ALL_DAMAGED = -1, -2  # no step of a checkpoint
 ROOM = 2**23  # bytes that a checkpoint and the run's other files may take besides the arrays
 
 
@@ -79,7 +80,7 @@ def _disk_full(workdir, text=""):
 
 
 def restore(manager, state):
-    """Reads the newest checkpoint that is whole; damaged ones before it are renamed.
+    """Reads the newest checkpoint that is whole; newer ones are renamed.
 
     Args:
       manager: from open_manager.
@@ -131,12 +132,12 @@ def restore_params(config, workdir):
     Raises:
       UserError: if there is no such checkpoint.
     """
-    if latest_step(workdir) is None:
+    step = _newest_whole(_folder(workdir))
+    if step is None:
         raise UserError(f"workdir={workdir}: has no checkpoint yet; train it first")
     params = unet.param_shapes(unet.make_model(config), image_shape(config))
     here = parallel.replicated(jax.devices())  # those they were saved from may not exist
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=here), params)
-    step = _newest_whole(_folder(workdir))
     name = "ema_params" if config.sample.use_ema and step > 0 else "params"
     with ocp.CheckpointManager(_folder(workdir), item_names=ITEMS) as manager:
         return step, _restore(manager, step, {name: params})[name]
@@ -187,34 +188,43 @@ def _newest_whole(folder):
     Raises:
       UserError: if all are damaged.
     """
-    steps, whole = sorted(ocp.utils.checkpoint_steps(folder), reverse=True), -1
-    if not steps:
-        return None
-    if parallel.is_first():
-        for step in steps:
-            if not (wrong := _damage(pathlib.Path(folder) / str(step))):
-                whole = step
-                break
-            log.warning("the checkpoint of step %d is damaged: %s", step, wrong)
-    whole = parallel.of_first(whole)
-    if whole < 0:
-        raise UserError(f"{folder}: all checkpoints are damaged ({', '.join(map(str, steps))})")
-    return whole
+    step = parallel.of_first(_search(pathlib.Path(folder)) if parallel.is_first() else NONE)
+    if step == ALL_DAMAGED:
+        raise UserError(f"{folder}: all checkpoints are damaged")
+    return None if step == NONE else step
+
+
+def _search(folder):
+    """The newest whole step, or NONE, or ALL_DAMAGED."""
+    while True:
+        steps = ocp.utils.checkpoint_steps(folder) if folder.exists() else []
+        with_digests = [step for step in steps if (folder / str(step) / DIGESTS).exists()]
+        gone = False
+        for step in sorted(steps, reverse=True):
+            wrong = _damage(folder / str(step)) if step in with_digests else ""
+            if any(step > other for other in with_digests) and step not in with_digests:
+                wrong = f"{DIGESTS} is missing"  # older runs have none at all
+            if not (folder / str(step)).exists():
+                gone = True  # the run that is being trained has deleted it, and has a newer one
+            elif not wrong:
+                return step
+            else:
+                log.warning("the checkpoint of step %d is damaged: %s", step, wrong)
+        if not gone:
+            return ALL_DAMAGED if steps else NONE
 
 
 def _damage(folder):
-    """What is wrong with a checkpoint's files; empty if nothing is. Older ones have no digests."""
-    if not (folder / DIGESTS).exists():
-        return ""
+    """What is wrong with the files of a checkpoint; empty if nothing is."""
     try:
         digests = json.loads((folder / DIGESTS).read_text())
+        for name, digest in digests.items():
+            if _digest(folder / name) != digest:
+                return f"{name} is not what was written"
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
     except ValueError:
         return f"{DIGESTS} cannot be read"
-    for name, digest in digests.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if _digest(folder / name) != digest:
-            return f"{name} is not what was written"
     return ""
 
 

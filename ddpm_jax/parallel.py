@@ -5,17 +5,18 @@ Functions that run under `pmap` see one device's part of a batch, may average ov
 
 Several processes, on one machine or many, run the same program with the same arguments and do the
 same things in the same order. Each feeds its devices `part` of every global batch; all read the
-same folder, and only the first writes there. A lone process is the first of one.
+same folder, and (but for Orbax's checkpoints) only the first writes there. A lone process is the
+first of one.
 """
 
 import atexit
 import contextlib
 import functools
-import importlib.util
 import math
 import os
 import subprocess
 import sys
+from importlib.metadata import entry_points
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,9 @@ LOST = (
     "a process was lost, or cannot be reached; start all of them again, and the run goes on from "
     "its newest checkpoint"
 )
-TOO_LARGE = "not enough memory; smaller are a batch_size, optim.accumulate=2, model.remat=true"
+TOO_LARGE = (
+    "not enough memory; use a smaller batch_size, or to train optim.accumulate and model.remat"
+)
 
 pmap = functools.partial(jax.pmap, axis_name=AXIS)
 
@@ -41,8 +44,8 @@ def keep_remat():
 
     What keeps their parts apart, XLA takes for superfluous there before it plans the memory.
     """
-    flags, gpu = os.environ.get("XLA_FLAGS", ""), importlib.util.find_spec("jax_cuda12_plugin")
-    if gpu is None and "--xla_disable_hlo_passes" not in flags:
+    flags, accelerators = os.environ.get("XLA_FLAGS", ""), entry_points(group="jax_plugins")
+    if not accelerators and "--xla_disable_hlo_passes" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_disable_hlo_passes=cse_barrier_expander"
 
 
@@ -111,13 +114,15 @@ def explanation(error):
     """What a JaxRuntimeError means to the user; empty where that is not known."""
     if "RESOURCE_EXHAUSTED" in str(error):
         return TOO_LARGE
-    return LOST if jax.distributed.is_initialized() else ""
+    of_others = any(word in str(error) for word in ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE"))
+    return LOST if jax.distributed.is_initialized() and of_others else ""
 
 
 def leave(code):
     """Ends this process, which failed; the others, who count on it, need not be waited for."""
     if jax.distributed.is_initialized():
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
@@ -127,9 +132,17 @@ def is_first():
     return jax.process_index() == 0
 
 
+def _together(function, *args, **options):
+    """Calls a function of multihost_utils, which says ValueError when a process is lost."""
+    try:
+        return function(*args, **options)
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        raise UserError(f"{LOST} ({one_line(error)[:200]})") from None
+
+
 def barrier():
     """Waits until all processes are here."""
-    multihost_utils.sync_global_devices("barrier")
+    _together(multihost_utils.sync_global_devices, "barrier")
 
 
 @contextlib.contextmanager
@@ -144,7 +157,7 @@ def first_goes_first():
 
 def of_first(number):
     """What the first process says, int, in all of them."""
-    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+    return int(_together(multihost_utils.broadcast_one_to_all, np.int32(number)))
 
 
 _largest = pmap(lambda x: jax.lax.pmax(x, AXIS), out_axes=None)
@@ -170,11 +183,13 @@ def check_batch_size(field, batch_size, parts=1):
 
 
 def memory_of_a_device():
-    """How many bytes it has in all; on a CPU, where they share, its part of what is free."""
+    """How many bytes it has in all; on a CPU, where they share, its part of what is free; 0 if it
+    does not say."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return psutil.virtual_memory().available // jax.local_device_count()
-    return device.memory_stats()["bytes_limit"]
+    stats = device.memory_stats()
+    return stats["bytes_limit"] if stats and "bytes_limit" in stats else 0
 
 
 def replicated(devices=None):
@@ -243,8 +258,9 @@ def merge(tree):
     def one(array):
         array = np.asarray(array)
         array = array.reshape(-1, *array.shape[2:])
-        several = jax.process_count() > 1
-        return multihost_utils.process_allgather(array, tiled=True) if several else array
+        if jax.process_count() == 1:
+            return array
+        return _together(multihost_utils.process_allgather, array, tiled=True)
 
     return jax.tree.map(one, tree)
 

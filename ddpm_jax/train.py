@@ -289,7 +289,8 @@ def train(config, workdir):
         describe(config, state, schedule, source, eval_source)
         step_fn = make_train_step(config, model, schedule, optimizer)
         if first < config.train.num_steps:
-            (workdir / "report.html").unlink(missing_ok=True)  # it will be out of date
+            if parallel.is_first():
+                (workdir / "report.html").unlink(missing_ok=True)  # it will be out of date
             describe_memory(step_fn, state, source, config.train.batch_size)
 
         eval_loss = make_eval_loss(config, model, schedule, eval_source)
@@ -409,8 +410,8 @@ def count_skipped(pending, step, skipped, most):
         if skipped > most:
             raise UserError(
                 f"loss={values['loss']:g}, gradient norm={values['grad_norm']:g}: not finite at "
-                f"step {number}, and optim.max_skipped={most} before it; the newest checkpoint is "
-                "from before; a smaller optim.learning_rate may help"
+                f"step {number}, and optim.max_skipped={most} before it; the newest checkpoint has "
+                "the parameters from before; a smaller optim.learning_rate may help"
             )
     return skipped
 
@@ -475,10 +476,16 @@ def describe_memory(step_fn, state, source, batch_size):
     kept = memory.argument_size_in_bytes
     needed = kept + memory.temp_size_in_bytes
     needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    there, text = parallel.memory_of_a_device(), "compiled in %.1f s; memory: %s a device of %s"
-    sizes = (f"{size / 2**30:.2f} GiB" for size in (needed, there, kept))
-    log.info(f"{text}, %s of it parameters, optimizer and data", seconds, *sizes)
-    if needed > there:
+    there = parallel.memory_of_a_device()
+    needed_gib, kept_gib, there_gib = (f"{n / 2**30:.2f} GiB" for n in (needed, kept, there))
+    log.info(
+        "compiled in %.1f s; memory: %s a device%s, %s of it parameters, optimizer and data",
+        seconds,
+        needed_gib,
+        f" of {there_gib}" if there else "",
+        kept_gib,
+    )
+    if 0 < there < needed:
         log.warning(
             "this does not fit: use a smaller train.batch_size or a larger optim.accumulate (less "
             "of the batch at a time), model.remat=true, or more devices"

@@ -12,6 +12,7 @@ runs/cifar10/
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -23,7 +24,9 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from ddpm_jax import parallel
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import UserError, one_line
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -47,32 +50,45 @@ def atomic_write(path):
 
 
 @contextlib.contextmanager
-def lock(workdir, purpose):
-    """Keeps other programs from doing the same in a run's folder, as long as this one lives.
+def lock(folder, purpose, waits=False):
+    """Keeps other programs from doing the same in a folder, as long as this one lives.
 
     Args:
-      workdir: the run's folder.
+      folder: where.
       purpose: names the file, .<purpose>.lock.
+      waits: whether to wait for another program rather than to raise.
 
     Raises:
-      UserError: if another program is at it.
+      UserError: if another program is at it, or the folder cannot be written.
     """
+    path, holder = pathlib.Path(folder) / f".{purpose}.lock", ""
     with contextlib.ExitStack() as stack:
-        holder = ""
         if parallel.is_first():
-            pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((pathlib.Path(workdir) / f".{purpose}.lock").open("a+"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it
-                file.truncate(0)
-                print(os.getpid(), "on", socket.gethostname(), file=file, flush=True)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
+            with named_errors("workdir", folder):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(path.open("a+"))
+            holder = _hold(file, waits)
         if parallel.of_first(holder != ""):
-            text = f"workdir={workdir}: another program is at work in it ({purpose})"
-            raise UserError(f"{text}; process {holder}" if holder else text)
+            raise UserError(f"{folder}: another program is at work in it ({purpose}){holder}")
         yield
+
+
+def _hold(file, waits):
+    """Locks an open file, until its process ends; returns who else has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = f"; process {file.read().strip() or 'unknown'}"
+        if not waits:
+            return holder
+        log.info("waiting for another program in %s%s", pathlib.Path(file.name).parent, holder)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:  # not every network's file system can
+        log.warning("%s cannot be locked (%s)", file.name, error.strerror)
+    file.truncate(0)
+    print(os.getpid(), "on", socket.gethostname(), file=file, flush=True)
+    return ""
 
 
 def check_free(flag, folder):
@@ -123,13 +139,16 @@ def load_config(workdir):
       A locked ConfigDict, or None where there is no run yet.
 
     Raises:
-      UserError: if the file is not a JSON object.
+      UserError: if the file is not a JSON object, or holds what no config does.
     """
     path = pathlib.Path(workdir) / "config.json"
-    if not path.exists():
+    if not os.path.exists(path):  # no error for a long name
         return None
-    config = ml_collections.ConfigDict(_tuples(read_json(path)))
-    return config.lock()
+    fields = read_json(path)
+    try:
+        return ml_collections.ConfigDict(_tuples(fields)).lock()
+    except (AttributeError, RecursionError, ValueError) as error:
+        raise UserError(f"{path}: is not a config ({one_line(error)})") from None
 
 
 def read_json(path):
@@ -138,13 +157,21 @@ def read_json(path):
     Raises:
       UserError: if the file is something else.
     """
-    try:
-        fields = json.loads(path.read_text())
-    except (RecursionError, ValueError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+    fields = _parsed(path)
     if not isinstance(fields, dict):
         raise UserError(f"{path}: is not a JSON object")
     return fields
+
+
+def _parsed(path):
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path}: is not a file")
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{path}: not valid JSON ({one_line(error)})") from None
 
 
 def _tuples(value):
@@ -169,10 +196,10 @@ def save_label_names(names, workdir):
 def load_label_names(workdir):
     """The names in labels.json; none where the run knows no classes."""
     path = pathlib.Path(workdir) / "labels.json"
-    try:
-        return tuple(json.loads(path.read_text())) if path.exists() else ()
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+    names = _parsed(path) if path.exists() else []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: is not a list of names")
+    return tuple(names)
 
 
 def write_npz(path, **arrays):
@@ -189,11 +216,13 @@ def read_metrics(workdir):
 
 
 def _step_of(line):
-    """The step of a line of metrics.jsonl; infinite if it is not whole."""
+    """The step of a line of metrics.jsonl; infinite if it is not whole, or not of numbers."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        values = json.loads(line)
+    except (RecursionError, ValueError):
         return float("inf")
+    numbers = isinstance(values, dict) and all(isinstance(v, int | float) for v in values.values())
+    return values["step"] if numbers and "step" in values else float("inf")
 
 
 class Metrics:
@@ -208,7 +237,7 @@ class Metrics:
         path = pathlib.Path(workdir) / "metrics.jsonl" if first else pathlib.Path(os.devnull)
         if path.is_file():
             lines = path.read_text(errors="replace").splitlines(keepends=True)
-            kept = [line for line in lines if _step_of(line) <= step]
+            kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
             if len(kept) < len(lines):
                 with atomic_write(path) as temporary:
                     temporary.write_text("".join(kept))

@@ -105,7 +105,7 @@ def test_only_damaged_checkpoints(config, run):
         delete(run / "checkpoints" / step)
     before = sorted(p.name for p in (run / "checkpoints").iterdir())
     for use in (lambda: train.train(config, run), lambda: checkpoint.restore_params(config, run)):
-        with pytest.raises(UserError, match=r"all checkpoints are damaged \(4, 2\)"):
+        with pytest.raises(UserError, match="all checkpoints are damaged"):
             use()
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == before
 

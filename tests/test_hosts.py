@@ -149,6 +149,20 @@ def test_a_lost_process_ends_the_others(tmp_path, lost):
     assert code == 0 and f"resuming from the checkpoint of step {steps}" in text, text
 
 
+def test_a_lost_process_ends_sampling(tmp_path):
+    """Where the processes wait for each other's images, rather than for gradients."""
+    assert finish(*train(2), cwd=tmp_path)[0] == 0
+    many = ["--mode=sample", "--workdir=run", "--config.sample.num_samples=2000000"]
+    first, other = start_several(*many, cwd=tmp_path)
+    while "sampling 2000000 images" not in first.stderr.readline():
+        assert first.poll() is None
+    time.sleep(10)
+    other.kill()
+    code, text = result(first, 60)
+    assert code != 0 and "a process was lost, or cannot be reached; start all of them" in text, text
+    result(other)
+
+
 def test_a_signal_to_one_process_stops_all(tmp_path):
     """At the same step, and it is saved."""
     processes = start_several(*LONG, cwd=tmp_path)

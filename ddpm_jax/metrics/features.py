@@ -50,11 +50,10 @@ def collect(folder, count, size, rows_of, description):
       size: images at a time.
       rows_of: (first, last) to an array [last - first, …].
       description: for the progress bar.
-
-    Raises:
-      UserError: if another program is computing the same.
     """
-    with lock(folder, "rows"):
+    if parallel.of_first(sum(map(len, _files(folder).values())) >= count):
+        return
+    with lock(folder, "rows", waits=True):  # it may be computing just this
         there = _files(folder)
         if parallel.is_first():
             for path in set(folder.glob("rows_*.npy")) - there.keys():
