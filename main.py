@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, config_dict, config_flags
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from configs import default
@@ -46,6 +46,25 @@ MODES = ("train", "sample", *EDITS, "show", "evaluate", "compare", "import", "ex
 # Flags that some modes need, and the others do not take.
 NEEDED = {"weights": ("import", "export"), "images": tuple(EDITS), "mask": ("inpaint",)}
 DISTRIBUTED = ("train", "sample", "evaluate")  # what several processes can do together
+# What the code of a config file can raise.
+CODE_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    NameError,
+    OSError,
+    RuntimeError,
+    StopIteration,
+    SyntaxError,
+    SystemExit,
+    TypeError,
+    ValueError,
+    config_dict.RequiredValueError,
+)
 LOGGERS = ("main", "ddpm_jax")
 log = logging.getLogger("main")
 
@@ -105,7 +124,7 @@ def parse(argv):
     values = define_flags()
     try:
         _, *rest = values(argv, known_only=True)
-    except flags.Error as error:
+    except (flags.Error, UnicodeDecodeError) as error:  # the latter of a --flagfile
         raise UserError(one_line(error)) from None
     if values.helpshort:
         print(__doc__, values.get_help(include_special_flags=False), sep="\n")
@@ -166,12 +185,14 @@ def check_processes(values):
 
 
 def complete(config, origin):
-    """Returns a config if it has exactly the fields of configs/default.py."""
+    """Returns a config if it has exactly the fields of configs/default.py, of the same kinds."""
     fields, known = configs.flatten(config), configs.flatten(default.get_config())
     if missing := known.keys() - fields.keys():
         raise UserError(f"{origin}: lacks {', '.join(sorted(missing))}; see configs/default.py")
     if unknown := fields.keys() - known.keys():
         raise UserError(f"{origin}: has unknown fields {', '.join(sorted(unknown))}")
+    for name, value in known.items():
+        configs.check_kind(f"{origin}: {name}", fields[name], type(value))
     return config
 
 
@@ -185,15 +206,29 @@ def saved_config(workdir):
 
 def load_config(path):
     """Runs get_config() of a config file."""
-    if not pathlib.Path(path).is_file():
+    if not os.path.isfile(path):  # no error for a long name
         raise UserError(f"--config={path}: no such file")
-    try:
+    with code_errors(path):
         names = runpy.run_path(path)
-        if "get_config" not in names:
-            raise UserError(f"--config={path}: defines no get_config()")
-        return names["get_config"]().lock()
-    except (AttributeError, ImportError, KeyError, NameError, SyntaxError, TypeError) as error:
-        raise UserError(f"--config={path}: {one_line(error)}") from None
+    if "get_config" not in names:
+        raise UserError(f"--config={path}: defines no get_config()")
+    with code_errors(path):
+        config = names["get_config"]()
+        if isinstance(config, ConfigDict):
+            repr(configs.flatten(config))  # what it refers to exists, and can be named in errors
+            return config.lock()
+    kind = type(config).__name__
+    raise UserError(f"--config={path}: get_config() returns no ConfigDict, but {kind}")
+
+
+@contextlib.contextmanager
+def code_errors(path):
+    """Turns what a config file's own code raises into a UserError."""
+    try:
+        yield
+    except CODE_ERRORS as error:
+        text = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"--config={path}: {text}") from None
 
 
 def override(config, arguments):
@@ -214,6 +249,8 @@ def override(config, arguments):
         values(argv)
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(one_line(error)) from None
+    except (MemoryError, RecursionError):  # of Python's own parser
+        raise UserError("--config: a value is nested too deeply") from None
     return values.config
 
 
@@ -272,6 +309,11 @@ def act(command, argv):
     return 0
 
 
+def printable(error):
+    """An error's text in one line: what is not printable, names of files may hold."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
+
+
 def main():
     """Runs, and turns what a user got wrong into one line and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
@@ -283,12 +325,12 @@ def main():
         with logging_redirect_tqdm():
             code = run(sys.argv)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         code = 2
     except OSError as error:
-        if not is_disk_full(error):
+        if not (is_disk_full(error) or error.filename):  # a path that the user has named
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         code = 2
     except jax.errors.JaxRuntimeError as error:
         if not (text := parallel.explanation(error)):

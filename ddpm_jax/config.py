@@ -1,7 +1,9 @@
 """What a config may say, and what a run may not change afterwards."""
 
 import math
+import os
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import diffusion, parallel, sampling, schedules
@@ -20,6 +22,30 @@ NOT_NEGATIVE = """
     evaluate.num_samples evaluate.bits_per_dim_images
 """.split()
 BELOW_ONE = ("model.dropout", "optim.ema_decay")  # in [0, 1)
+# The largest values, far beyond what is sensible; of whole numbers that are not here, what 32 bits
+# hold. They keep a slip of the finger from taking all memory.
+LARGEST = {
+    "seed": 2**32 - 1,
+    "data.image_size": 4096,
+    "data.num_classes": 1_000_000,
+    "diffusion.num_timesteps": 1_000_000,
+    "model.num_res_blocks": 64,
+    "train.batch_size": 2**20,
+    "train.eval_images": 10_000_000,
+    "sample.num_samples": 10_000_000,
+    "sample.batch_size": 2**20,
+    "sample.seed": 2**32 - 1,
+    "show.num_images": 1000,
+    "show.num_frames": 10_000,
+    "evaluate.num_samples": 10_000_000,
+    "evaluate.max_features": 1_000_000,
+    "evaluate.bits_per_dim_images": 10_000_000,
+}
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
+MOST_CHANNELS = 2**14  # of the widest level
+MOST_VALUES = 2**34  # of the images of a batch
+MOST_STEPS = 1_000_000  # of inpainting, with its repetitions
+SMALLEST_BETA = 1e-8  # with less, 1 - ᾱ would be rounding errors
 CHOICES = {
     "data.resize": ("crop", "squash"),
     "data.channels": (1, 3, 4),
@@ -32,6 +58,13 @@ CHOICES = {
     "sample.sampler": sampling.SAMPLERS,
     "sample.spacing": tuple(schedules.SPACINGS),
     "evaluate.resize": ("tf1", "torch"),
+}
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    tuple: "whole numbers in brackets",
 }
 # What a run may not change later: to go on training, its data, noise and network; to be used
 # otherwise, its network and chain.
@@ -77,6 +110,18 @@ def flatten(config):
     return flat
 
 
+def check_kind(name, value, kind):
+    """Raises a UserError unless a value is of a field's kind, one of KINDS."""
+    fits = isinstance(value, kind)
+    if kind is int:
+        fits = _is_whole(value)
+    elif kind is float:
+        fits = fits or _is_whole(value)
+    elif kind is tuple:
+        fits = fits and all(map(_is_whole, value))
+    _require(fits, name, value, f"must be {KINDS[kind]}")
+
+
 def with_added(config, defaults):
     """The config of a run, with the fields that are newer than the run.
 
@@ -120,8 +165,10 @@ def check(config, mode="train"):
         _require(fields[name] in choices, name, fields[name], allowed)
     for name in ("train.label_dropout", "sample.eta"):
         _require(0 <= fields[name] <= 1, name, fields[name], "must lie in [0, 1]")
-    for name in ("seed", "sample.seed"):
-        _require(fields[name] < 2**32, name, fields[name], "must be below 2**32")
+    _check_sizes(fields)
+    for name in ("diffusion.beta_start", "diffusion.beta_end"):
+        allowed = f"must lie in [{SMALLEST_BETA:g}, 1)"
+        _require(SMALLEST_BETA <= fields[name] < 1, name, fields[name], allowed)
     schedules.from_config(config.diffusion)
     _check_model(config.model, config.data.image_size)
     _check_task(config, mode)
@@ -136,9 +183,27 @@ def check(config, mode="train"):
     if mode == "evaluate" and count:
         name, allowed = "data.channels", "Inception takes 1 or 3 (or evaluate.num_samples=0)"
         _require(config.data.channels != 4, name, 4, allowed)
+    name, folder = "evaluate.cache_dir", config.evaluate.cache_dir
+    known = not os.path.expanduser(folder).startswith("~")
+    _require(known, name, folder, "the folder of a user who is not known")
     for name, value in batch_sizes(config, mode).items():
+        most = MOST_VALUES // math.prod(image_shape(config))
+        _require(value <= most, name, value, f"must be at most {most} for images of this size")
         parts = config.optim.accumulate if name == "train.batch_size" else 1
         parallel.check_batch_size(name, value, parts)
+
+
+def _check_sizes(fields):
+    """Numbers must not be larger than can be computed with."""
+    for name, value in fields.items():
+        if isinstance(value, float):
+            allowed = f"must be a finite number, at most {LARGEST_FLOAT:.2g}"
+            _require(abs(value) <= LARGEST_FLOAT, name, value, allowed)
+        elif not isinstance(value, bool | str):
+            most = LARGEST.get(name, 2**31 - 1)
+            kind = "whole numbers, " if isinstance(value, tuple) else ""
+            fits = _all(lambda v, most=most: v <= most, value)
+            _require(fits, name, value, f"must be {kind}at most {most}")
 
 
 def _check_model(model, image_size):
@@ -147,8 +212,12 @@ def _check_model(model, image_size):
     fits = model.channels % model.norm_groups == 0 and model.channels % 2 == 0
     _require(fits and model.channels >= 4, "model.channels", model.channels, allowed)
     _require(len(image_size) == 2, "data.image_size", image_size, "must be (height, width)")
-    levels = len(model.channel_mults)
-    _require(levels > 0, "model.channel_mults", model.channel_mults, "needs at least one level")
+    name, mults = "model.channel_mults", model.channel_mults
+    levels, most = len(mults), LARGEST["data.image_size"].bit_length()
+    _require(0 < levels <= most, name, mults, f"needs at least one level, and at most {most}")
+    widest = model.channels * max(mults)
+    allowed = f"makes {widest} channels of model.channels={model.channels}, of {MOST_CHANNELS}"
+    _require(widest <= MOST_CHANNELS, name, mults, f"{allowed} at most")
     factor = 2 ** (levels - 1)
     allowed = f"must be multiples of {factor} (model.channel_mults has {levels} levels)"
     _require(_all(lambda v: v % factor == 0, image_size), "data.image_size", image_size, allowed)
@@ -182,6 +251,9 @@ def _check_sampling(config, mode):
     allowed = f"a learned variance is one of all {total} steps; use sample.sampler='ddim' for fewer"
     fits = not learned or sample.num_steps in (0, total)
     _require(fits, "sample.num_steps", sample.num_steps, allowed)
+    steps, name, repeats = sample.num_steps or total, "sample.resamplings", sample.resamplings
+    allowed = f"must be at most {MOST_STEPS // steps}, for {steps} steps"
+    _require(steps * repeats <= MOST_STEPS, name, repeats, allowed)
     name, ts = "show.timesteps", config.show.timesteps
     _require(_all(lambda v: 0 <= v < total, ts), name, ts, f"must be whole numbers below {total}")
     allowed = f"must be from 0 to {total - 1}, or -1 for T / 2"
@@ -198,8 +270,13 @@ def _check_sampling(config, mode):
 def _all(predicate, value):
     """Whether a number, or every one of a tuple of whole numbers, satisfies the predicate."""
     if isinstance(value, tuple):
-        return all(isinstance(v, int) and predicate(v) for v in value)
-    return math.isfinite(value) and predicate(value)
+        return all(_is_whole(v) and predicate(v) for v in value)
+    return abs(value) < math.inf and predicate(value)
+
+
+def _is_whole(value):
+    """Whether a value is an int of 64 bits."""
+    return type(value) is int and abs(value) < 2**63
 
 
 def _require(condition, name, value, allowed):

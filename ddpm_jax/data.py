@@ -7,7 +7,10 @@ config asks for. What fits in memory is read once; the rest is read at random as
 import functools
 import io
 import logging
+import os
 import pathlib
+import struct
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -26,6 +29,26 @@ log = logging.getLogger(__name__)
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # PIL's, by number of channels
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+# An image of more pixels is refused when its header has been read, before they are decoded.
+MAX_PIXELS = 100_000_000
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+# PIL warns of metadata that it cannot read, which we do not need.
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+# What it raises for a file that is damaged, too large, or no image.
+IMAGE_ERRORS = (
+    ArithmeticError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
 DOWNLOAD_ERRORS = (
     tfds.download.DownloadError,
     download_manager.NonMatchingChecksumError,
@@ -178,7 +201,7 @@ def _open_digits(data, split):
 
 def _open_folder(data, split):
     """Every image file below `data.path`; one split, "train". Its folders are the classes."""
-    paths = _readable(data.path, data.skip_unreadable)
+    paths = _readable(data.path, data.skip_unreadable, MODES[data.channels])
     labels, names = None, ()
     if data.num_classes:
         below = [path.relative_to(data.path).parts for path in paths]
@@ -197,12 +220,22 @@ def _open_folder(data, split):
     return _decoding_source(data, len(paths), examples, names)
 
 
+def image_files(folder):
+    """The files below a folder whose names say that they are images, sorted.
+
+    Folders of such names are none; nor are pipes, which would be waited for.
+    """
+    found = (p for p in pathlib.Path(folder).rglob("*") if p.suffix.lower() in EXTENSIONS)
+    return sorted(p for p in found if p.is_file() or not p.exists())  # a link that leads nowhere
+
+
 @functools.lru_cache(maxsize=1)  # both splits of a run are of one folder
-def _readable(folder, skip_unreadable):
-    """The images below a folder, sorted; those that do not decode are named, or left out."""
-    if not folder or not pathlib.Path(folder).is_dir():
+def _readable(folder, skip_unreadable, mode):
+    """The images below a folder, sorted; those that do not become images of this mode are named,
+    or left out."""
+    if not os.path.isdir(folder):  # no error for a long name
         raise UserError(f"data.path={folder!r}: is not a folder")
-    paths = sorted(p for p in pathlib.Path(folder).rglob("*") if p.suffix.lower() in EXTENSIONS)
+    paths = image_files(folder)
     if not paths:
         raise UserError(f"data.path={folder!r}: holds no {', '.join(sorted(EXTENSIONS))}")
 
@@ -210,9 +243,10 @@ def _readable(folder, skip_unreadable):
         try:
             with Image.open(path) as image:
                 image.draft("L", (1, 1))  # JPEGs are read whole, but at an eighth of the size
-                image.load()
+                ImageOps.exif_transpose(image, in_place=True)
+                image.crop((0, 0, 1, 1)).convert(mode)
                 return image.mode not in ("I", "F")  # of no known range
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        except IMAGE_ERRORS:
             return False
 
     with ThreadPoolExecutor() as pool:

@@ -4,10 +4,18 @@ Each is a task of generate.make_sampler: where the reverse process starts, what 
 steps are taken. Images and masks come from files of exactly the model's size and channels.
 """
 
+import contextlib
 import hashlib
 import logging
+import lzma
+import math
+import os
 import pathlib
+import struct
+import tokenize
+import warnings
 import zipfile
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +30,23 @@ from ddpm_jax.errors import UserError, one_line
 log = logging.getLogger(__name__)
 
 WEIGHTS = np.linspace(0, 1, 11)  # λ of the paper's figure 8, and both ends
+MOST_BYTES = 2**31  # of the images of an .npz file
+# What reading an array from an archive raises that is damaged, or of another kind.
+ARCHIVE_ERRORS = (
+    ArithmeticError,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    UserWarning,
+    ValueError,
+    lzma.LZMAError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def start_index(config, chain):
@@ -231,10 +256,11 @@ def read_images(config, paths):
     found = []
     for path in map(pathlib.Path, paths):
         if path.suffix == ".npz":
-            found += [(path, image) for image in _arrays(path)]
+            found += [(path, image) for image in _arrays(path, configs.image_shape(config))]
             continue
-        inside = [p for p in path.rglob("*") if p.suffix.lower() in data.EXTENSIONS]
-        found += [(p, _pixels(p)) for p in (sorted(inside) if path.is_dir() else [path])]
+        is_folder = os.path.isdir(path)  # no error for a long name
+        files = data.image_files(path) if is_folder else [path]
+        found += [(p, _pixels(p)) for p in files]
     if not found:
         raise UserError(f"--images={','.join(map(str, paths))}: holds no images")
     for path, image in found:
@@ -253,24 +279,55 @@ def read_mask(config, path, count):
     return np.broadcast_to(mask < 128, (count, *mask.shape))
 
 
-def _arrays(path):
+def _arrays(path, wanted):
+    """`images` of an .npz file, uint8 [N, *wanted]; read only if their header says that they are.
+
+    Nothing is unpickled, and what else the archive holds is not looked at.
+    """
+    with _images_of(path) as (file, size):
+        shape, dtype = _header(file)
+    if dtype != np.uint8 or len(shape) < 4:
+        raise UserError(f"--images={path}: `images` is {dtype} {shape}, not uint8 [N, H, W, C]")
+    _check_shape("images", path, shape[-3:], wanted)
+    if math.prod(shape) > min(size, MOST_BYTES):
+        text = f"`images` claims to be {shape} in {size} bytes; {MOST_BYTES} are allowed"
+        raise UserError(f"--images={path}: {text}")
+    with _images_of(path) as (file, _):
+        return np.lib.format.read_array(file).reshape(-1, *wanted)
+
+
+@contextlib.contextmanager
+def _images_of(path):
+    """Opens `images` in an .npz file: (the file of it, its size)."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise UserError(f"--images={path}: no such file")
     try:
-        with open(path, "rb") as file, np.load(file) as arrays:
-            array = arrays["images"]
-    except (OSError, EOFError, TypeError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
+            warnings.simplefilter("error", UserWarning)  # of headers that Python 2 wrote
+            member = archive.getinfo("images.npy")
+            with archive.open(member) as file:
+                yield file, member.file_size
+    except ARCHIVE_ERRORS as error:
         raise UserError(f"--images={path}: {one_line(error)}") from None
-    if array.dtype != np.uint8 or array.ndim < 4:
-        raise UserError(f"--images={path}: `images` is {array.dtype} {array.shape}, not uint8")
-    return array.reshape(-1, *array.shape[-3:])
+
+
+def _header(file):
+    """(shape, dtype) of an .npy file."""
+    if np.lib.format.read_magic(file) != (1, 0):  # later ones have headers of any length
+        raise ValueError("must be of version 1.0 of the .npy format")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    return shape, dtype
 
 
 def _pixels(path, flag="images", mode=None):
     """uint8 [H, W, C] of an image file, as it is stored or in one of PIL's modes."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise UserError(f"--{flag}={path}: cannot be read (no such file)")
     try:
         with Image.open(path) as image:
             mode = mode or image.mode
             array = np.asarray(image.convert(mode))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except data.IMAGE_ERRORS as error:
         raise UserError(f"--{flag}={path}: cannot be read ({one_line(error)})") from None
     if mode not in data.MODES.values():
         raise UserError(f"--{flag}={path}: is of mode {mode}; use {', '.join(data.MODES.values())}")

@@ -11,6 +11,7 @@ Its tensors are laid out as PyTorch's: convolutions [out, in, height, width], de
 
 import json
 import logging
+import os
 import pathlib
 import re
 
@@ -293,6 +294,8 @@ def _check_network(fields, origin):
     choices = configs.CHOICES["data.channels"]
     require(channels in choices, "in_channels", f"choose from {', '.join(map(str, choices))}")
     require(fields["out_channels"] == channels, "out_channels", f"must be in_channels={channels}")
+    flips = isinstance(fields["flip_sin_to_cos"], bool)
+    require(flips, "flip_sin_to_cos", "must be true or false")
     dropout = fields["dropout"]
     fits = isinstance(dropout, float | int) and 0 <= dropout < 1
     require(fits, "dropout", "must lie in [0, 1)")
@@ -375,7 +378,7 @@ def _schedule_of(betas, steps, start, end):
     """The name of the schedule that has these β's, or None."""
     try:
         betas = np.asarray(betas, np.float64)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         return None
     for name in SCHEDULES.values():
         ours = schedules.SCHEDULES[name](steps, start, end)
@@ -571,7 +574,7 @@ def _new_name(name):
 
 def _open(path):
     """Opens a .safetensors file; a pickle is never read."""
-    if not path.exists():
+    if not path.is_file():
         pickle = path.with_suffix(".bin")
         if pickle.exists():
             folder = str(path.parent)
@@ -589,7 +592,7 @@ def _open(path):
 def _check_pipeline(folder):
     """Raises a UserError for a pipeline with more parts than a network and a scheduler."""
     index = folder / "model_index.json"
-    if index.is_file():
+    if os.path.isfile(index):
         parts = {name for name in run_files.read_json(index) if not name.startswith("_")}
         if parts - {"unet", "scheduler"}:
             others = ", ".join(sorted(parts - {"unet", "scheduler"}))
@@ -601,7 +604,8 @@ def _find(folder, part, name):
     places = [folder / part, folder]
     if folder.absolute().name == "unet":
         places.append(folder.absolute().parent / part)
-    return next((place / name for place in places if (place / name).is_file()), None)
+    paths = (place / name for place in places)
+    return next((path for path in paths if os.path.isfile(path)), None)  # no error for a long name
 
 
 def _json(value):
