@@ -322,6 +322,7 @@ def test_overrides_of_a_config(arguments):
         attempt(*train_arguments(), *arguments)
 
 
+@pytest.mark.slow
 @thrown("overrides of a run")
 @given(mode=st.sampled_from(["sample", "show", "evaluate", "export", *main.EDITS]), given=st.data())
 def test_overrides_of_a_run(a_run, mode, given):
@@ -460,6 +461,7 @@ def put(path, content):
         path.symlink_to({"loop": path.name, "dangling": "nothing", "above": ".."}[content])
 
 
+@pytest.mark.slow
 @thrown("folders of images")
 @given(
     files=st.dictionaries(NAMES, CONTENTS, max_size=4),
@@ -496,6 +498,7 @@ def test_images(a_run, name, content, mode, whole):
 # Weights.
 
 
+@pytest.mark.slow
 @thrown("safetensors")
 @given(given=st.data())
 def test_safetensors(given):
@@ -511,6 +514,7 @@ def test_safetensors(given):
         attempt("--mode=import", f"--weights={FIXTURES.name}", "--workdir=run")
 
 
+@pytest.mark.slow
 @thrown("configs of diffusers")
 @given(given=st.data())
 def test_configs_of_diffusers(given):

@@ -57,7 +57,11 @@ def test_initialisation_scales():
 
 @pytest.mark.parametrize(
     "channels, size, dtype",
-    [(1, (8, 8), "bfloat16"), (3, (8, 16), "float32"), (4, (16, 8), "float32")],
+    [
+        (1, (8, 8), "bfloat16"),
+        (3, (8, 16), "float32"),
+        pytest.param(4, (16, 8), "float32", marks=pytest.mark.slow),
+    ],
 )
 def test_images_of_all_kinds(channels, size, dtype):
     model = unet.UNet(**TINY, dtype=jnp.dtype(dtype))
@@ -88,6 +92,7 @@ def test_upsampling_is_nearest():
     np.testing.assert_array_equal(unet.upsample(x)[0, :, :, 0], expected)
 
 
+@pytest.mark.slow
 def test_every_input_reaches_the_output():
     """Both the image and the time, and every parameter but what softmax cancels."""
     model = unet.UNet(**TINY)
