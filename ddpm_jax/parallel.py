@@ -88,6 +88,7 @@ def connected(coordinator=None, num_processes=None, process_id=None):
     witness = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, text=True)
     try:
         _initialize(coordinator, num_processes, process_id)
+        barrier()  # Gloo connects at the first meeting, and then waits for 30 seconds only
         yield
     except Exception:
         atexit.register(os._exit, 1)  # JAX's own way out would wait for the others

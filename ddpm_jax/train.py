@@ -473,6 +473,7 @@ def describe_memory(step_fn, state, source, batch_size):
         state, parallel.split(batch)
     ).compile()  # it is kept for the first step
     seconds, memory = time.monotonic() - start, compiled.memory_analysis()
+    parallel.barrier()  # the first step connects all devices, for which they wait for 30 seconds
     kept = memory.argument_size_in_bytes
     needed = kept + memory.temp_size_in_bytes
     needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
