@@ -158,7 +158,7 @@ def parse(argv):
         workdir,
         values.weights,
         images=tuple(values.images),
-        mask=values.mask,
+        mask=values.mask or None,
         processes=processes,
     )
 
