@@ -130,7 +130,7 @@ def restore_params(config, workdir):
       (step, params), the parameters on all devices.
 
     Raises:
-      UserError: if there is no such checkpoint.
+      UserError: if there is no such checkpoint, or it is of another network.
     """
     step = _newest_whole(_folder(workdir))
     if step is None:
@@ -139,6 +139,15 @@ def restore_params(config, workdir):
     here = parallel.replicated(jax.devices())  # those they were saved from may not exist
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=here), params)
     name = "ema_params" if config.sample.use_ema and step > 0 else "params"
+    # Orbax would say so at length, from several threads.
+    stored = ocp.StandardCheckpointer().metadata(_folder(workdir) / str(step) / name)
+    there, wanted = (
+        jax.tree.map(lambda array: array.shape, tree)
+        for tree in (stored.item_metadata.tree, params)
+    )
+    if there != wanted:
+        text = "its config.json describes another network than its checkpoint holds"
+        raise UserError(f"workdir={workdir}: {text}")
     with ocp.CheckpointManager(_folder(workdir), item_names=ITEMS) as manager:
         return step, _restore(manager, step, {name: params})[name]
 

@@ -29,6 +29,8 @@ LARGEST = {
     "data.image_size": 4096,
     "data.num_classes": 1_000_000,
     "diffusion.num_timesteps": 1_000_000,
+    "model.channels": 2**14,
+    "model.channel_mults": 2**14,
     "model.num_res_blocks": 64,
     "train.batch_size": 2**20,
     "train.eval_images": 10_000_000,
@@ -42,7 +44,6 @@ LARGEST = {
     "evaluate.bits_per_dim_images": 10_000_000,
 }
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
-MOST_CHANNELS = 2**14  # of the widest level
 MOST_VALUES = 2**34  # of the images of a batch
 MOST_STEPS = 1_000_000  # of inpainting, with its repetitions
 SMALLEST_BETA = 1e-8  # with less, 1 - ᾱ would be rounding errors
@@ -216,8 +217,9 @@ def _check_model(model, image_size):
     levels, most = len(mults), LARGEST["data.image_size"].bit_length()
     _require(0 < levels <= most, name, mults, f"needs at least one level, and at most {most}")
     widest = model.channels * max(mults)
-    allowed = f"makes {widest} channels of model.channels={model.channels}, of {MOST_CHANNELS}"
-    _require(widest <= MOST_CHANNELS, name, mults, f"{allowed} at most")
+    most = LARGEST["model.channels"]
+    allowed = f"makes {widest} channels of model.channels={model.channels}, of {most} at most"
+    _require(widest <= most, name, mults, allowed)
     factor = 2 ** (levels - 1)
     allowed = f"must be multiples of {factor} (model.channel_mults has {levels} levels)"
     _require(_all(lambda v: v % factor == 0, image_size), "data.image_size", image_size, allowed)

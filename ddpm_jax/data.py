@@ -4,6 +4,7 @@ A `Source` is a split of a dataset whose images are already of the size and chan
 config asks for. What fits in memory is read once; the rest is read at random as it is needed.
 """
 
+import contextlib
 import functools
 import io
 import logging
@@ -296,7 +297,8 @@ def _builder(data):
     """TFDS's builder of a dataset of images."""
     data_dir = data.data_dir or None
     try:
-        builder = tfds.builder(data.name, data_dir=data_dir, file_format="array_record")
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it cannot import
+            builder = tfds.builder(data.name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
         known = "digits, folder, or a TFDS name such as mnist, cifar10, tf_flowers, celeb_a"
         raise UserError(f"data.name={data.name!r}: unknown dataset; use {known}") from None

@@ -283,9 +283,13 @@ def load_classifier(config):
         return None
     field = f"sample.classifier={workdir!r}"
     saved = run_files.load_config(workdir)
-    if saved is None or "kind" not in saved.model or saved.model.kind != "classifier":
+    mine, its = configs.flatten(config), configs.ADDED | configs.flatten(saved or {})
+    if its["model.kind"] != "classifier":
         raise UserError(f"{field}: holds no classifier (model.kind='classifier')")
-    mine, its = configs.flatten(config), configs.flatten(saved)
+    for name in (name for name in mine if name.startswith(configs.IDENTITY["use"])):
+        if name not in its:
+            raise UserError(f"{field}: its config.json lacks {name}")
+        configs.check_kind(f"{field}: its {name}", its[name], type(mine[name]))
     chain = ("schedule", "num_timesteps", "beta_start", "beta_end")
     for name in ("data.image_size", "data.channels", *(f"diffusion.{name}" for name in chain)):
         if mine[name] != its[name]:

@@ -81,15 +81,17 @@ def show(config, workdir, source=None):
     """
     workdir = pathlib.Path(workdir)
     folder = workdir / "show"
-    draw_schedule(folder / "schedule.png", schedules.from_config(config.diffusion))
     step = checkpoint.latest_step(workdir)
-    if config.data.name:  # an imported run may have none
+    if config.data.name and source is None:  # an imported run may have none
         try:
-            draw_data(config, folder, source or data.open_source(config.data))
+            source = data.open_source(config.data)
         except UserError as error:
             if step is None:  # else there is more to show
                 raise
             log.warning("without the data: %s", error)
+    draw_schedule(folder / "schedule.png", schedules.from_config(config.diffusion))
+    if source is not None:
+        draw_data(config, folder, source)
     if step is not None and config.model.kind == "unet":
         draw_reverse(config, workdir, folder)
     lines = run_files.read_metrics(workdir)

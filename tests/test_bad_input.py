@@ -151,12 +151,14 @@ def a_run(tmp_path_factory):
 
 @contextlib.contextmanager
 def place(*copied):
-    """Yields a new folder with copies of these, and goes there."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        for source in copied:
-            copy = shutil.copytree if source.is_dir() else shutil.copy
-            copy(source, source.name)
-        yield pathlib.Path(folder)
+    """Yields a new folder, two below one of its own, with copies of these; and goes there."""
+    with tempfile.TemporaryDirectory() as top:
+        folder = pathlib.Path(top) / "in" / "here"
+        folder.mkdir(parents=True)
+        with contextlib.chdir(folder):
+            for source in copied:
+                shutil.copytree(source, source.name)
+            yield folder
 
 
 def snapshot(folder):
@@ -192,11 +194,8 @@ def limits():
 
 
 def attempt(*arguments):
-    """Runs main.py with these arguments: 2 if it refused them, as it should, and 0 if it did not.
-
-    All files are expected below the current folder.
-    """
-    before, out, err = snapshot("."), io.StringIO(), io.StringIO()
+    """Runs main.py with these arguments, in a `place`: its error, or nothing where it works."""
+    before, out, err = snapshot("../.."), io.StringIO(), io.StringIO()
     argv = unittest.mock.patch.object(sys, "argv", ["main.py", *map(str, arguments)])
     with limits(), argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -206,13 +205,13 @@ def attempt(*arguments):
         except Enough:
             code = 0
     assert code in (0, 2), err.getvalue()
-    if code == 2:
-        assert not out.getvalue(), out.getvalue()
-        asked_for = re.compile(r"data\.path=.* \(skipped\)\n", re.DOTALL)
-        said = asked_for.sub("", err.getvalue())
-        assert len(said.splitlines()) == 1 and said.startswith("error: "), said
-        assert snapshot(".") == before
-    return code
+    if code == 0:
+        return ""
+    # What data.skip_unreadable asks for may come before.
+    said = re.sub(r"data\.path=.* \(skipped\)\n", "", err.getvalue(), flags=re.DOTALL)
+    assert len(said.splitlines()) == 1 and said.startswith("error: "), said
+    assert not out.getvalue() and snapshot("../..") == before
+    return said
 
 
 # Strategies.
@@ -313,6 +312,28 @@ def train_arguments():
         Image.new("L", (8, 8)).save(pictures / f"{name}.png")
     folder = ("name=folder", f"path={pictures}", "split=train", "eval_split=train")
     return [DIGITS, *TINY, *(f"--config.data.{field}" for field in folder)]
+
+
+def test_numbers_beyond_all_bounds():
+    """In every field that holds numbers; the error names it."""
+    whole = (2**32, 10**30, -(10**30))
+    kinds = {int: whole, float: ("nan", "inf", "-inf", "1e39", "1e300")}
+    kinds[tuple] = [f"({n},{n})" for n in whole]
+    absurd = [(name, n) for name, value in FIELDS.items() for n in kinds.get(type(value), ())]
+    absurd += [
+        ("data.image_size", "(100000,100000)"),
+        ("diffusion.num_timesteps", 10**9),
+        ("model.channels", 10**9),
+        ("model.channel_mults", (1,) * 5000),
+        ("model.channel_mults", "(1,1000000)"),
+        ("model.num_res_blocks", 10**6),
+        ("train.batch_size", 10**9),
+        ("sample.batch_size", 10**9),
+    ]
+    with place():
+        arguments = train_arguments()
+        for name, value in absurd:
+            assert f"error: {name}=" in attempt(*arguments, f"--config.{name}={value}"), value
 
 
 @thrown("overrides of a config")
@@ -616,6 +637,7 @@ def test_arrays(a_run, content, mode, as_mask):
         mask = ["--mask=" + ("a.npz" if as_mask else "mask.png")] if mode == "inpaint" else []
         attempt(f"--mode={mode}", "--workdir=run", "--images=a.npz", *mask)
         assert not (folder / "unpickled").exists()
+        assert os.listdir("../..") == ["in"] and os.listdir("..") == ["here"]
 
 
 # Flags.

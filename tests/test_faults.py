@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from programs import DIGITS, ROOT, TINY, finish, start
 
+import main
 from ddpm_jax import checkpoint, data, diffusion, generate, train
 from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError
@@ -156,20 +157,22 @@ def test_half_a_line_of_metrics_is_mended(config, run):
 # Two programs in one folder.
 
 
-def test_a_second_program_is_refused(config, tmp_path):
+def test_a_second_program_is_refused(tmp_path):
     """By a lock that is gone with its process, however that ends."""
-    arguments = [DIGITS, *TINY, "--workdir=run", "--config.train.num_steps=1000000"]
+    run, lock = tmp_path / "run", tmp_path / "run" / ".train.lock"
+    arguments = [DIGITS, *TINY, f"--workdir={run}", "--config.train.num_steps=1000000"]
     process = start(*arguments, cwd=tmp_path)
-    lock = tmp_path / "run" / ".train.lock"
-    while not (lock.exists() and lock.read_text()):
-        assert process.poll() is None
-    with pytest.raises(UserError, match=rf"at work in it \(train\); process {process.pid} on"):
-        train.train(config, tmp_path / "run")
-    process.kill()
-    process.communicate()
-    with run_files.lock(tmp_path / "run", "train"):
+    try:
+        while not (lock.exists() and lock.read_text()):
+            assert process.poll() is None
+        with pytest.raises(UserError, match=rf"at work in it \(train\); process {process.pid} on"):
+            main.run(["main.py", *arguments])
+    finally:
+        process.kill()
+        process.communicate()
+    with run_files.lock(run, "train"):
         assert lock.read_text().split()[0] == str(os.getpid())
-        with run_files.lock(tmp_path / "run", "rows"):
+        with run_files.lock(run, "rows"):
             pass
 
 
