@@ -6,11 +6,13 @@ Training with a checkpoint, a held-out loss and a grid of samples every 100 step
 evaluation of bits/dim. What is resident on the host, and in use on a device that says it; MB. It
 takes some two minutes. Exit code 1 if anything grew by more than 6 MB.
 
-glibc's malloc gets one arena. With one for each of the many threads that write checkpoints, as it
-is by default, it holds on to some 10 MB more, which are not in use.
+What glibc's malloc holds on to without use is not counted: it gets one arena rather than one for
+each of the many threads that write checkpoints, and hands back what is free before a reading.
 """
 
 import contextlib
+import ctypes
+import gc
 import io
 import logging
 import os
@@ -24,19 +26,26 @@ import psutil
 from configs import digits
 from ddpm_jax import evaluate, generate, parallel, progress, train
 
-FIRST, LAST, MOST = 200, 2000, 6
+FIRST, LAST, WINDOW, MOST = 200, 2000, 100, 6
 BATCH_SIZE, NUM_TIMESTEPS = 16, 20
 
 
 def memory():
     """(host, device) in MB; of a device that does not say, 0."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
     stats = jax.local_devices()[0].memory_stats() or {"bytes_in_use": 0}
     return psutil.Process().memory_info().rss / 1e6, stats["bytes_in_use"] / 1e6
 
 
 def watch(task, description, steps_a_unit):
-    """Runs a task, and returns memory at FIRST and LAST of the steps that its bar counts."""
-    found, original = {}, progress.bar
+    """Runs a task, and returns memory at FIRST and LAST of the steps that its bar counts.
+
+    Each is the least of what is read at ten of the WINDOW steps before, so that a checkpoint that
+    is being written does not count.
+    """
+    found, original = {FIRST: [], LAST: []}, progress.bar
 
     def bar(total, desc, unit, **options):
         bar = original(total, desc, unit, **options)
@@ -44,10 +53,12 @@ def watch(task, description, steps_a_unit):
             update = bar.update
 
             def watched(n=1):
+                before, now = bar.n * steps_a_unit, (bar.n + n) * steps_a_unit
                 update(n)
-                for step in (FIRST, LAST):
-                    if step not in found and bar.n * steps_a_unit >= step:
-                        found[step] = memory()
+                for step, readings in found.items():
+                    window = step - WINDOW < now <= step
+                    if window and before // (WINDOW / 10) < now // (WINDOW / 10):
+                        readings.append(memory())
 
             bar.update = watched
         return bar
@@ -57,7 +68,7 @@ def watch(task, description, steps_a_unit):
         task()
     finally:
         progress.bar = original
-    return found[FIRST], found[LAST]
+    return [tuple(map(min, zip(*readings, strict=True))) for readings in found.values()]
 
 
 def small():
