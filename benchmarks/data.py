@@ -21,14 +21,14 @@ SECONDS = 5  # measured, for each row
 BATCH_SIZE = 128
 
 
-def rate(section):
+def rate(section, seconds=SECONDS):
     """Images a second, after the first two batches."""
     source = data.open_source(section)
     options = {"batch_size": BATCH_SIZE, "seed": 0, "first_step": 0, "random_flip": True}
     batches = data.batches(source, **options)
     next(batches), next(batches)
     count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < SECONDS:
+    while time.perf_counter() - start < seconds:
         count += len(next(batches).images)
     return count / (time.perf_counter() - start)
 
@@ -47,6 +47,13 @@ def write_images(folder, suffix, size):
         small = rng.integers(0, 255, (size // 8, size // 8, 3), np.uint8)
         image = Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC)
         image.save(pathlib.Path(folder) / f"{i}.{suffix}", quality=90)
+
+
+def images_from_memory(seconds):
+    """The rate of a folder of 32×32 images that is held in memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(folder, "png", 32)
+        return rate(section(name="folder", path=folder, image_size=(32, 32)), seconds)
 
 
 def main():

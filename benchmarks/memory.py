@@ -63,7 +63,7 @@ def run():
     parser.add_argument("--row", nargs=2, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
-        parallel.keep_remat()
+        parallel.prepare_cpu()
         config = main.load_config(options.config)
         config.train.batch_size = options.batch_size
         config.optim.accumulate, config.model.remat = options.row[0], bool(options.row[1])

@@ -1,5 +1,6 @@
 """The training state, and how an update changes it."""
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -84,9 +85,20 @@ def apply_gradients(state, grads, optimizer, ema_decay, applies=True):
 
     Where `applies` is false only the step counts.
     """
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_decay)
-    old = state.replace(step=state.step + 1)
-    new = TrainState(old.step, params, ema_params, opt_state)
-    return jax.tree.map(lambda new, old: jnp.where(applies, new, old), new, old)
+    step = state.step + 1
+
+    def apply(state, grads):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_decay)
+        return TrainState(step, params, ema_params, opt_state)
+
+    def keep(state, grads):
+        return state.replace(step=step)
+
+    # To choose between the two results nearly doubles the update's time on a CPU (60 and 110 ms,
+    # CIFAR-10's network); a branch would have a GPU wait for `applies`.
+    if jax.default_backend() == "cpu":
+        return jax.lax.cond(applies, apply, keep, state, grads)
+    choose = functools.partial(jnp.where, applies)
+    return jax.tree.map(choose, apply(state, grads), keep(state, grads))

@@ -12,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax import winograd
+
 ONE = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 # Ho's "zero" initialisation: not quite zero, so the first gradients are not either.
 NEAR_ZERO = nn.initializers.variance_scaling(1e-10, "fan_avg", "uniform")
@@ -19,9 +21,22 @@ NEAR_ZERO = nn.initializers.variance_scaling(1e-10, "fan_avg", "uniform")
 
 def conv3x3(features, dtype, name, kernel_init=ONE, strides=1):
     """A 3×3 convolution; SAME padding is (0, 1) for stride 2 on even sizes, as Ho's is."""
-    return nn.Conv(
-        features, (3, 3), strides=strides, kernel_init=kernel_init, dtype=dtype, name=name
-    )
+    options = {"kernel_init": kernel_init, "dtype": dtype, "name": name}
+    return nn.Conv(features, (3, 3), strides, conv_general_dilated=convolve, **options)
+
+
+def convolve(x, kernel, strides, padding, **options):
+    """lax.conv_general_dilated of a 3×3 kernel; on a CPU by Winograd's method where that is faster.
+
+    On 2 cores it takes CIFAR-10's network at batch 8 from 3.9 to 4.8 training images/s; with 64
+    channels it gains nothing, with 32 it loses a quarter.
+    """
+    _, height, width, _ = x.shape
+    tiles = strides == (1, 1) and min(height, width) >= 8 and height % 2 == width % 2 == 0
+    wide = min(kernel.shape[2:]) >= 128 and x.dtype == jnp.float32
+    if tiles and wide and jax.default_backend() == "cpu":
+        return winograd.conv3x3(x, kernel)
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
 
 def dense(features, dtype, name, kernel_init=ONE):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import unet
+from ddpm_jax import unet, winograd
 
 CIFAR10 = dict(channel_mults=(1, 2, 2, 2), num_res_blocks=2, attention_resolutions=(16,))
 TINY = dict(
@@ -39,6 +39,43 @@ def test_starts_near_zero():
     out = jax.jit(model.apply)({"params": init(model, x)}, x, jnp.arange(4))
     assert out.shape == x.shape
     assert 0 < float(jnp.abs(out).max()) < 1e-3
+
+
+def direct(x, kernel):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+
+
+def test_winograd_is_the_same_convolution():
+    """Values and gradients; within 1e-13 in float64, as exact arithmetic would be."""
+    with jax.enable_x64():
+        keys = jax.random.split(jax.random.key(0), 3)
+        x, kernel, dy = map(jax.random.normal, keys, ((2, 8, 6, 5), (3, 3, 5, 7), (2, 8, 6, 7)))
+        found, vjp = jax.vjp(winograd.conv3x3, x, kernel)
+        expected, expected_vjp = jax.vjp(direct, x, kernel)
+        np.testing.assert_allclose(found, expected, atol=1e-13)
+        for gradient, wanted in zip(vjp(dy), expected_vjp(dy), strict=True):
+            np.testing.assert_allclose(gradient, wanted, atol=1e-13)
+
+
+def test_wide_layers_are_as_exact_as_direct_ones(monkeypatch):
+    """In float32, against float64, with the error that a direct convolution has."""
+    x, kernel = (
+        jax.random.normal(jax.random.key(i), s)
+        for i, s in ((0, (2, 8, 8, 128)), (1, (3, 3, 128, 128)))
+    )
+    calls = []
+    monkeypatch.setattr(
+        winograd, "conv3x3", lambda *a, f=winograd.conv3x3: calls.append(1) or f(*a)
+    )
+    layer = unet.conv3x3(128, jnp.float32, "layer")
+    found = layer.apply({"params": {"kernel": kernel, "bias": jnp.zeros(128)}}, x)
+    assert calls
+    with jax.enable_x64():
+        exact = direct(x.astype(jnp.float64), kernel.astype(jnp.float64))
+        errors = [float(jnp.linalg.norm(y - exact)) for y in (found, direct(x, kernel))]
+        assert errors[0] < 1e-6 * float(jnp.linalg.norm(exact))
+        assert errors[0] < 4 * errors[1]
 
 
 def test_initialisation_scales():

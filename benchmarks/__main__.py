@@ -1,0 +1,228 @@
+"""This project beside what a user would install instead: in one run, on one machine.
+
+    pip install -r requirements-parity.txt
+    python -m benchmarks            # the headline: CIFAR-10's network; ten minutes on 2 cores
+    python -m benchmarks --full     # every cell; hours; what is measured already it keeps
+    python -m benchmarks --smoke    # one small cell of each kind, to see that all of it works
+
+A contestant is a process of its own, which warms up (compiles, runs twice) and waits. Then they
+take turns, in an order that is reversed every time; a row has the median of the rates, the lowest
+and the highest. What counts is the ratio to the fastest peer: rates differ between machines, and
+hours.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+import jax
+
+from benchmarks import contestants
+from benchmarks import data as pipeline
+from benchmarks.contestants import PEERS, Cell
+from ddpm_jax import progress
+
+MAIN = pathlib.Path(__file__).resolve().parent.parent / "main.py"
+HEADLINE = [
+    Cell("train", "cifar10", 8),
+    Cell("ancestral", "cifar10", 8, steps=5, chain=1000),
+]
+SMOKE = [Cell(task, "digits", 2, 2, 2, rounds=1) for task in ("forward", "train", "ddim")]
+SMOKE.append(Cell("ancestral", "digits", 2, 2, 2, 2, 1))
+
+
+def full_cells(on_gpu):
+    """Every cell."""
+    sizes = {"digits": 64, "mnist": 64, "cifar10": 128 if on_gpu else 8}
+    chains = {"digits": 200, "mnist": 1000, "cifar10": 1000}
+    most = {"digits": 512, "mnist": 512, "cifar10": 512 if on_gpu else 32}
+    cells = list(HEADLINE)
+    for network, size in sizes.items():
+        part = chains[network] if on_gpu or network == "digits" else 5
+        cells += [Cell(task, network, size) for task in ("forward", "train")]
+        cells.append(Cell("ancestral", network, size, part, chains[network]))
+        cells.append(Cell("ddim", network, size, min(part, 50), 50))
+        for power in range(10):
+            if 2**power <= most[network]:
+                cells.append(Cell("train", network, 2**power))
+                if power % 3 == 0:
+                    cells.append(Cell("ddim", network, 2**power, min(part, 50), 50))
+    if not on_gpu:
+        cells += [Cell("train", "mnist", 64, devices=devices) for devices in (1, 2, 4, 8)]
+    return list(dict.fromkeys(cells))
+
+
+def versions():
+    """What is installed of what is compared."""
+    found = {}
+    for name in ("jax", "torch", "diffusers"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def measure(cell, peers):
+    """{contestant: {rates, peak, warm}} of one cell, and the parameters of its network."""
+    names = ["ours", *(() if cell.devices else peers)]
+    context = multiprocessing.get_context("spawn")
+    pipes, processes, found, sizes = {}, [], {}, set()
+    try:
+        for name in names:
+            pipes[name], other = context.Pipe()
+            process = context.Process(target=contestants.serve, args=(other, name, cell))
+            process.start()
+            processes.append(process)
+            other.close()
+            parameters, warm = pipes[name].recv()
+            sizes.add(parameters)
+            found[name] = {"rates": [], "warm": warm}
+        if len(sizes) > 1:
+            raise AssertionError(f"{cell}: networks of {sizes} parameters")
+        for turn in range(cell.rounds):
+            for name in names if turn % 2 else names[::-1]:
+                time.sleep(0.5)  # the threads of the one before wait busily at first
+                pipes[name].send(True)
+                rate = cell.images_per_second(pipes[name].recv())
+                found[name]["rates"].append(rate)
+        for name in names:
+            pipes[name].send(False)
+            found[name]["peak"] = pipes[name].recv()
+    finally:
+        for process in processes:
+            process.join(10)
+            process.kill()  # PyTorch's compiler has started some that do not end
+    return {"parameters": sizes.pop(), "found": found}
+
+
+def seconds_to_first_step(cache):
+    """Seconds from the start of main.py until it has loaded its data and compiled the step."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(MAIN), f"--config={MAIN.parent}/configs/cifar10.py"]
+        command += [f"--workdir={folder}/run", "--config.data.name=digits"]
+        command += ["--config.data.split=train[:1500]", "--config.data.eval_split=train[1500:]"]
+        command += ["--config.train.batch_size=8"]
+        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+        start = time.perf_counter()
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stderr=pipe, env=environment, text=True) as process:
+            watch = threading.Timer(600, process.kill)
+            watch.start()
+            lines = []
+            for line in process.stderr:
+                lines.append(line)
+                if "compiled in" in line:
+                    break
+            seconds = time.perf_counter() - start
+            watch.cancel()
+            process.kill()
+    if "compiled in" not in lines[-1]:
+        raise RuntimeError("".join(lines))
+    return seconds
+
+
+def describe(cell, result):
+    """The lines of a cell in the table."""
+    chain = f", {cell.steps} of {cell.chain} steps" if cell.chain > 1 else ""
+    devices = f", {cell.devices} devices" if cell.devices else ""
+    what = f"{cell.task}, {cell.network}, {cell.size} images{chain}{devices}"
+    rates = {name: statistics.median(f["rates"]) for name, f in result["found"].items()}
+    fastest = max((rate for name, rate in rates.items() if name != "ours"), default=None)
+    for name, found in result["found"].items():
+        ratio = f"{rates['ours'] / fastest:.2f}" if name == "ours" and fastest else ""
+        spread = f"{min(found['rates']):.3g} to {max(found['rates']):.3g}"
+        peak = f"{found['peak']:,.0f}" if found["peak"] else ""
+        warm = f"{found['warm']:.0f}"
+        yield f"| {what} | {name} | {rates[name]:.3g} | {spread} | {ratio} | {peak} | {warm} |"
+        what = ""
+
+
+def of_a_gpu(cell, result, flops):
+    """What a GPU's rates mean for the paper's CIFAR-10 model (6.222 GMAC a forward pass)."""
+    rate = statistics.median(result["found"]["ours"]["rates"])
+    if cell.task == "train":
+        share = 3 * 2 * 6.222e9 * rate / flops
+        hours = 800_000 * 128 / rate / 3600
+        return f"{share:.1%} of {flops / 1e12:.0f} TFLOP/s; 800,000 steps of 128: {hours:.1f} hours"
+    return f"50,000 samples: {50_000 / rate / 60:.1f} minutes"
+
+
+def run_cells(cells, peers, path, environment):
+    """Measures what is not in the file yet, and yields (cell, result) of all."""
+    lines = path.read_text().splitlines() if path and path.exists() else []
+    done = {tuple(row["cell"]): row for row in map(json.loads, lines)}
+    with progress.bar(len(cells), "benchmarks", "cell") as bar:
+        for cell in cells:
+            row = done.get(tuple(cell))
+            if row is None or row["environment"] != environment:
+                row = {"cell": cell, "environment": environment, **measure(cell, peers)}
+                if path:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with path.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+            bar.update()
+            yield cell, row
+
+
+def run():
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--full", action="store_true", help="every cell")
+    which.add_argument("--smoke", action="store_true", help="one small cell of each kind")
+    parser.add_argument(
+        "--out", default="runs/benchmarks.jsonl", help="where --full keeps its results"
+    )
+    flags = parser.parse_args()
+    os.environ["TQDM_DISABLE"] = "1"  # no bars of the contestants
+    on_gpu = jax.default_backend() == "gpu"
+    flops = contestants.matrix_rate() if on_gpu else None
+    found = versions()
+    peers = [p for p in PEERS if not (flags.smoke and p == "compile")]
+    if None in found.values():
+        print("diffusers, torch: not run (pip install -r requirements-parity.txt)")
+        peers = []
+    print("denoising-diffusion-pytorch: not run (it needs torchvision)")
+    device = jax.devices()[0].device_kind
+    environment = {"device": device, "cores": os.cpu_count(), "python": platform.python_version()}
+    environment |= found
+    print(datetime.date.today(), *(f"{k} {v}" for k, v in environment.items()), sep=", ")
+    if on_gpu:
+        cells = [Cell("train", "cifar10", 128), Cell("ancestral", "cifar10", 128, 1000, 1000)]
+    else:
+        cells = HEADLINE
+    cells = SMOKE if flags.smoke else full_cells(on_gpu) if flags.full else cells
+    path = pathlib.Path(flags.out) if flags.full else None
+    print("| what | who | images/s | from, to | ours / fastest peer | peak MiB | s to warm |")
+    print("|---|---|---|---|---|---|---|")
+    trains, notes = None, []
+    for cell, result in run_cells(cells, peers, path, environment):
+        print(*describe(cell, result), sep="\n", flush=True)
+        if cell.task == "train" and trains is None:
+            trains = statistics.median(result["found"]["ours"]["rates"])
+        if on_gpu and cell.network == "cifar10" and cell.task in ("train", "ancestral"):
+            notes.append(of_a_gpu(cell, result, flops))
+    print(*notes, sep="\n")
+    seconds = 0.2 if flags.smoke else 5
+    rate = pipeline.images_from_memory(seconds)
+    print(f"\ninput pipeline, 32x32 from memory: {rate:,.0f} images/s; {rate / trains:,.0f} times")
+    if not flags.smoke:
+        with tempfile.TemporaryDirectory() as cache:
+            cold, warm = (seconds_to_first_step(cache) for _ in range(2))
+        print(f"start to first step, CIFAR-10's network: cold {cold:.1f} s, again {warm:.1f} s")
+
+
+if __name__ == "__main__":
+    run()
