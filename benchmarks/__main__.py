@@ -38,6 +38,10 @@ HEADLINE = [
     Cell("train", "cifar10", 8),
     Cell("ancestral", "cifar10", 8, steps=5, chain=1000),
 ]
+HEADLINE_GPU = [
+    Cell("train", "cifar10", 128),
+    Cell("ancestral", "cifar10", 128, steps=1000, chain=1000),
+]
 SMOKE = [Cell(task, "digits", 2, 2, 2, rounds=1) for task in ("forward", "train", "ddim")]
 SMOKE.append(Cell("ancestral", "digits", 2, 2, 2, 2, 1))
 
@@ -47,7 +51,7 @@ def full_cells(on_gpu):
     sizes = {"digits": 64, "mnist": 64, "cifar10": 128 if on_gpu else 8}
     chains = {"digits": 200, "mnist": 1000, "cifar10": 1000}
     most = {"digits": 512, "mnist": 512, "cifar10": 512 if on_gpu else 32}
-    cells = list(HEADLINE)
+    cells = list(HEADLINE_GPU if on_gpu else HEADLINE)
     for network, size in sizes.items():
         part = chains[network] if on_gpu or network == "digits" else 5
         cells += [Cell(task, network, size) for task in ("forward", "train")]
@@ -187,6 +191,7 @@ def run():
     )
     flags = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"  # no bars of the contestants
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # they share a GPU's memory
     on_gpu = jax.default_backend() == "gpu"
     flops = contestants.matrix_rate() if on_gpu else None
     found = versions()
@@ -199,13 +204,10 @@ def run():
     environment = {"device": device, "cores": os.cpu_count(), "python": platform.python_version()}
     environment |= found
     print(datetime.date.today(), *(f"{k} {v}" for k, v in environment.items()), sep=", ")
-    if on_gpu:
-        cells = [Cell("train", "cifar10", 128), Cell("ancestral", "cifar10", 128, 1000, 1000)]
-    else:
-        cells = HEADLINE
-    cells = SMOKE if flags.smoke else full_cells(on_gpu) if flags.full else cells
+    headline = HEADLINE_GPU if on_gpu else HEADLINE
+    cells = SMOKE if flags.smoke else full_cells(on_gpu) if flags.full else headline
     path = pathlib.Path(flags.out) if flags.full else None
-    print("| what | who | images/s | from, to | ours / fastest peer | peak MiB | s to warm |")
+    print("| what | who | images/s | from, to | ours / fastest peer | peak host MiB | s to warm |")
     print("|---|---|---|---|---|---|---|")
     trains, notes = None, []
     for cell, result in run_cells(cells, peers, path, environment):
