@@ -51,6 +51,8 @@ def _inputs_transposed(m, axis):
 @jax.custom_vjp
 def _tiles(x):
     """[B, H, W, C] → [4, 4, B, H/2, W/2, C]."""
+    # Zeros that are shifted in, as below, XLA would fuse with the sums, which then take 4 times as
+    # long.
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     return jnp.moveaxis(_inputs(_inputs(x, 1), 3), 0, 1)
 
@@ -59,7 +61,7 @@ def _tiles_transposed(_, m):
     return (_inputs_transposed(jax.vmap(lambda columns: _inputs_transposed(columns, 2))(m), 1),)
 
 
-# What JAX derives takes twice as long: every slice becomes a padded array of its own.
+# What JAX derives takes 5 % more of a train step: every slice becomes a padded array of its own.
 _tiles.defvjp(lambda x: (_tiles(x), None), _tiles_transposed)
 
 
