@@ -5,8 +5,6 @@ it is done; parameters is how many the network has.
 """
 
 import importlib
-import pathlib
-import re
 import statistics
 import time
 from typing import NamedTuple
@@ -15,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.memory import peak
 from ddpm_jax import config as configs
 from ddpm_jax import data, generate, interop, parallel, schedules, train, unet
 from ddpm_jax import state as states
@@ -81,11 +80,12 @@ def ours(cell):
     images, params = random_images(config, cell.size), state.params
     if cell.task == "train":
         schedule = schedules.from_config(config.diffusion)
-        step, batch = train.make_train_step(config, model, schedule, optimizer), (images, None)
+        step = train.make_train_step(config, model, schedule, optimizer)
+        batch = data.Batch(images, None)
 
         def work():
             nonlocal state
-            state, _ = jax.block_until_ready(step(state, parallel.split(data.Batch(*batch))))
+            state, _ = jax.block_until_ready(step(state, parallel.split(batch)))
 
     elif cell.task == "forward":
         apply = parallel.pmap(
@@ -190,9 +190,7 @@ def serve(pipe, name, cell):
         start = time.perf_counter()
         work()
         pipe.send(time.perf_counter() - start)
-    status = pathlib.Path("/proc/self/status")
-    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    pipe.send(int(peak[1]) / 1024 if peak else None)
+    pipe.send(peak())
 
 
 def matrix_rate(size=8192, repeats=20):
