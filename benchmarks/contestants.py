@@ -1,12 +1,15 @@
 """What `python -m benchmarks` measures: the same work by this project and by its peers.
 
-Each function takes a Cell and returns (work, parameters): work() does it once and comes back when
-it is done; parameters is how many the network has.
+Each of `ours`, `diffusers`, and `lucidrains` takes a Cell and returns (work, parameters, GMAC):
+work() does it once and comes back when it is done; the others are the network's, the multiply-adds
+of an image in billions only for a network that differs from ours.
 """
 
 import importlib
 import statistics
+import sys
 import time
+import types
 from typing import NamedTuple
 
 import jax
@@ -18,7 +21,8 @@ from ddpm_jax import config as configs
 from ddpm_jax import data, generate, interop, parallel, schedules, train, unet
 from ddpm_jax import state as states
 
-PEERS = ("eager", "channels_last", "compile")
+DIFFUSERS = ("eager", "channels_last", "compile")  # its modes
+OTHER = "denoising-diffusion-pytorch"
 
 
 class Cell(NamedTuple):
@@ -75,9 +79,9 @@ def ours(cell):
         config.model.dtype = "bfloat16"
     model, optimizer = unet.make_model(config), states.make_optimizer(config.optim, 100)
     state = states.create_state(model, optimizer, configs.image_shape(config), 0)
-    state = parallel.replicate(state)
     parameters = sum(p.size for p in jax.tree.leaves(state.params))
-    images, params = random_images(config, cell.size), state.params
+    state = parallel.replicate(state if cell.task == "train" else state.params)
+    images = random_images(config, cell.size)
     if cell.task == "train":
         schedule = schedules.from_config(config.diffusion)
         step = train.make_train_step(config, model, schedule, optimizer)
@@ -94,15 +98,54 @@ def ours(cell):
         inputs = parallel.split((jnp.asarray(images, jnp.float32), jnp.arange(cell.size)))
 
         def work():
-            jax.block_until_ready(apply(params, *inputs))
+            jax.block_until_ready(apply(state, *inputs))
 
     else:
         sample = generate.make_sampler(config)
 
         def work():
-            sample(params, np.arange(cell.size))
+            sample(state, np.arange(cell.size))
 
-    return work, parameters
+    return work, parameters, None
+
+
+def torch_device():
+    """(device, autocast): bfloat16 on a GPU."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return device, torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+
+def synchronized(work):
+    """work, then waiting for the GPU."""
+    import torch
+
+    def call():
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return call
+
+
+def torch_train_step(network, optim, loss):
+    """What train.train_step does, of loss()."""
+    import torch
+
+    weights = list(network.parameters())
+    ema = [p.detach().clone() for p in weights]
+    optimizer = torch.optim.Adam(weights, lr=optim.learning_rate, fused=True)
+
+    def work():
+        optimizer.zero_grad()
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(weights, optim.grad_clip)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(ema, weights, 1 - optim.ema_decay)
+
+    return work
 
 
 def diffusers(cell, mode):
@@ -110,9 +153,7 @@ def diffusers(cell, mode):
     import torch
     from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 
-    config = get_config(cell)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+    config, (device, autocast) = get_config(cell), torch_device()
     network = UNet2DModel.from_config(interop.diffusers_network(config)).to(device)
     scheduler = DDPMScheduler.from_config(interop.diffusers_scheduler(config))
     parameters = sum(p.numel() for p in network.parameters())
@@ -121,10 +162,6 @@ def diffusers(cell, mode):
     call = torch.compile(network) if mode == "compile" else network
     images = torch.from_numpy(random_images(config, cell.size)).to(device)
 
-    def synchronize():
-        if device == "cuda":
-            torch.cuda.synchronize()
-
     def noisy():
         x0 = images.permute(0, 3, 1, 2).float() / 127.5 - 1
         if mode != "channels_last":
@@ -132,30 +169,19 @@ def diffusers(cell, mode):
         eps, t = torch.randn_like(x0), torch.randint(0, len(scheduler), (cell.size,), device=device)
         return scheduler.add_noise(x0, eps, t), t, eps
 
+    def loss():
+        x_t, t, eps = noisy()
+        with autocast:
+            return torch.nn.functional.mse_loss(call(x_t, t).sample.float(), eps)
+
     if cell.task == "train":
-        ema = [p.detach().clone() for p in network.parameters()]
-        weights, optim = list(network.parameters()), config.optim
-        optimizer = torch.optim.Adam(weights, lr=optim.learning_rate, fused=True)
-
-        def work():
-            x_t, t, eps = noisy()
-            with autocast:
-                loss = torch.nn.functional.mse_loss(call(x_t, t).sample.float(), eps)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(weights, optim.grad_clip)
-            optimizer.step()
-            with torch.no_grad():
-                torch._foreach_lerp_(ema, weights, 1 - optim.ema_decay)
-            synchronize()
-
+        work = torch_train_step(network, config.optim, loss)
     elif cell.task == "forward":
         x_t, t, _ = noisy()
 
         def work():
             with torch.no_grad(), autocast:
                 call(x_t, t)
-            synchronize()
 
     else:
         pipeline = {"ancestral": DDPMPipeline, "ddim": DDIMPipeline}[cell.task](network, scheduler)
@@ -166,26 +192,86 @@ def diffusers(cell, mode):
         def work():
             with autocast:
                 pipeline(batch_size=cell.size, **options)
-            synchronize()
 
-    return work, parameters
+    return synchronized(work), parameters, None
+
+
+def multiply_adds(network, shape):
+    """Of one image, counted by PyTorch on its meta device."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    height, width, channels = shape
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, channels, height, width, device="meta"), torch.zeros(1).to("meta"))
+    return counter.get_total_flops() // 2
+
+
+def lucidrains(cell):
+    """denoising-diffusion-pytorch: its own network, of the width nearest to ours in GMAC."""
+    import torch
+
+    # Its Trainer alone uses torchvision, which does not load beside a CPU-only PyTorch.
+    sys.modules["torchvision"] = types.SimpleNamespace(transforms=None, utils=None)
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+    from diffusers import UNet2DModel
+
+    config, (device, autocast) = get_config(cell), torch_device()
+    shape = configs.image_shape(config)
+    options = {"dim_mults": tuple(config.model.channel_mults), "channels": shape[-1]}
+    with torch.device("meta"):
+        target = multiply_adds(UNet2DModel.from_config(interop.diffusers_network(config)), shape)
+        found = {dim: multiply_adds(Unet(dim, **options), shape) for dim in range(8, 257, 8)}
+    dim = min(found, key=lambda dim: abs(found[dim] - target))
+    network = Unet(dim, **options).to(device)
+    chain = {"image_size": shape[:2], "objective": "pred_noise", "timesteps": cell.steps}
+    if cell.task == "ddim":
+        chain.update(timesteps=1000, sampling_timesteps=cell.steps)
+    elif cell.task == "train":
+        chain.update(timesteps=1000)
+    diffusion = GaussianDiffusion(network, **chain).to(device)
+    images = torch.from_numpy(random_images(config, cell.size)).to(device)
+    x = images.permute(0, 3, 1, 2).float().contiguous() / 255
+
+    def loss():
+        with autocast:
+            return diffusion(x)
+
+    if cell.task == "train":
+        work = torch_train_step(network, config.optim, loss)
+    elif cell.task == "forward":
+        t = torch.zeros(cell.size, dtype=torch.int64, device=device)
+
+        def work():
+            with torch.no_grad(), autocast:
+                network(x, t)
+
+    else:
+
+        def work():
+            with autocast:
+                diffusion.sample(batch_size=cell.size)
+
+    return synchronized(work), sum(p.numel() for p in network.parameters()), found[dim] / 1e9
 
 
 def make(name, cell):
-    """(work, parameters) of a contestant."""
-    return ours(cell) if name == "ours" else diffusers(cell, name)
+    """What a contestant returns."""
+    if name == "ours":
+        return ours(cell)
+    return lucidrains(cell) if name == OTHER else diffusers(cell, name)
 
 
 def serve(pipe, name, cell):
     """In a process of its own: warms up, then does the work whenever it is asked; says how long.
 
-    Sends (parameters, seconds until warm), then the seconds of each turn, and when asked for no
-    more the peak memory in MiB (Linux).
+    Sends (parameters, GMAC, seconds until warm), then the seconds of each turn, and when asked for
+    no more the peak memory in MiB (Linux).
     """
     start = time.perf_counter()
-    work, parameters = make(name, cell)
+    work, parameters, gmac = make(name, cell)
     work(), work()
-    pipe.send((parameters, time.perf_counter() - start))
+    pipe.send((parameters, gmac, time.perf_counter() - start))
     while pipe.recv():
         start = time.perf_counter()
         work()

@@ -48,22 +48,22 @@ def ours():
     return run
 
 
-def main():
-    """Prints a row for each."""
+def measure():
+    """{contestant: images/s of each turn}."""
     parallel.use_cpu_cores(BATCH_SIZE)
     shape = (BATCH_SIZE, 32, 32, 3)
     images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     runs = {"ours": ours(), "PyTorch": theirs()}
-    times = {name: [] for name in runs}
-    for repeat in range(ROUNDS + 1):  # the first one compiles
+    rates = {name: [] for name in runs}
+    for turn in range(ROUNDS + 1):  # the first one compiles
         for name, run in runs.items():
             seconds = run(images)
-            if repeat:
-                times[name].append(seconds)
-    for name, seconds in times.items():
-        low, middle, high = np.quantile(BATCH_SIZE / np.array(seconds), [0, 0.5, 1])
-        print(f"{name:8} {middle:6.2f} images/s (from {low:.2f} to {high:.2f})")
+            if turn:
+                rates[name].append(BATCH_SIZE / seconds)
+    return rates
 
 
 if __name__ == "__main__":
-    main()
+    for who, found in measure().items():
+        low, middle, high = np.quantile(found, [0, 0.5, 1])
+        print(f"{who:8} {middle:6.2f} images/s (from {low:.2f} to {high:.2f})")
