@@ -210,11 +210,11 @@ def multiply_adds(network, shape):
 def lucidrains(cell):
     """denoising-diffusion-pytorch: its own network, of the width nearest to ours in GMAC."""
     import torch
+    from diffusers import UNet2DModel
 
     # Its Trainer alone uses torchvision, which does not load beside a CPU-only PyTorch.
     sys.modules["torchvision"] = types.SimpleNamespace(transforms=None, utils=None)
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
-    from diffusers import UNet2DModel
 
     config, (device, autocast) = get_config(cell), torch_device()
     shape = configs.image_shape(config)
