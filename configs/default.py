@@ -58,7 +58,8 @@ def get_config():
 
     config.train = train = ConfigDict()
     train.batch_size = 128  # over all devices
-    train.num_steps = 800_000  # updates
+    train.num_steps = 800_000  # updates; 0: num_epochs says how many
+    train.num_epochs = 0  # passes over the data, in place of num_steps; their losses are logged
     train.label_dropout = 0.1  # how often a conditional network is not told the class
     train.log_every = 100  # steps between lines of metrics.jsonl
     train.eval_every = 5000  # steps between held-out losses
@@ -72,6 +73,7 @@ def get_config():
     sample.num_samples = 64  # images, in the grids and of --mode=sample
     sample.batch_size = 64  # images at a time, over all devices
     sample.seed = 0  # image i depends on (seed, i) only
+    sample.columns = 0  # images a row of the grids; 0: a square, or one for each class
     sample.use_ema = True  # the averaged parameters rather than the raw ones
     sample.sampler = "ancestral"  # Algorithm 2; or ddim
     sample.num_steps = 0  # of T, that are taken; 0: all

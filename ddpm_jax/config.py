@@ -11,14 +11,15 @@ from ddpm_jax.errors import UserError
 
 POSITIVE = """
     data.image_size model.channels model.channel_mults model.num_res_blocks model.norm_groups
-    optim.learning_rate optim.accumulate train.batch_size train.num_steps
+    optim.learning_rate optim.accumulate train.batch_size
     train.log_every train.eval_every train.eval_images train.sample_every
     train.checkpoint_every train.keep_checkpoints sample.num_samples sample.batch_size
     sample.resamplings sample.jump_length show.num_images show.num_frames
 """.split()
 NOT_NEGATIVE = """
     seed data.max_ram_gib data.num_classes optim.warmup_steps optim.weight_decay optim.grad_clip
-    optim.max_skipped train.keep_every sample.seed sample.num_steps sample.guidance
+    optim.max_skipped train.num_steps train.num_epochs train.keep_every
+    sample.seed sample.num_steps sample.columns sample.guidance
     evaluate.num_samples evaluate.bits_per_dim_images
 """.split()
 BELOW_ONE = ("model.dropout", "optim.ema_decay")  # in [0, 1)
@@ -93,6 +94,7 @@ ADDED = {
     "optim.accumulate": 1,
     "optim.max_skipped": 0,
     "train.label_dropout": 0.0,
+    "train.num_epochs": 0,
 }
 
 
@@ -145,6 +147,16 @@ def batch_sizes(config, mode):
     return {name: flatten(config)[name] for name in fields.get(mode, ("sample.batch_size",))}
 
 
+def num_steps(train, size):
+    """Updates in a whole run; a batch that ends an epoch has the first images of the next one.
+
+    Args:
+      train: the config's section.
+      size: of the dataset.
+    """
+    return train.num_steps or -(-train.num_epochs * size // train.batch_size)
+
+
 def image_shape(config):
     """(H, W, C) of the images that a config is about."""
     return (*config.data.image_size, config.data.channels)
@@ -167,6 +179,9 @@ def check(config, mode="train"):
     for name in ("train.label_dropout", "sample.eta"):
         _require(0 <= fields[name] <= 1, name, fields[name], "must lie in [0, 1]")
     _check_sizes(fields)
+    name, steps, epochs = "train.num_epochs", config.train.num_steps, config.train.num_epochs
+    allowed = f"train.num_steps={steps}; one of them must be 0, and the other above 0"
+    _require((steps > 0) != (epochs > 0), name, epochs, allowed)
     for name in ("diffusion.beta_start", "diffusion.beta_end"):
         allowed = f"must lie in [{SMALLEST_BETA:g}, 1)"
         _require(SMALLEST_BETA <= fields[name] < 1, name, fields[name], allowed)

@@ -267,9 +267,11 @@ def write_grid(path, config, x):
 
 
 def grid_columns(config):
-    """A column for each class if they come in turn and are few; None leaves it to the grid."""
+    """sample.columns; or one for each class if they come in turn and are few; or None, which leaves
+    it to the grid."""
     classes, in_turn = config.data.num_classes, config.sample.label == ""
-    return classes if in_turn and 0 < classes <= MOST_COLUMNS else None
+    of_classes = classes if in_turn and classes <= MOST_COLUMNS else 0
+    return config.sample.columns or of_classes or None
 
 
 def load_classifier(config):

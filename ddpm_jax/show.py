@@ -120,7 +120,7 @@ def draw_schedule(path, schedule):
 def draw_data(config, folder, source):
     """A grid of the data, and the forward process of its first images."""
     x = source.read(np.arange(min(source.size, config.sample.num_samples, generate.GRID_IMAGES)))
-    images.write_png(folder / "data.png", images.grid(x.images))
+    images.write_png(folder / "data.png", images.grid(x.images, config.sample.columns))
     schedule = schedules.from_config(config.diffusion)
     some, ts = x.images[: config.show.num_images], timesteps(config)[::-1]
     keys = sampling.image_keys(config.sample.seed, jnp.arange(len(some)))
@@ -174,6 +174,7 @@ def draw_losses(path, lines):
     over_steps, over_t = figure.subplots(1, 2)
     for name, label in (
         ("loss", "training"),
+        ("epoch_loss", "training, mean of an epoch"),
         ("eval_loss", "held out"),
         ("eval_loss_ema", "held out, averaged parameters"),
     ):

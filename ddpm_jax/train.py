@@ -2,7 +2,9 @@
 
 import collections
 import contextlib
+import fractions
 import logging
+import math
 import pathlib
 import signal
 import time
@@ -272,8 +274,9 @@ def train(config, workdir):
         configs.check_same_run(saved, config, workdir, "train" if trained else "use")
     schedule = schedules.from_config(config.diffusion)
     model = unet.make_model(config)
-    optimizer = states.make_optimizer(config.optim, config.train.num_steps)
     source, eval_source = (data.open_source(config.data, f) for f in ("split", "eval_split"))
+    last = configs.num_steps(config.train, source.size)
+    optimizer = states.make_optimizer(config.optim, last)
     guides = generate.who_guides(config, source.label_names)
     with contextlib.ExitStack() as stack:
         stack.enter_context(run_files.lock(workdir, "train"))
@@ -288,7 +291,7 @@ def train(config, workdir):
         metrics = stack.enter_context(contextlib.closing(run_files.Metrics(workdir, first)))
         describe(config, state, schedule, source, eval_source)
         step_fn = make_train_step(config, model, schedule, optimizer)
-        if first < config.train.num_steps:
+        if first < last:
             if parallel.is_first():
                 (workdir / "report.html").unlink(missing_ok=True)  # it will be out of date
             describe_memory(step_fn, state, source, config.train.batch_size)
@@ -313,12 +316,23 @@ def train(config, workdir):
             if step > first:
                 checkpoint.save(manager, step, state)
 
+        epoch = fractions.Fraction(source.size, config.train.batch_size)  # in steps
+
+        def end_epoch(step, state):
+            if step > first:
+                start = math.ceil((step // epoch - 1) * epoch)
+                mean = mean_loss(run_files.read_metrics(workdir), start, step)
+                metrics.write(step, epoch_loss=mean)
+                log.info("epoch %d: mean loss %.6f", step // epoch, mean)
+
         every = config.train
-        actions = {evaluate: every.eval_every}
+        actions = {end_epoch: epoch} if every.num_epochs else {}
+        actions[evaluate] = every.eval_every
         if draws:
             actions[draw] = every.sample_every
         actions[save] = every.checkpoint_every
-        run_loop(config, first, updates(config, state, step_fn, source), metrics, actions, stop)
+        steps = updates(config, state, step_fn, source)
+        run_loop(config, first, last, epoch, steps, metrics, actions, stop)
         manager.wait_until_finished()
         caught = stop()
         if caught:
@@ -345,15 +359,18 @@ def updates(config, state, step_fn, source):
         yield state, values
 
 
-def run_loop(config, first, states_and_values, metrics, actions, stop):
+def run_loop(config, first, last, epoch, states_and_values, metrics, actions, stop):
     """Trains to the last step or to a signal, and does what is due on the way.
 
     Args:
       config: its train section, and optim.max_skipped.
       first: the step that training starts from.
+      last: the step that it ends with.
+      epoch: steps of one.
       states_and_values: from `updates`.
       metrics: where the losses go.
-      actions: {action(step, state): interval}, done in this order, and all at the last step.
+      actions: {action(step, state): interval in steps, or a fraction}, done in this order, and all
+        at the last step.
       stop: from catch_signals; when it is true, the last action (to save) is done and the loop
         ends.
 
@@ -361,12 +378,12 @@ def run_loop(config, first, states_and_values, metrics, actions, stop):
       UserError: after more than optim.max_skipped updates in a row that were not applied.
     """
     *_, save = actions
-    every, last = config.train, config.train.num_steps
+    every = config.train
     pending, skipped = [], 0  # values of the steps since the last log point; not applied, in a row
     mark = first, time.monotonic()  # the clock of images/s
 
     def due(interval):
-        return step == last or (step > 0 and step % interval == 0)
+        return step == last or (step > 0 and step // interval > (step - 1) // interval)
 
     with progress.bar(last, "train", "step", initial=first, leave=True) as bar:
         for step, (state, values) in enumerate(states_and_values, first):
@@ -379,8 +396,9 @@ def run_loop(config, first, states_and_values, metrics, actions, stop):
                 skipped = count_skipped(pending, step, skipped, config.optim.max_skipped)
                 means = summarize(pending)
                 speed = (step - mark[0]) * every.batch_size / (time.monotonic() - mark[1])
-                metrics.write(step, **means, images_per_second=speed)
-                bar.set_postfix_str(f"loss {means.get('loss', np.nan):.4f}, {speed:.0f} img/s")
+                metrics.write(step, epoch=float(step / epoch), **means, images_per_second=speed)
+                loss = f"loss {means.get('loss', np.nan):.4f}"
+                bar.set_postfix_str(f"epoch {float(step / epoch):.2f}, {loss}, {speed:.0f} img/s")
                 pending, mark = [], (step, time.monotonic())
             for action in now:
                 # What is being skipped may be the fault of the parameters.
@@ -428,6 +446,23 @@ def summarize(pending):
     return means | {"skipped": int((~applied).sum())}
 
 
+def mean_loss(lines, start, end):
+    """The mean loss of the applied steps in (start, end].
+
+    Args:
+      lines: of metrics.jsonl; those that training wrote have the mean since the one before.
+      start: a step at which there is such a line, or 0.
+      end: another.
+    """
+    total, count, before = 0.0, 0, 0
+    for line in (line for line in lines if "skipped" in line):
+        if start < line["step"] <= end and "loss" in line:
+            applied = line["step"] - before - line["skipped"]
+            total, count = total + applied * line["loss"], count + applied
+        before = line["step"]
+    return total / count if count else float("nan")
+
+
 def write_grid(path, sample, config, state, stop):
     """Draws samples from a state and writes them to path, unless a signal comes first."""
     params = state.ema_params if config.sample.use_ema else state.params
@@ -459,8 +494,9 @@ def describe(config, state, schedule, source, eval_source):
             kl,
         )
     step = int(state.step)
-    if step >= config.train.num_steps:
-        log.info("this run is finished (%d steps); train.num_steps=N with a larger N goes on", step)
+    if step >= configs.num_steps(config.train, source.size):
+        field = "num_epochs" if config.train.num_epochs else "num_steps"
+        log.info("this run is finished (%d steps); train.%s=N with a larger N goes on", step, field)
     elif step:
         log.info("resuming from the checkpoint of step %d", step)
 

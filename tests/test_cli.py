@@ -140,6 +140,8 @@ BAD = {
     "--config.train.batch_size=6": "train.batch_size=6",
     "--config.train.batch_size=0": "train.batch_size=0",
     "--config.train.num_steps=-5": "train.num_steps=-5",
+    "--config.train.num_steps=0": "train.num_epochs=0: train.num_steps=0; one of them",
+    "--config.train.num_epochs=3": "train.num_epochs=3: train.num_steps=",
     "--config.train.log_every=0": "train.log_every=0",
     "--config.train.keep_checkpoints=0": "train.keep_checkpoints=0",
     "--config.sample.num_samples=0": "sample.num_samples=0",

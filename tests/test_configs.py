@@ -7,9 +7,9 @@ import jax
 import pytest
 
 from ddpm_jax import config as configs
-from ddpm_jax import schedules, unet, workdir
+from ddpm_jax import likelihood, schedules, unet, workdir
 
-FILES = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+FILES = sorted((pathlib.Path(__file__).parent.parent / "configs").rglob("*.py"))
 PARAMETERS = {
     "cifar10": 35_746_307,
     "default": 35_746_307,
@@ -31,6 +31,21 @@ def test_builds(path):
     params = unet.param_shapes(model, configs.image_shape(config))
     count = sum(p.size for p in jax.tree.leaves(params))
     assert count == PARAMETERS.get(path.stem, count)
+
+
+TUTORIALS = ("cifar10_t1000", "flowers_t1000", "mnist28_t1000", "mnist28_t200", "mnist32_t200")
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_chains_of_tutorials(name):
+    """C and D end in something else than noise; rescaled, they do not (KL of the prior)."""
+    diffusion = load(FILES[0].parent / "tutorials" / f"{name}.py").diffusion
+    kl = likelihood.prior_kl(schedules.from_config(diffusion), 1 / 3)
+    expected = {200: 0.0387, 1000: 9.7e-6}[diffusion.num_timesteps]
+    assert float(kl) == pytest.approx(expected, rel=0.01)
+    assert (kl > likelihood.MAX_PRIOR_KL) == name.endswith("t200")
+    diffusion.schedule = "linear_rescaled"
+    assert likelihood.prior_kl(schedules.from_config(diffusion), 1 / 3) < likelihood.MAX_PRIOR_KL
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)

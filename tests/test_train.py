@@ -141,6 +141,30 @@ def test_resuming_changes_no_bit(config, tmp_path):
     assert list((tmp_path / "whole").glob("events.out.tfevents.*"))
 
 
+def test_epochs(config, tmp_path):
+    """20 images in batches of 8: an epoch ends after 2.5 steps, the second one after 5."""
+    config.data.split = "train[:20]"
+    config.optim.decay = "constant"
+    config.train.update(num_steps=0, num_epochs=2)
+    train.train(config, tmp_path / "whole")
+    of_steps = {x["step"]: x["loss"] for x in lines(tmp_path / "whole") if "loss" in x}
+    means = [np.mean([of_steps[s] for s in epoch]) for epoch in ((1, 2, 3), (4, 5))]
+    assert sorted(of_steps) == [1, 2, 3, 4, 5]
+    passed = [x["epoch"] for x in lines(tmp_path / "whole") if "epoch" in x]
+    assert passed == [0.4, 0.8, 1.2, 1.6, 2.0]
+
+    config.train.log_every = 2  # nor does it matter where the run was interrupted
+    config.train.num_epochs = 1
+    train.train(config, tmp_path / "parts")
+    config.train.update(num_steps=4, num_epochs=0)
+    train.train(config, tmp_path / "parts")
+    config.train.update(num_steps=0, num_epochs=2)
+    train.train(config, tmp_path / "parts")
+    for name in ("whole", "parts"):
+        found = {x["step"]: x["epoch_loss"] for x in lines(tmp_path / name) if "epoch_loss" in x}
+        assert found == {3: pytest.approx(means[0]), 5: pytest.approx(means[1])}
+
+
 @pytest.mark.slow
 def test_asynchronous_saving_does_not_see_later_steps(config, tmp_path):
     """A checkpoint written while training goes on is the state at its own step."""
