@@ -31,6 +31,6 @@ def get_config():
     config.optim.update(learning_rate=1e-3, warmup_steps=0, grad_clip=0.0, ema_decay=0.995)
     config.train.update(num_steps=0, num_epochs=3, eval_every=469, sample_every=469)
     config.train.update(checkpoint_every=469, keep_every=0)
-    config.sample.update(num_samples=8, batch_size=8, columns=8)
+    config.sample.update(num_samples=8, columns=8)
     config.show.timesteps = tuple(range(0, 1000, 100))
     return config
