@@ -320,7 +320,7 @@ def train(config, workdir):
 
         def end_epoch(step, state):
             if step > first:
-                start = math.ceil((step // epoch - 1) * epoch)
+                start = math.ceil((step - 1) // epoch * epoch)
                 mean = mean_loss(run_files.read_metrics(workdir), start, step)
                 metrics.write(step, epoch_loss=mean)
                 log.info("epoch %d: mean loss %.6f", step // epoch, mean)

@@ -10,7 +10,7 @@ import pytest
 import videos
 
 import main
-from ddpm_jax import checkpoint, data, images, schedules, show, train, unet
+from ddpm_jax import checkpoint, data, generate, images, schedules, show, train, unet
 from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError
 
@@ -133,3 +133,12 @@ def test_what_the_config_says_is_text_in_the_report(tmp_path, config):
     config.data.path = "<script>alert(1)</script>"
     show.write_report(config, tmp_path, None, [])
     assert "<script>" not in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("columns, shape", [(4, (2, 4)), (8, (1, 8)), (0, (3, 3))])
+def test_columns_of_a_grid(config, tmp_path, columns, shape):
+    """8×8 images are shown at 64×64, with lines of one pixel in eight of an image's."""
+    config.sample.columns = columns
+    generate.write_grid(tmp_path / "grid.png", config, np.zeros((8, 8, 8, 1), np.uint8))
+    height, width = imageio.imread(tmp_path / "grid.png").shape
+    assert (height // 72, width // 72) == shape

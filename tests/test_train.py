@@ -165,6 +165,15 @@ def test_epochs(config, tmp_path):
         assert found == {3: pytest.approx(means[0]), 5: pytest.approx(means[1])}
 
 
+def test_an_epoch_shorter_than_a_step(config, tmp_path):
+    config.data.split = "train[:3]"
+    config.train.update(num_steps=0, num_epochs=4)
+    train.train(config, tmp_path)
+    of_steps = [x["loss"] for x in lines(tmp_path) if "loss" in x]
+    assert [x["epoch_loss"] for x in lines(tmp_path) if "epoch_loss" in x] == of_steps
+    assert len(of_steps) == 2
+
+
 @pytest.mark.slow
 def test_asynchronous_saving_does_not_see_later_steps(config, tmp_path):
     """A checkpoint written while training goes on is the state at its own step."""
