@@ -155,11 +155,9 @@ def describe(cell, found):
     rates = {name: statistics.median(f["rates"]) for name, f in found.items()}
     fastest = max((rate for name, rate in rates.items() if name != "ours"), default=None)
     for name, one in found.items():
-        who = (
-            f"{name} ({one['parameters'] / 1e6:.1f} M, {one['gmac']:.2f} GMAC)"
-            if one["gmac"]
-            else name
-        )
+        who = name
+        if one["gmac"]:
+            who += f" ({one['parameters'] / 1e6:.1f} M, {one['gmac']:.2f} GMAC)"
         ratio = f"{rates['ours'] / fastest:.2f}" if name == "ours" and fastest else ""
         spread = f"{min(one['rates']):.3g} to {max(one['rates']):.3g}"
         peak = f"{one['peak']:,.0f}" if one["peak"] else ""

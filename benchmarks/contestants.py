@@ -80,12 +80,11 @@ def ours(cell):
     model, optimizer = unet.make_model(config), states.make_optimizer(config.optim, 100)
     state = states.create_state(model, optimizer, configs.image_shape(config), 0)
     parameters = sum(p.size for p in jax.tree.leaves(state.params))
-    state = parallel.replicate(state if cell.task == "train" else state.params)
     images = random_images(config, cell.size)
     if cell.task == "train":
         schedule = schedules.from_config(config.diffusion)
         step = train.make_train_step(config, model, schedule, optimizer)
-        batch = data.Batch(images, None)
+        state, batch = parallel.replicate(state), data.Batch(images, None)
 
         def work():
             nonlocal state
@@ -96,15 +95,16 @@ def ours(cell):
             lambda params, x, t: unet.net_fn(model, params)(x, t), in_axes=(None, 0, 0)
         )
         inputs = parallel.split((jnp.asarray(images, jnp.float32), jnp.arange(cell.size)))
+        params = parallel.replicate(state.params)
 
         def work():
-            jax.block_until_ready(apply(state, *inputs))
+            jax.block_until_ready(apply(params, *inputs))
 
     else:
-        sample = generate.make_sampler(config)
+        sample, params = generate.make_sampler(config), parallel.replicate(state.params)
 
         def work():
-            sample(state, np.arange(cell.size))
+            sample(params, np.arange(cell.size))
 
     return work, parameters, None
 

@@ -13,24 +13,16 @@ place of one of 0.06 M (about 26 million), which as printed does not run: its fi
 the way up expects 128 channels and gets 96. Samples are of averaged parameters.
 """
 
-from configs import default
+from configs import mnist
 
 
 def get_config():
     """8 channels at full size, 32 at the bottom."""
-    config = default.get_config()
-    config.data.update(name="mnist", image_size=(28, 28), channels=1)
-    config.model.update(
-        channels=8,
-        channel_mults=(1, 2, 4),
-        num_res_blocks=1,
-        attention_resolutions=(7,),
-        norm_groups=4,
-        dropout=0.0,
-    )
-    config.optim.update(learning_rate=1e-3, warmup_steps=0, grad_clip=0.0, ema_decay=0.995)
+    config = mnist.get_config()
+    config.model.update(channels=8, channel_mults=(1, 2, 4), norm_groups=4)
+    config.optim.update(warmup_steps=0, decay="constant", grad_clip=0.0)
     config.train.update(num_steps=0, num_epochs=3, eval_every=469, sample_every=469)
-    config.train.update(checkpoint_every=469, keep_every=0)
+    config.train.checkpoint_every = 469
     config.sample.update(num_samples=8, columns=8)
     config.show.timesteps = tuple(range(0, 1000, 100))
     return config

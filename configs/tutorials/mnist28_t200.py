@@ -16,18 +16,15 @@ steps: --config.sample.sampler=ddim, --config.data.num_classes=10 for guidance.
 Here on purpose otherwise: samples are of averaged parameters.
 """
 
-from configs import default
+from configs import mnist
 
 
 def get_config():
     """64 channels on three levels."""
-    config = default.get_config()
-    config.data.update(name="mnist", image_size=(28, 28), channels=1)
+    config = mnist.get_config()
     config.diffusion.update(num_timesteps=200, variance="fixed_small")
-    config.model.update(
-        channels=64, channel_mults=(1, 2, 2), attention_resolutions=(7,), dropout=0.0
-    )
-    config.optim.update(learning_rate=1e-3, warmup_steps=0, grad_clip=0.0, ema_decay=0.995)
+    config.model.update(channels=64, num_res_blocks=2, norm_groups=32)
+    config.optim.update(warmup_steps=0, decay="constant", grad_clip=0.0)
     config.train.update(num_steps=0, num_epochs=20, eval_every=469, sample_every=469)
-    config.train.update(checkpoint_every=469, keep_every=0)
+    config.train.checkpoint_every = 469
     return config

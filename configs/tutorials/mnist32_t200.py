@@ -17,24 +17,17 @@ are shown. The cosine schedule is Nichol and Dhariwal's, not the DDPM paper's, a
 --config.diffusion.schedule=cosine.
 """
 
-from configs import default
+from configs import mnist
 
 
 def get_config():
     """The network of configs/mnist.py."""
-    config = default.get_config()
-    config.data.update(name="mnist", image_size=(32, 32), channels=1)
+    config = mnist.get_config()
+    config.data.image_size = (32, 32)
     config.diffusion.update(num_timesteps=200, variance="fixed_small")
-    config.model.update(
-        channels=32,
-        channel_mults=(1, 2, 2),
-        num_res_blocks=1,
-        attention_resolutions=(8,),
-        norm_groups=8,
-        dropout=0.0,
-    )
-    config.optim.update(learning_rate=1e-3, warmup_steps=0, grad_clip=0.0, ema_decay=0.995)
+    config.model.attention_resolutions = (8,)
+    config.optim.update(warmup_steps=0, decay="constant", grad_clip=0.0)
     config.train.update(num_steps=0, num_epochs=20, eval_every=469, sample_every=469)
-    config.train.update(checkpoint_every=469, keep_every=0)
+    config.train.checkpoint_every = 469
     config.show.update(timesteps=(199, 149, 99, 49, 0), num_images=5)
     return config
