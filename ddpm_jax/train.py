@@ -288,6 +288,8 @@ def train(config, workdir):
         state = states.create_state(model, optimizer, configs.image_shape(config), config.seed)
         state = checkpoint.restore(manager, parallel.replicate(state))
         first = int(state.step)
+        # What a run has done at `first`, it does not do again; a signal can come before all of it.
+        logged = {k for x in run_files.read_metrics(workdir) if x["step"] == first for k in x}
         metrics = stack.enter_context(contextlib.closing(run_files.Metrics(workdir, first)))
         describe(config, state, schedule, source, eval_source)
         step_fn = make_train_step(config, model, schedule, optimizer)
@@ -301,7 +303,7 @@ def train(config, workdir):
         sample = generate.make_sampler(config, **guides) if draws else None
 
         def evaluate(step, state):
-            if step > first:  # at `first` it was done before the interruption
+            if step > first or "eval_loss" not in logged:
                 raw, ema = (eval_loss(p, stop) for p in (state.params, state.ema_params))
                 if not stop():
                     metrics.write(step, eval_loss=raw, eval_loss_ema=ema)
@@ -319,7 +321,7 @@ def train(config, workdir):
         epoch = fractions.Fraction(source.size, config.train.batch_size)  # in steps
 
         def end_epoch(step, state):
-            if step > first:
+            if step > first or "epoch_loss" not in logged:
                 start = math.ceil((step - 1) // epoch * epoch)
                 mean = mean_loss(run_files.read_metrics(workdir), start, step)
                 metrics.write(step, epoch_loss=mean)

@@ -1,6 +1,7 @@
 """The step on one and four devices, resuming bit for bit, and what stops a run."""
 
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -163,6 +164,30 @@ def test_epochs(config, tmp_path):
     for name in ("whole", "parts"):
         found = {x["step"]: x["epoch_loss"] for x in lines(tmp_path / name) if "epoch_loss" in x}
         assert found == {3: pytest.approx(means[0]), 5: pytest.approx(means[1])}
+
+
+def test_a_signal_at_the_end_of_an_epoch_loses_no_line(config, tmp_path, monkeypatch):
+    """What was due at the step that the signal came at is done when the run goes on, once."""
+    config.data.split = "train[:24]"  # three steps
+    config.optim.decay = "constant"
+    config.train.update(num_steps=0, num_epochs=2, eval_every=3, sample_every=3)
+    updates = train.updates
+
+    def with_signal(*args):
+        for number, update in enumerate(updates(*args)):
+            if number == 3:
+                signal.raise_signal(signal.SIGTERM)
+            yield update
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "updates", with_signal)
+        assert train.train(config, tmp_path) == signal.SIGTERM
+    assert not [x for x in lines(tmp_path) if "epoch_loss" in x]
+    for _ in range(2):
+        assert train.train(config, tmp_path) == 0
+        for name in ("epoch_loss", "eval_loss"):
+            assert [x["step"] for x in lines(tmp_path) if name in x] == [3, 6]
+    assert (tmp_path / "samples" / "step_000003.png").exists()
 
 
 def test_an_epoch_shorter_than_a_step(config, tmp_path):
