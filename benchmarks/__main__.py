@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import pathlib
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -76,6 +77,16 @@ def versions():
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+def device_name():
+    """The GPU's; or the CPU's, with whether it has AVX-512, by which the ratios differ."""
+    kind, info = jax.devices()[0].device_kind, pathlib.Path("/proc/cpuinfo")
+    if kind != "cpu" or not info.exists():
+        return kind
+    text = info.read_text()
+    names = re.findall(r"^model name\s*: (.*)$", text, re.M) or [kind]
+    return names[0] + (", AVX-512" if "avx512f" in text else ", no AVX-512")
 
 
 def find_peers(installed, modes):
@@ -209,9 +220,8 @@ def run():
     flops = contestants.matrix_rate() if on_gpu else None
     installed = versions()
     peers = find_peers(installed, DIFFUSERS[:2] if flags.smoke else DIFFUSERS)
-    device = jax.devices()[0].device_kind
-    environment = {"device": device, "cores": os.cpu_count(), "python": platform.python_version()}
-    environment |= installed
+    environment = {"device": device_name(), "cores": os.cpu_count()}
+    environment |= {"python": platform.python_version(), **installed}
     print(datetime.date.today(), *(f"{k} {v}" for k, v in environment.items()), sep=", ")
     headline = HEADLINE_GPU if on_gpu else HEADLINE
     cells = SMOKE if flags.smoke else full_cells(on_gpu) if flags.full else headline
