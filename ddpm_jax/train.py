@@ -320,10 +320,14 @@ def train(config, workdir):
 
         epoch = fractions.Fraction(source.size, config.train.batch_size)  # in steps
 
+        def epoch_mean(step):
+            """The mean loss, until then, of the epoch that a step is of."""
+            start = math.ceil((step - 1) // epoch * epoch)
+            return mean_loss(run_files.read_metrics(workdir), start, step)
+
         def end_epoch(step, state):
             if step > first or "epoch_loss" not in logged:
-                start = math.ceil((step - 1) // epoch * epoch)
-                mean = mean_loss(run_files.read_metrics(workdir), start, step)
+                mean = epoch_mean(step)
                 metrics.write(step, epoch_loss=mean)
                 log.info("epoch %d: mean loss %.6f", step // epoch, mean)
 
@@ -334,7 +338,7 @@ def train(config, workdir):
             actions[draw] = every.sample_every
         actions[save] = every.checkpoint_every
         steps = updates(config, state, step_fn, source)
-        run_loop(config, first, last, epoch, steps, metrics, actions, stop)
+        run_loop(config, first, last, epoch, epoch_mean, steps, metrics, actions, stop)
         manager.wait_until_finished()
         caught = stop()
         if caught:
@@ -361,7 +365,7 @@ def updates(config, state, step_fn, source):
         yield state, values
 
 
-def run_loop(config, first, last, epoch, states_and_values, metrics, actions, stop):
+def run_loop(config, first, last, epoch, epoch_mean, states_and_values, metrics, actions, stop):
     """Trains to the last step or to a signal, and does what is due on the way.
 
     Args:
@@ -369,6 +373,7 @@ def run_loop(config, first, last, epoch, states_and_values, metrics, actions, st
       first: the step that training starts from.
       last: the step that it ends with.
       epoch: steps of one.
+      epoch_mean: step → the mean loss of its epoch so far, which is shown where a run is of epochs.
       states_and_values: from `updates`.
       metrics: where the losses go.
       actions: {action(step, state): interval in steps, or a fraction}, done in this order, and all
@@ -400,6 +405,8 @@ def run_loop(config, first, last, epoch, states_and_values, metrics, actions, st
                 speed = (step - mark[0]) * every.batch_size / (time.monotonic() - mark[1])
                 metrics.write(step, epoch=float(step / epoch), **means, images_per_second=speed)
                 loss = f"loss {means.get('loss', np.nan):.4f}"
+                if every.num_epochs:
+                    loss += f" (epoch: {epoch_mean(step):.4f})"
                 bar.set_postfix_str(f"epoch {float(step / epoch):.2f}, {loss}, {speed:.0f} img/s")
                 pending, mark = [], (step, time.monotonic())
             for action in now:

@@ -1,7 +1,11 @@
 """Every config builds its network without computing anything, and rejects a typo."""
 
+import ast
+import contextlib
 import pathlib
+import re
 import runpy
+import shlex
 
 import jax
 import pytest
@@ -46,6 +50,29 @@ def test_chains_of_tutorials(name):
     assert (kl > likelihood.MAX_PRIOR_KL) == name.endswith("t200")
     diffusion.schedule = "linear_rescaled"
     assert likelihood.prior_kl(schedules.from_config(diffusion), 1 / 3) < likelihood.MAX_PRIOR_KL
+
+
+def overrides_in_docstrings():
+    """(path, flags): what a docstring says may be added, together if they stand together."""
+    for name in TUTORIALS:
+        path = FILES[0].parent / "tutorials" / f"{name}.py"
+        text = ast.get_docstring(ast.parse(path.read_text())).replace("\\\n", "\n")
+        flag = r"--(?:no)?config\."
+        for group in re.findall(rf'(?:(?:"{flag}[^"]*"|{flag}[\w.=]*\w)\s*)+', text):
+            yield pytest.param(path, shlex.split(group), id=f"{name} {group.strip()}")
+
+
+@pytest.mark.parametrize("path, flags", [*overrides_in_docstrings()])
+def test_overrides_of_tutorials(path, flags):
+    config = load(path)
+    for flag in flags:
+        field, _, value = flag.removeprefix("--").partition("=")
+        if field.startswith("no"):
+            field, value = field.removeprefix("no"), "False"
+        with contextlib.suppress(ValueError):  # a string is meant as it is
+            value = ast.literal_eval(value)
+        config.update_from_flattened_dict({field.removeprefix("config."): value})
+    configs.check(config)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)

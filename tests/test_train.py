@@ -142,7 +142,7 @@ def test_resuming_changes_no_bit(config, tmp_path):
     assert list((tmp_path / "whole").glob("events.out.tfevents.*"))
 
 
-def test_epochs(config, tmp_path):
+def test_epochs(config, tmp_path, capfd):
     """20 images in batches of 8: an epoch ends after 2.5 steps, the second one after 5."""
     config.data.split = "train[:20]"
     config.optim.decay = "constant"
@@ -153,6 +153,7 @@ def test_epochs(config, tmp_path):
     assert sorted(of_steps) == [1, 2, 3, 4, 5]
     passed = [x["epoch"] for x in lines(tmp_path / "whole") if "epoch" in x]
     assert passed == [0.4, 0.8, 1.2, 1.6, 2.0]
+    assert f"epoch 2.00, loss {of_steps[5]:.4f} (epoch: {means[1]:.4f})" in capfd.readouterr().err
 
     config.train.log_every = 2  # nor does it matter where the run was interrupted
     config.train.num_epochs = 1

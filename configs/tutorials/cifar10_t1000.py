@@ -9,8 +9,8 @@ shows a 4×4 grid of data, a strip of ten states on the way from noise to an ima
 
 Here on purpose otherwise: our U-Net of 4.4 M parameters and 0.99 GMAC an image takes the place of
 one of 6.2 M (about 1.2 GMAC, to judge by its speed); samples are of averaged parameters
-(--noconfig.sample.use_ema for the raw ones). The tutorial keeps all 1,000 states of every image on
-the host; here only those that are shown.
+(--noconfig.sample.use_ema for the raw ones). The last batch of an epoch is filled from the next
+one. The tutorial keeps all 1,000 states of every image on the host; here only those that are shown.
 """
 
 from configs import default

@@ -12,7 +12,9 @@ by 1000 / T, σ² = β; Ho et al.'s U-Net, 64 wide, multiples 1, 2, 4, 4, attent
 is ours to the multiply-add (2.36 GMAC); AdamW with 2e-4 and PyTorch's weight decay, batches of 32,
 800 epochs. Every 20 epochs of the 4,317 flowers there is a checkpoint and a grid of 32 samples, 4 a
 row; in the end 256 samples, 32 a row, the forward process of six images at its twelve steps, and
-the whole reverse process as a video.
+the whole reverse process as a video. What happens every 20 epochs is counted in steps, so a folder
+of another size wants other values of train.sample_every, checkpoint_every and eval_every. A new run
+is another --workdir, where the tutorial numbers its folders.
 
 Here on purpose otherwise: mixed precision is --config.model.dtype=bfloat16, which has float32's
 range and needs no scaling of the loss; one image in twenty is held out; samples are of averaged
@@ -26,7 +28,7 @@ saves one file and loads another.
 
 from configs import default
 
-EPOCH = 4317 // 32  # steps
+EPOCH = 4317 * 95 // 100 // 32  # steps
 
 
 def get_config():

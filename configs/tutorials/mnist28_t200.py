@@ -10,10 +10,12 @@ epochs, as tutorial D has. It shows ᾱ over t, here in show/schedule.png.
 A trap, which the program names when it starts: ᾱ ends at 0.132 (the tutorial's plot has 0.096), so
 that samples start from noise that training never saw. The corrected twin:
 --config.diffusion.schedule=linear_rescaled. CIFAR-10, which it also names:
---config.data.name=cifar10 --config.data.channels=3 "--config.data.image_size=(32,32)". Its next
-steps: --config.sample.sampler=ddim, --config.data.num_classes=10 for guidance.
+--config.data.name=cifar10 --config.data.channels=3 "--config.data.image_size=(32,32)"
+"--config.model.attention_resolutions=(8,)". Cosine schedule: --config.diffusion.schedule=cosine.
+Its next steps: --config.sample.sampler=ddim, --config.data.num_classes=10 for guidance.
 
-Here on purpose otherwise: samples are of averaged parameters.
+Here on purpose otherwise: samples are of averaged parameters. The last batch of an epoch is filled
+from the next one.
 """
 
 from configs import mnist

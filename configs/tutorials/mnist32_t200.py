@@ -13,7 +13,7 @@ Here on purpose otherwise: our U-Net of 1.1 M parameters and 0.25 GMAC an image 
 one of 62.4 M (1.43 GMAC), whose BatchNorm works differently in training and in sampling; group norm
 does not. Samples are of averaged parameters. The last batch of an epoch is filled from the next
 one, not dropped. The tutorial keeps all 200 states of every image on the host; here only those that
-are shown. The cosine schedule is Nichol and Dhariwal's, not the DDPM paper's, as the tutorial says:
+are shown. The cosine schedule is Nichol and Dhariwal's; the tutorial credits it to the DDPM paper:
 --config.diffusion.schedule=cosine.
 """
 
