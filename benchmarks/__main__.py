@@ -33,7 +33,7 @@ import jax
 from benchmarks import contestants
 from benchmarks import data as pipeline
 from benchmarks.contestants import DIFFUSERS, OTHER, Cell
-from ddpm_jax import progress
+from ddpm_jax import parallel, progress
 
 MAIN = pathlib.Path(__file__).resolve().parent.parent / "main.py"
 HEADLINE = [
@@ -81,10 +81,9 @@ def versions():
 
 def device_name():
     """The GPU's; or the CPU's, with whether it has AVX-512, by which the ratios differ."""
-    kind, info = jax.devices()[0].device_kind, pathlib.Path("/proc/cpuinfo")
-    if kind != "cpu" or not info.exists():
+    kind, text = jax.devices()[0].device_kind, parallel.cpuinfo()
+    if kind != "cpu" or not text:
         return kind
-    text = info.read_text()
     names = re.findall(r"^model name\s*: (.*)$", text, re.M) or [kind]
     return names[0] + (", AVX-512" if "avx512f" in text else ", no AVX-512")
 

@@ -42,6 +42,12 @@ TOO_LARGE = (
 pmap = functools.partial(jax.pmap, axis_name=AXIS)
 
 
+def cpuinfo():
+    """What Linux says of the CPUs; elsewhere nothing."""
+    path = pathlib.Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
 def prepare_cpu():
     """Sets what XLA and glibc should do otherwise where no accelerator is; before JAX is used.
 
@@ -57,8 +63,8 @@ def prepare_cpu():
     if entry_points(group="jax_plugins"):
         return
     wanted = {"--xla_disable_hlo_passes": "cse_barrier_expander"}
-    cpu = pathlib.Path("/proc/cpuinfo")
-    if platform.machine() == "x86_64" and cpu.exists() and "avx512f" not in cpu.read_text():
+    cpu = cpuinfo()
+    if platform.machine() == "x86_64" and cpu and "avx512f" not in cpu:
         left_to_ynnpack = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
         wanted["--xla_cpu_experimental_ynn_fusion_type"] = left_to_ynnpack
     given = os.environ.get("XLA_FLAGS", "")

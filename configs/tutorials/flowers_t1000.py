@@ -28,7 +28,7 @@ saves one file and loads another.
 
 from configs import default
 
-EPOCH = 4317 * 95 // 100 // 32  # steps
+EPOCH = 4317 * 95 // 100 // 32  # steps; 5 % are held out
 
 
 def get_config():

@@ -10,8 +10,8 @@ Here on purpose otherwise: images are in [-1, 1], not in [0, 1], whose mean is f
 trained and taken: the tutorial draws t from 1 to T - 1 and stops at 1, so that its last denoising
 step is missing. Our U-Net of 0.17 M parameters and 19 million multiply-adds an image takes the
 place of one of 0.06 M (about 26 million), which as printed does not run: its first convolution on
-the way up expects 128 channels and gets 96. Samples are of averaged parameters. The
-last batch of an epoch is filled from the next one.
+the way up expects 128 channels and gets 96. Samples are of averaged parameters. The last
+batch of an epoch is filled from the next one.
 """
 
 from configs import mnist
