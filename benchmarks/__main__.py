@@ -157,23 +157,28 @@ def seconds_to_first_step(cache):
     return seconds
 
 
-def describe(cell, found):
-    """The lines of a cell in the table."""
-    chain = f", {cell.steps} of {cell.chain} steps" if cell.chain > 1 else ""
+def figures(rate):
+    """Three significant figures, or whole numbers."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
+def describe(cell, found, names):
+    """The line of a cell in the table, with a column for each of the names."""
+    chain = f", {cell.steps} of {cell.chain:,} steps" if cell.chain > 1 else ""
     devices = f", {cell.devices} devices" if cell.devices else ""
-    what = f"{cell.task}, {cell.network}, {cell.size} images{chain}{devices}"
-    rates = {name: statistics.median(f["rates"]) for name, f in found.items()}
-    fastest = max((rate for name, rate in rates.items() if name != "ours"), default=None)
-    for name, one in found.items():
-        who = name
-        if one["gmac"]:
-            who += f" ({one['parameters'] / 1e6:.1f} M, {one['gmac']:.2f} GMAC)"
-        ratio = f"{rates['ours'] / fastest:.2f}" if name == "ours" and fastest else ""
-        spread = f"{min(one['rates']):.3g} to {max(one['rates']):.3g}"
-        peak = f"{one['peak']:,.0f}" if one["peak"] else ""
-        warm = f"{one['warm']:.0f}"
-        yield f"| {what} | {who} | {rates[name]:.3g} | {spread} | {ratio} | {peak} | {warm} |"
-        what = ""
+    columns = [f"{cell.task}, {cell.network}, {cell.size} at once{chain}{devices}"]
+    middle = {name: statistics.median(one["rates"]) for name, one in found.items()}
+    for name in names:
+        rates = sorted(found[name]["rates"]) if name in found else []
+        spread = f" ({figures(rates[0])} to {figures(rates[-1])})" if rates else ""
+        columns.append(figures(middle[name]) + spread if rates else "")
+    peers = sorted((name for name in found if name != "ours"), key=middle.get)
+    beside = ["ours", *peers[-1:]]
+    columns.append(f"{middle['ours'] / middle[peers[-1]]:.2f}" if peers else "")
+    peaks = (found[name]["peak"] for name in beside)
+    columns.append("; ".join(f"{peak:,.0f}" for peak in peaks if peak))
+    columns.append("; ".join(f"{found[name]['warm']:.0f}" for name in beside))
+    return f"| {' | '.join(columns)} |"
 
 
 def of_a_gpu(cell, found, flops):
@@ -225,16 +230,21 @@ def run():
     headline = HEADLINE_GPU if on_gpu else HEADLINE
     cells = SMOKE if flags.smoke else full_cells(on_gpu) if flags.full else headline
     path = pathlib.Path(flags.out) if flags.full else None
-    print("| what | who | images/s | from, to | ours / fastest peer | peak host MiB | s to warm |")
-    print("|---|---|---|---|---|---|---|")
+    names = ["ours", *peers]
+    print("images/s; peak memory of the process and seconds to warm up: ours; the fastest peer's")
+    print("| what |", *(f"{name} |" for name in names), "ours / fastest | host MiB | s to warm |")
+    print("|---" * (len(names) + 4) + "|")
     trains, notes = None, []
     for cell, found in run_cells(cells, peers, path, environment):
-        print(*describe(cell, found), sep="\n", flush=True)
+        print(describe(cell, found, names), flush=True)
+        if OTHER in found:
+            size, gmac = found[OTHER]["parameters"] / 1e6, found[OTHER]["gmac"]
+            notes.append(f"{OTHER} beside {cell.network}: {size:.1f} M, {gmac:.2f} GMAC")
         if cell.task == "train" and trains is None:
             trains = statistics.median(found["ours"]["rates"])
         if on_gpu and cell.network == "cifar10" and cell.task in ("train", "ancestral"):
             notes.append(of_a_gpu(cell, found, flops))
-    print(*notes, sep="\n")
+    print(*dict.fromkeys(notes), sep="\n")
     seconds = 0.2 if flags.smoke else 5
     rate = pipeline.images_from_memory(seconds)
     print(f"\ninput pipeline, 32x32 from memory: {rate:,.0f} images/s; {rate / trains:,.0f} times")
