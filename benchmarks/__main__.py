@@ -157,9 +157,11 @@ def seconds_to_first_step(cache):
     return seconds
 
 
-def figures(rate):
-    """Three significant figures, or whole numbers."""
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+def spread(rates):
+    """Median (lowest to highest), each with three significant figures or as a whole number."""
+    three = statistics.median(rates), min(rates), max(rates)
+    texts = (f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}" for rate in three)
+    return "{} ({} to {})".format(*texts)
 
 
 def describe(cell, found, names):
@@ -167,14 +169,12 @@ def describe(cell, found, names):
     chain = f", {cell.steps} of {cell.chain:,} steps" if cell.chain > 1 else ""
     devices = f", {cell.devices} devices" if cell.devices else ""
     columns = [f"{cell.task}, {cell.network}, {cell.size} at once{chain}{devices}"]
+    columns += [spread(found[name]["rates"]) if name in found else "" for name in names]
     middle = {name: statistics.median(one["rates"]) for name, one in found.items()}
-    for name in names:
-        rates = sorted(found[name]["rates"]) if name in found else []
-        spread = f" ({figures(rates[0])} to {figures(rates[-1])})" if rates else ""
-        columns.append(figures(middle[name]) + spread if rates else "")
-    peers = sorted((name for name in found if name != "ours"), key=middle.get)
-    beside = ["ours", *peers[-1:]]
-    columns.append(f"{middle['ours'] / middle[peers[-1]]:.2f}" if peers else "")
+    peers = [name for name in found if name != "ours"]
+    fastest = [max(peers, key=middle.get)] if peers else []
+    columns.append("".join(f"{middle['ours'] / middle[name]:.2f}" for name in fastest))
+    beside = ["ours", *fastest]
     peaks = (found[name]["peak"] for name in beside)
     columns.append("; ".join(f"{peak:,.0f}" for peak in peaks if peak))
     columns.append("; ".join(f"{found[name]['warm']:.0f}" for name in beside))
