@@ -6,9 +6,9 @@
     python -m benchmarks --smoke    # one small cell of each kind, to see that all of it works
 
 A contestant is a process of its own, which warms up (compiles, runs twice) and waits. Then they
-take turns, in an order that is reversed every time; a row has the median of the rates, the lowest
-and the highest. What counts is the ratio to the fastest peer: rates differ between machines, and
-hours.
+take turns of at least a second, in an order that is reversed every time; a row has the median of
+the rates, the lowest and the highest. What counts is the ratio to the fastest peer: rates differ
+between machines, and hours.
 """
 
 import argparse

@@ -23,6 +23,7 @@ from ddpm_jax import state as states
 
 DIFFUSERS = ("eager", "channels_last", "compile")  # its modes
 OTHER = "denoising-diffusion-pytorch"
+TURN = 1.0  # seconds; after a pause, steps of 20 ms take up to twice as long at first
 
 
 class Cell(NamedTuple):
@@ -69,7 +70,7 @@ def random_images(config, size):
 
 def ours(cell):
     """This project, as main.py sets it up."""
-    parallel.prepare_cpu()
+    parallel.prepare_cpu(trains=cell.task == "train")
     if cell.devices:
         jax.config.update("jax_num_cpu_devices", cell.devices)
     else:
@@ -265,17 +266,19 @@ def make(name, cell):
 def serve(pipe, name, cell):
     """In a process of its own: warms up, then does the work whenever it is asked; says how long.
 
-    Sends (parameters, GMAC, seconds until warm), then the seconds of each turn, and when asked for
-    no more the peak memory in MiB (Linux).
+    Sends (parameters, GMAC, seconds until warm), then the seconds that the work took on average in
+    each turn of at least TURN seconds, and when asked for no more the peak memory in MiB (Linux).
     """
     start = time.perf_counter()
     work, parameters, gmac = make(name, cell)
     work(), work()
     pipe.send((parameters, gmac, time.perf_counter() - start))
     while pipe.recv():
-        start = time.perf_counter()
-        work()
-        pipe.send(time.perf_counter() - start)
+        start, times = time.perf_counter(), 0
+        while time.perf_counter() < start + TURN:
+            work()
+            times += 1
+        pipe.send((time.perf_counter() - start) / times)
     pipe.send(peak())
 
 
