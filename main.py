@@ -266,7 +266,7 @@ def run(argv):
     if command.mode == "compare":
         evaluate.compare(command.workdirs)
         return 0
-    parallel.prepare_cpu()
+    parallel.prepare_cpu(trains=command.mode == "train")
     if command.processes is None:
         parallel.use_cpu_cores(*configs.batch_sizes(command.config, command.mode).values())
         processes = contextlib.nullcontext()

@@ -78,7 +78,7 @@ def run():
     parser.add_argument("--row", nargs=2, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
-        parallel.prepare_cpu()
+        parallel.prepare_cpu(trains=True)
         config = main.load_config(options.config)
         config.train.batch_size = options.batch_size
         config.optim.accumulate, config.model.remat = options.row[0], bool(options.row[1])

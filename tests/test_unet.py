@@ -58,24 +58,33 @@ def test_winograd_is_the_same_convolution():
             np.testing.assert_allclose(gradient, wanted, atol=1e-13)
 
 
-def test_wide_layers_are_as_exact_as_direct_ones(monkeypatch):
-    """In float32, against float64, with the error that a direct convolution has."""
-    x, kernel = (
-        jax.random.normal(jax.random.key(i), s)
-        for i, s in ((0, (2, 8, 8, 128)), (1, (3, 3, 128, 128)))
-    )
+@pytest.mark.parametrize("channels", [64, 128])
+def test_wide_layers_are_as_exact_as_direct_ones(channels, monkeypatch):
+    """In float32, against float64, with the error that direct convolutions have; gradients too."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = ((4, 8, 8, channels), (3, 3, channels, channels), (4, 8, 8, channels))
+    x, kernel, dy = map(jax.random.normal, keys, shapes)
     calls = []
     monkeypatch.setattr(
         winograd, "conv3x3", lambda *a, f=winograd.conv3x3: calls.append(1) or f(*a)
     )
-    layer = unet.conv3x3(128, jnp.float32, "layer")
-    found = layer.apply({"params": {"kernel": kernel, "bias": jnp.zeros(128)}}, x)
+    layer = unet.conv3x3(channels, jnp.float32, "layer")
+
+    def by_layer(x, kernel):
+        return layer.apply({"params": {"kernel": kernel, "bias": jnp.zeros(channels)}}, x)
+
+    def all_of(function, x, kernel, dy):
+        y, vjp = jax.vjp(function, x, kernel)
+        return function(x, kernel), y, *vjp(dy)
+
+    found, plain = all_of(by_layer, x, kernel, dy), all_of(direct, x, kernel, dy)
     assert calls
     with jax.enable_x64():
-        exact = direct(x.astype(jnp.float64), kernel.astype(jnp.float64))
-        errors = [float(jnp.linalg.norm(y - exact)) for y in (found, direct(x, kernel))]
-        assert errors[0] < 1e-6 * float(jnp.linalg.norm(exact))
-        assert errors[0] < 4 * errors[1]
+        exact = all_of(direct, *(a.astype(jnp.float64) for a in (x, kernel, dy)))
+        for ours, theirs, wanted in zip(found, plain, exact, strict=True):
+            errors = [float(jnp.linalg.norm(y - wanted)) for y in (ours, theirs)]
+            assert errors[0] < 1e-6 * float(jnp.linalg.norm(wanted))
+            assert errors[0] < 4 * errors[1]
 
 
 def test_initialisation_scales():
