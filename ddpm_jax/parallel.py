@@ -70,10 +70,9 @@ def prepare_cpu(trains):
     wanted = {"--xla_disable_hlo_passes": "cse_barrier_expander"}
     cpu = cpuinfo()
     if platform.machine() == "x86_64" and cpu and "avx512f" not in cpu:
-        left_to_ynnpack = ("INDIVIDUAL_DOT", "REDUCE") if trains else ("INDIVIDUAL_DOT",)
-        wanted["--xla_cpu_experimental_ynn_fusion_type"] = ",".join(
-            f"LIBRARY_FUSION_TYPE_{kind}" for kind in left_to_ynnpack
-        )
+        sums = ",LIBRARY_FUSION_TYPE_REDUCE" if trains else ""
+        left_to_ynnpack = f"LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT{sums}"
+        wanted["--xla_cpu_experimental_ynn_fusion_type"] = left_to_ynnpack
     given = os.environ.get("XLA_FLAGS", "")
     added = (f"{flag}={value}" for flag, value in wanted.items() if flag not in given)
     os.environ["XLA_FLAGS"] = " ".join((given, *added))
