@@ -345,8 +345,8 @@ def train(config, workdir):
             name, step = signal.Signals(caught).name, manager.latest_step()
             saved = "nothing was trained" if step is None else f"step {step} is saved"
             log.info("stopped by %s; %s", name, saved)
-        elif not (workdir / "report.html").exists():
-            show.show(config, workdir, source)
+    if not (caught or (workdir / "report.html").exists()):  # all is saved: signals may end it now
+        show.show(config, workdir, source)
     return caught
 
 

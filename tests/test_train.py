@@ -191,6 +191,26 @@ def test_a_signal_at_the_end_of_an_epoch_loses_no_line(config, tmp_path, monkeyp
     assert (tmp_path / "samples" / "step_000003.png").exists()
 
 
+def test_signals_are_the_callers_while_the_report_is_drawn(config, tmp_path, monkeypatch):
+    caught = []
+    before = signal.signal(signal.SIGTERM, lambda *_: caught.append(True))
+    monkeypatch.setattr(train.show, "show", lambda *_: signal.raise_signal(signal.SIGTERM))
+    try:
+        assert train.train(config, tmp_path) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught == [True]
+
+
+@pytest.mark.parametrize("schedule, named", [("linear", True), ("linear_rescaled", False)])
+def test_a_chain_that_does_not_end_in_noise_is_named(config, caplog, schedule, named):
+    config.diffusion.update(num_timesteps=200, schedule=schedule)
+    source = data.open_source(config.data)
+    _, state = setup(config, 1)
+    train.describe(config, state, schedules.from_config(config.diffusion), source, source)
+    assert ("does not end in noise (a prior KL of 0.0" in caplog.text) == named
+
+
 def test_an_epoch_shorter_than_a_step(config, tmp_path):
     config.data.split = "train[:3]"
     config.train.update(num_steps=0, num_epochs=4)
