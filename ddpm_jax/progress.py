@@ -16,7 +16,9 @@ def bar(total, desc, unit, **options):
       unit: of what.
       **options: more of tqdm's.
     """
-    shown = {"leave": False, "dynamic_ncols": True, "disable": not parallel.is_first()}
+    shown = {"leave": False, "dynamic_ncols": True}
+    if not parallel.is_first():  # else TQDM_DISABLE may still say so
+        shown["disable"] = True
     # A log file need not hold ten lines a second.
     shown["mininterval"] = 0.1 if sys.stderr.isatty() else 10
     return tqdm(total=total, desc=desc, unit=unit, **shown | options)
