@@ -10,11 +10,12 @@
 Its recipe: images resized to 32×32 without cropping, flipped at random; T = 1000, linear β rescaled
 by 1000 / T, σ² = β; Ho et al.'s U-Net, 64 wide, multiples 1, 2, 4, 4, attention at 16 and 8, which
 is ours to the multiply-add (2.36 GMAC); AdamW with 2e-4 and PyTorch's weight decay, batches of 32,
-800 epochs. Every 20 epochs of the 4,317 flowers there is a checkpoint and a grid of 32 samples, 4 a
-row; in the end 256 samples, 32 a row, the forward process of six images at its twelve steps, and
-the whole reverse process as a video. What happens every 20 epochs is counted in steps, so a folder
-of another size wants other values of train.sample_every, checkpoint_every and eval_every. A new run
-is another --workdir, where the tutorial numbers its folders.
+800 epochs. Every 20 epochs of the 4,317 flowers there is a checkpoint (the two newest are kept) and
+a grid of 32 samples, 4 a row; in the end 256 samples, 32 a row, the forward process of six images
+at its twelve steps, and the whole reverse process as a video. What happens every 20 epochs is
+counted in steps: a folder of N images wants 20 * (0.95 * N // 32) for train.sample_every,
+checkpoint_every and eval_every. A new run is another --workdir, where the tutorial numbers its
+folders.
 
 Here on purpose otherwise: mixed precision is --config.model.dtype=bfloat16, which has float32's
 range and needs no scaling of the loss; one image in twenty is held out; samples are of averaged

@@ -3,8 +3,9 @@
     python main.py --config=configs/tutorials/mnist32_t200.py
 
 Its recipe: T = 200, linear β from 1e-4 to 0.02, not rescaled; σ² = β̃; Adam with 1e-3, batches of
-128, 20 epochs. It shows 64 samples, the forward process at t = 49, 99, 149, 199, and five images on
-their way, after t = 199, 149, 99, 49, 0: here show/forward.png and denoising.png.
+128, 20 epochs. It shows 64 samples, the forward process at t = 49, 99, 149, 199 (here at 0, too),
+and five images on their way, after t = 199, 149, 99, 49, 0: here show/forward.png and
+denoising.png.
 
 A trap, which the program names when it starts: ᾱ ends at 0.132, so that samples start from noise
 that training never saw. The corrected twin: --config.diffusion.schedule=linear_rescaled.
@@ -15,6 +16,11 @@ does not. Samples are of averaged parameters. The last batch of an epoch is fill
 one, not dropped. The tutorial keeps all 200 states of every image on the host; here only those that
 are shown. The cosine schedule is Nichol and Dhariwal's; the tutorial credits it to the DDPM paper:
 --config.diffusion.schedule=cosine.
+
+Lower losses in three epochs (measured in the README), by smaller batches, a decay of the learning
+rate, and a larger network, of 3.2 M parameters and 0.63 GMAC: --config.train.num_epochs=3
+--config.train.batch_size=16 --config.train.eval_every=3750 --config.train.sample_every=3750
+--config.optim.decay=cosine --config.model.channels=64 "--config.model.channel_mults=(1,1,2)"
 """
 
 from configs import mnist
