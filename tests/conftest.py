@@ -12,6 +12,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for configs/ and main.py
 
+os.environ.pop("TQDM_DISABLE", None)  # tests read the bars
+
 # Compilations are shared by the tests, by the programs they start, and by the next run.
 CACHE = os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
@@ -23,6 +25,13 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def pytest_configure(config):
+    """What runs for seconds is better compiled quickly than well; what is measured is not."""
+    if config.option.markexpr == "not parity and not slow":  # the default run
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
 
 
 @pytest.fixture
