@@ -29,7 +29,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 def pytest_configure(config):
     """What runs for seconds is better compiled quickly than well; what is measured is not."""
-    if config.option.markexpr == "not parity and not slow":  # the default run
+    if config.option.markexpr in config.getini("addopts"):  # the default run
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
 
