@@ -14,7 +14,6 @@
 --config.section.field=value overrides any field of the config; configs/default.py lists them all.
 """
 
-import contextlib
 import difflib
 import logging
 import os
@@ -22,7 +21,9 @@ import pathlib
 import re
 import runpy
 import shlex
+import signal
 import sys
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import jax
@@ -32,9 +33,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from configs import default
 from ddpm_jax import config as configs
-from ddpm_jax import edit, evaluate, generate, interop, parallel, show, train
+from ddpm_jax import edit, evaluate, generate, interop, parallel, show, signals, train
 from ddpm_jax import workdir as run_files
-from ddpm_jax.errors import UserError, is_disk_full, one_line
+from ddpm_jax.errors import UserError, is_disk_full, one_line, printable
 
 EDITS = {
     "img2img": edit.img2img,
@@ -45,6 +46,15 @@ EDITS = {
 MODES = ("train", "sample", *EDITS, "show", "evaluate", "compare", "import", "export")
 # Flags that some modes need, and the others do not take.
 NEEDED = {"weights": ("import", "export"), "images": tuple(EDITS), "mask": ("inpaint",)}
+PATHS = ("config", "workdir", "weights", "images", "mask")  # flags that name files and folders
+LONG = {"sample": generate.sample, "evaluate": evaluate.evaluate}  # what a signal may end
+WRITES = {
+    "train": ("",),
+    "sample": ("samples",),
+    "evaluate": ("", "evaluation"),
+    "show": ("show",),
+    **dict.fromkeys(EDITS, ("samples",)),
+}
 DISTRIBUTED = ("train", "sample", "evaluate")  # what several processes can do together
 # What the code of a config file can raise.
 CODE_ERRORS = (
@@ -132,7 +142,8 @@ def parse(argv):
     if values.mode == "compare":
         if len(set(values.workdirs)) < 2 or rest:
             raise UserError("--workdirs: compare needs two or more, as in --workdirs=runs/a,runs/b")
-        return Command(values.mode, None, (), None, None, values.workdirs)
+        workdirs = at_home("workdirs", values.workdirs)
+        return Command(values.mode, None, (), None, None, workdirs)
     if not (values.config or values.workdir):
         raise UserError("--config: is missing, as in --config=configs/digits.py")
     for flag, modes in NEEDED.items():
@@ -140,6 +151,8 @@ def parse(argv):
             text = "is missing; needed by" if values.mode in modes else "is only for"
             raise UserError(f"--{flag}: {text} --mode={', '.join(modes)}")
     processes = check_processes(values)
+    for flag in PATHS:
+        values[flag].value = at_home(flag, values[flag].value)
     workdir = pathlib.Path(values.workdir or f"runs/{pathlib.Path(values.config).stem}")
     if os.path.exists(workdir) and not os.path.isdir(workdir):  # no error for a long name
         raise UserError(f"workdir={workdir}: is not a folder")
@@ -153,7 +166,7 @@ def parse(argv):
     overrides = tuple(re.sub(r"--(no)?config\.|=.*", "", argument) for argument in rest)
     return Command(
         values.mode,
-        override(config, rest),
+        configs.with_home(override(config, rest)),
         overrides,
         workdir,
         values.weights,
@@ -161,6 +174,16 @@ def parse(argv):
         mask=values.mask or None,
         processes=processes,
     )
+
+
+def at_home(flag, value):
+    """A flag's path, or list of them, with the user's home in place of ~."""
+    if isinstance(value, list):
+        return [at_home(flag, path) for path in value]
+    path = os.path.expanduser(value or "")
+    if path.startswith("~"):
+        raise UserError(f"--{flag}={value}: {configs.UNKNOWN_USER}")
+    return path
 
 
 def check_processes(values):
@@ -221,7 +244,7 @@ def load_config(path):
     raise UserError(f"--config={path}: get_config() returns no ConfigDict, but {kind}")
 
 
-@contextlib.contextmanager
+@contextmanager
 def code_errors(path):
     """Turns what a config file's own code raises into a UserError."""
     try:
@@ -269,10 +292,11 @@ def run(argv):
     parallel.prepare_cpu(trains=command.mode == "train")
     if command.processes is None:
         parallel.use_cpu_cores(*configs.batch_sizes(command.config, command.mode).values())
-        processes = contextlib.nullcontext()
+        processes = nullcontext()
     else:
         processes = parallel.connected(*command.processes)
     with processes:
+        parallel.check_devices()
         if not parallel.is_first():
             for name in LOGGERS:
                 logging.getLogger(name).setLevel(logging.ERROR)
@@ -286,6 +310,8 @@ def act(command, argv):
         interop.import_run(config, weights, workdir, command.overrides)
         return 0
     configs.check(config, mode)
+    for name in WRITES.get(mode, ()):
+        run_files.check_writable(workdir / name)
     if mode == "train":
         caught = train.train(config, workdir)
         if caught:
@@ -295,10 +321,9 @@ def act(command, argv):
     else:
         if mode != "show" or run_files.load_config(workdir) is not None:
             configs.check_same_run(saved_config(workdir), config, workdir, "use")
-        if mode == "sample":
-            generate.sample(config, workdir)
-        elif mode == "evaluate":
-            evaluate.evaluate(config, workdir)
+        if mode in LONG:
+            with signals.catch() if command.processes else nullcontext(signals.never) as stop:
+                LONG[mode](config, workdir, stop)
         elif mode == "show":
             show.show(config, workdir)
         elif mode in EDITS:
@@ -307,11 +332,6 @@ def act(command, argv):
         else:
             interop.export_run(config, workdir, weights)
     return 0
-
-
-def printable(error):
-    """An error's text in one line: what is not printable, names of files may hold."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
 
 
 def main():
@@ -324,9 +344,16 @@ def main():
     try:
         with logging_redirect_tqdm():
             code = run(sys.argv)
+            sys.stdout.flush()
     except UserError as error:
         print(f"error: {printable(error)}", file=sys.stderr)
         code = 2
+    except signals.Stopped as error:
+        print(f"{error}; what was finished is kept, the same command goes on", file=sys.stderr)
+        code = 128 + error.number
+    except BrokenPipeError:  # nobody reads on, as of `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
     except OSError as error:
         if not (is_disk_full(error) or error.filename):  # a path that the user has named
             raise

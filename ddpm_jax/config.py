@@ -61,6 +61,15 @@ CHOICES = {
     "sample.spacing": tuple(schedules.SPACINGS),
     "evaluate.resize": ("tf1", "torch"),
 }
+# What names a file or a folder; ~ is the user's home there.
+PATHS = (
+    "data.path",
+    "data.data_dir",
+    "sample.classifier",
+    "evaluate.inception_weights",
+    "evaluate.cache_dir",
+)
+UNKNOWN_USER = "the home of a user who is not known (or write ./~…)"
 KINDS = {
     bool: "true or false",
     int: "a whole number",
@@ -77,8 +86,8 @@ IDENTITY = {
 # But for these.
 FREE = {
     "train": """
-        data.data_dir data.max_ram_gib data.eval_split diffusion.variance diffusion.clip_x0
-        model.remat
+        data.path data.data_dir data.max_ram_gib data.eval_split model.remat
+        diffusion.variance diffusion.clip_x0
     """.split(),
     "use": """
         diffusion.variance diffusion.clip_x0 diffusion.loss model.dropout model.dtype model.remat
@@ -141,6 +150,15 @@ def with_added(config, defaults):
     return ConfigDict(nested).lock()
 
 
+def with_home(config):
+    """A config whose PATHS have the user's home in place of ~, which no shell puts there."""
+    fields = {name: os.path.expanduser(flatten(config)[name]) for name in PATHS}
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.update_from_flattened_dict(fields)
+    return config
+
+
 def batch_sizes(config, mode):
     """{field: value} of what has to divide over the devices in a mode."""
     fields = {"train": ("train.batch_size", "sample.batch_size"), "import": (), "export": ()}
@@ -199,9 +217,8 @@ def check(config, mode="train"):
     if mode == "evaluate" and count:
         name, allowed = "data.channels", "Inception takes 1 or 3 (or evaluate.num_samples=0)"
         _require(config.data.channels != 4, name, 4, allowed)
-    name, folder = "evaluate.cache_dir", config.evaluate.cache_dir
-    known = not os.path.expanduser(folder).startswith("~")
-    _require(known, name, folder, "the folder of a user who is not known")
+    for name in PATHS:
+        _require(not fields[name].startswith("~"), name, fields[name], UNKNOWN_USER)
     for name, value in batch_sizes(config, mode).items():
         most = MOST_VALUES // math.prod(image_shape(config))
         _require(value <= most, name, value, f"must be at most {most} for images of this size")

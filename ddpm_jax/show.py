@@ -94,6 +94,8 @@ def show(config, workdir, source=None):
         draw_data(config, folder, source)
     if step is not None and config.model.kind == "unet":
         draw_reverse(config, workdir, folder)
+    else:
+        generate.warn_of_chain(config)
     lines = run_files.read_metrics(workdir)
     if any("loss" in line for line in lines):
         draw_losses(folder / "losses.png", lines)

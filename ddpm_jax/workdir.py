@@ -4,7 +4,7 @@ runs/cifar10/
   config.json          what the run was made with
   checkpoints/<step>/  see checkpoint.py
   metrics.jsonl        one JSON object a log point; TensorBoard events beside it
-  labels.json          what each class is called, if the run knows any
+  data.json            which images it is trained on, and what each class is called
   samples/             grids and arrays of images
   show/, report.html   pictures of it, see show.py
 """
@@ -27,6 +27,8 @@ from ddpm_jax import parallel
 from ddpm_jax.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
+
+START_ANEW = "use those again, or start another run with another --workdir"
 
 
 @contextlib.contextmanager
@@ -92,11 +94,26 @@ def _hold(file, waits):
 
 
 def check_free(flag, folder):
-    """Raises a UserError unless a folder does not exist yet, or is empty."""
+    """Raises a UserError unless a folder can be made, or is empty."""
     with named_errors(flag, folder):
         path = pathlib.Path(folder).resolve()
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise UserError(f"{flag}={folder}: exists, and is not an empty folder")
+    check_writable(path.parent, flag)  # which it is renamed into
+
+
+def check_writable(folder, flag="workdir"):
+    """Raises a UserError unless files can be made in a folder, or it can be made itself.
+
+    To be called before what takes long: what has been computed could not be kept.
+    """
+    if not parallel.is_first():
+        return
+    path = pathlib.Path(folder).absolute()
+    while not os.path.exists(path):  # no error for a long name
+        path = path.parent
+    with named_errors(flag, folder), tempfile.TemporaryFile(dir=path):
+        pass
 
 
 @contextlib.contextmanager
@@ -187,16 +204,55 @@ def save_config(config, workdir):
         path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
 
 
-def save_label_names(names, workdir):
-    """Writes labels.json: what each label is called."""
-    with atomic_write(pathlib.Path(workdir) / "labels.json") as path:
-        path.write_text(json.dumps(names) + "\n")
+def save_data(source, workdir):
+    """Writes data.json: what the run is trained on.
+
+    Args:
+      source: its training images.
+      workdir: its folder.
+    """
+    fields = {"images": source.size, "sha256": source.sha256, "label_names": source.label_names}
+    with atomic_write(pathlib.Path(workdir) / "data.json") as path:
+        path.write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def check_same_data(source, workdir, moved):
+    """Raises a UserError unless a run was trained on just these images, in this order.
+
+    Args:
+      source: what it is to be trained on.
+      workdir: its folder.
+      moved: whether they are in another place than they were; of runs without data.json, which are
+        older than that file, nothing else is known.
+    """
+    check_same_classes(source, workdir)
+    path = pathlib.Path(workdir) / "data.json"
+    saved = read_json(path) if path.exists() else {"sha256": "" if moved else source.sha256}
+    if saved.get("sha256") == source.sha256:
+        return
+    count = saved.get("images", "unknown")
+    change = f"{count} images -> {source.size}"
+    if count == source.size:
+        change = f"as many images ({count}), but other files or in another order"
+    raise UserError(f"workdir={workdir}: was trained on other data: {change}; {START_ANEW}")
+
+
+def check_same_classes(source, workdir):
+    """Raises a UserError if the classes of a run were others than those of these images."""
+    names = load_label_names(workdir)
+    if names and source.label_names and names != source.label_names:
+        change = f"{', '.join(names)} -> {', '.join(source.label_names)}"
+        text = f"workdir={workdir}: was trained on other classes: {change[:1000]}; {START_ANEW}"
+        raise UserError(text)
 
 
 def load_label_names(workdir):
-    """The names in labels.json; none where the run knows no classes."""
-    path = pathlib.Path(workdir) / "labels.json"
-    names = _parsed(path) if path.exists() else []
+    """The classes' names in data.json (of older runs, in labels.json); () where there are none."""
+    path = pathlib.Path(workdir) / "data.json"
+    names = read_json(path).get("label_names") if path.exists() else None
+    if names is None:
+        path = path.with_name("labels.json")
+        names = _parsed(path) if path.exists() else []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: is not a list of names")
     return tuple(names)

@@ -41,6 +41,7 @@ from ddpm_jax import (
     data,
     evaluate,
     generate,
+    image_files,
     interop,
     parallel,
     progress,
@@ -207,8 +208,8 @@ def attempt(*arguments):
     assert code in (0, 2), err.getvalue()
     if code == 0:
         return ""
-    # What data.skip_unreadable asks for may come before.
-    said = re.sub(r"data\.path=.* \(skipped\)\n", "", err.getvalue(), flags=re.DOTALL)
+    # Remarks about files, or that they are skipped, may come before.
+    said = re.sub(r"^(data\.path|--images|--mask)=.*\n", "", err.getvalue(), flags=re.MULTILINE)
     assert len(said.splitlines()) == 1 and said.startswith("error: "), said
     assert not out.getvalue() and snapshot("../..") == before
     return said
@@ -464,7 +465,7 @@ NAMES = st.builds(
         st.sampled_from(["a", "b", "sub/a", "more/b", " ", "\n", "\x1b", "\udcff", "-", "x" * 200]),
         st.text(st.characters(codec="utf-8", exclude_characters="\0/."), min_size=1, max_size=9),
     ),
-    st.sampled_from([*sorted(data.EXTENSIONS), ".PNG", ".txt", ".npz", ""]),
+    st.sampled_from([*sorted(image_files.extensions()), ".PNG", ".txt", ".npz", ""]),
 )
 
 

@@ -88,7 +88,8 @@ def test_train_and_sample_a_class(conditional, tmp_path, monkeypatch):
     config = conditional
     config.sample.update(num_samples=20, batch_size=20)
     assert train.train(config, tmp_path) == 0
-    assert json.loads((tmp_path / "labels.json").read_text()) == list("0123456789")
+    saved = json.loads((tmp_path / "data.json").read_text())
+    assert saved["label_names"] == list("0123456789") and saved["images"] == 1500
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     for line in (line for line in lines if "loss" in line):
         quarters = [line[f"loss_q{i}"] for i in range(1, 5) if f"loss_q{i}" in line]
@@ -96,13 +97,15 @@ def test_train_and_sample_a_class(conditional, tmp_path, monkeypatch):
         assert max(quarters) >= line["loss"] * 0.9999
     grid = imageio.imread(tmp_path / "samples" / "step_000004.png")
     assert grid.shape == (2 * 72 + 8, 10 * 72 + 8)
-    run_files.save_label_names(tuple("abcdefghij"), tmp_path)
+    run_files.save_data(data.Source(1500, None, tuple("abcdefghij")), tmp_path)
     command = ["main.py", "--mode=sample", f"--workdir={tmp_path}", "--config.sample.num_samples=4"]
     command += ["--config.sample.batch_size=4"]
     for label in ("7", "h"):
         main.run([*command, f"--config.sample.label={label}", "--config.sample.guidance=2"])
     a, b = (
-        np.load(tmp_path / "samples" / f"sample_000004_seed0_label{label}_guidance2.npz")["images"]
+        np.load(tmp_path / "samples" / f"sample_000004_n4_seed0_label{label}_guidance2.npz")[
+            "images"
+        ]
         for label in ("7", "h")
     )
     np.testing.assert_array_equal(a, b)
@@ -130,10 +133,31 @@ def test_numbers_do_where_names_are_lost(conditional, tmp_path):
     checkpoint.save_imported(tmp_path, some_params(conditional))
     conditional.sample.update(label="9", num_samples=4)
     generate.sample(conditional, tmp_path)
-    assert (tmp_path / "samples" / "sample_000000_seed0_label9.npz").exists()
+    assert (tmp_path / "samples" / "sample_000000_n4_seed0_label9.npz").exists()
     (tmp_path / "labels.json").write_text("[")
     with pytest.raises(UserError, match=r"labels\.json: not valid JSON"):
         generate.sample(conditional, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "label, names, number",
+    [
+        ("3", "abcdef", 3),
+        ("c", "abcdef", 2),
+        ("2", ("0", "1", "10", "11", "2"), 4),
+        ("11", ("0", "1", "10", "11", "2"), 3),
+        ("3", ("0", "1", "10", "11", "2"), None),
+        ("1", ("7", "cat"), None),
+        ("6", "abcdef", None),
+    ],
+)
+def test_a_number_is_a_name_where_there_are_such_names(label, names, number):
+    """Folders 0, 1, 10, 11, 2: the class 3 is not folder 11, which comes fourth."""
+    if number is None:
+        with pytest.raises(UserError, match=rf"sample\.label='{label}': choose from {names[0]}, "):
+            generate.label_number(label, tuple(names))
+    else:
+        assert generate.label_number(label, tuple(names)) == number
 
 
 def test_guidance_in_the_sampler(conditional):

@@ -58,7 +58,7 @@ def test_import_sample_train_and_export(tmp_path, weights):
 
     few = ["--config.sample.num_samples=4", "--config.sample.batch_size=4"]
     run("sample", workdir, *few)
-    images = np.load(tmp_path / "run/samples/sample_000000_seed0.npz")["images"]
+    images = np.load(tmp_path / "run/samples/sample_000000_n4_seed0.npz")["images"]
     assert images.shape == (4, 8, 8, 3)
     with pytest.raises(UserError, match=r"data\.name=''"):
         run("train", workdir)

@@ -234,7 +234,7 @@ def test_pipelines_load_what_we_export(schedule, reference, tmp_path):
 
     main.run(["main", "--mode=sample", run, *(f"--config.sample.{n}=4" for n in
               ("num_samples", "batch_size"))])  # fmt: skip
-    ours = np.load(tmp_path / "run/samples/sample_000000_seed0.npz")["images"]
+    ours = np.load(tmp_path / "run/samples/sample_000000_n4_seed0.npz")["images"]
     keys = sampling.image_keys(0, jnp.arange(4))
     theirs = reference.pipeline_images(
         ddpm, [np.asarray(sampling.noise(keys, t, (8, 16, 3))) for t in range(20, 0, -1)]

@@ -350,5 +350,5 @@ def test_frames(config):
 def test_a_chain_that_does_not_start_in_noise_is_reported(config, caplog, steps, warns):
     config.diffusion.num_timesteps = 200
     config.sample.num_steps = steps
-    generate.warn_of_short_chain(config)
+    generate.warn_of_chain(config)
     assert ("are not noise yet" in caplog.text) == warns
