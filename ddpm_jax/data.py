@@ -281,7 +281,7 @@ def _open_tfds(data, split):
     splits = builder.info.splits
     try:
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
-        if all(part.from_ == part.to is not None for part in parts):
+        if all((part.from_ or 0) == part.to for part in parts):
             raise BadSplit(EMPTY.format(sum(splits[part.splitname].num_examples for part in parts)))
         stored = builder.as_data_source(split=split, decoders=raw)
     except ValueError as error:

@@ -21,8 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import config as configs
-from ddpm_jax import diffusion, generate, image_files, images, sampling
+from ddpm_jax import configs, diffusion, generate, image_files, images, sampling
 from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError, one_line, printable
 

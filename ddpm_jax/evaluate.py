@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from ddpm_jax import (
     checkpoint,
+    configs,
     data,
     diffusion,
     generate,
@@ -31,7 +32,6 @@ from ddpm_jax import (
     signals,
     unet,
 )
-from ddpm_jax import config as configs
 from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError
 from ddpm_jax.metrics import distances, features, inception
@@ -144,7 +144,7 @@ def evaluate(config, workdir, stop=signals.never):
         found |= bits_per_dim(config, workdir, made, params, test, stop)
         draw_progressive(config, workdir, params, guides, stop)
     with run_files.atomic_write(workdir / "evaluation.json") as path:
-        path.write_text(json.dumps(found, indent=2) + "\n")
+        path.write_text(run_files.to_json(found, indent=2) + "\n")
     if parallel.is_first():
         published = PUBLISHED if is_papers(config) else {}
         print("\n".join(table({str(workdir): found}, published)))

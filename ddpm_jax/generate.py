@@ -13,6 +13,7 @@ import numpy as np
 
 from ddpm_jax import (
     checkpoint,
+    configs,
     diffusion,
     images,
     likelihood,
@@ -23,7 +24,6 @@ from ddpm_jax import (
     signals,
     unet,
 )
-from ddpm_jax import config as configs
 from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError
 

@@ -20,8 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from ddpm_jax import checkpoint, data, diffusion, generate, images, sampling, schedules
-from ddpm_jax import config as configs
+from ddpm_jax import checkpoint, configs, data, diffusion, generate, images, sampling, schedules
 from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError
 

@@ -17,6 +17,7 @@ import optax
 
 from ddpm_jax import (
     checkpoint,
+    configs,
     data,
     diffusion,
     generate,
@@ -29,7 +30,6 @@ from ddpm_jax import (
     signals,
     unet,
 )
-from ddpm_jax import config as configs
 from ddpm_jax import state as states
 from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError, one_line, printable

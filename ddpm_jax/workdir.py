@@ -13,17 +13,21 @@ import contextlib
 import fcntl
 import json
 import logging
+import math
 import os
 import pathlib
 import shutil
 import socket
 import tempfile
+import time
 
 import ml_collections
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
-from ddpm_jax import parallel
+from ddpm_jax import configs, parallel
 from ddpm_jax.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
@@ -168,6 +172,18 @@ def load_config(workdir):
         raise UserError(f"{path}: is not a config ({one_line(error)})") from None
 
 
+def saved_config(workdir):
+    """The whole config of a run; fields that are newer than the run have their defaults.
+
+    Raises:
+      UserError: if there is no run, or its config.json does not hold a config.
+    """
+    config = load_config(workdir)
+    if config is None:
+        raise UserError(f"workdir={workdir}: holds no run (no config.json)")
+    return configs.complete(configs.with_added(config), pathlib.Path(workdir) / "config.json")
+
+
 def read_json(path):
     """Reads a JSON object.
 
@@ -198,10 +214,28 @@ def _tuples(value):
     return tuple(value) if isinstance(value, list) else value
 
 
+def to_json(value, **options):
+    """JSON of nested dicts and lists; numbers that are not finite are null, as it has none.
+
+    Args:
+      value: what to write.
+      **options: of json.dumps.
+    """
+
+    def finite(value):
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(value), allow_nan=False, **options)
+
+
 def save_config(config, workdir):
     """Writes config.json."""
     with atomic_write(pathlib.Path(workdir) / "config.json") as path:
-        path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        path.write_text(to_json(config.to_dict(), indent=2) + "\n")
 
 
 def save_data(source, workdir):
@@ -213,7 +247,7 @@ def save_data(source, workdir):
     """
     fields = {"images": source.size, "sha256": source.sha256, "label_names": source.label_names}
     with atomic_write(pathlib.Path(workdir) / "data.json") as path:
-        path.write_text(json.dumps(fields, indent=2) + "\n")
+        path.write_text(to_json(fields, indent=2) + "\n")
 
 
 def check_same_data(source, workdir, moved):
@@ -265,20 +299,22 @@ def write_npz(path, **arrays):
 
 
 def read_metrics(workdir):
-    """The lines of metrics.jsonl, as dicts; none where there is no such file."""
+    """The lines of metrics.jsonl, as dicts of numbers; none where there is no such file."""
     path = pathlib.Path(workdir) / "metrics.jsonl"
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
+    return [values for values in map(_values, lines) if values is not None]
 
 
-def _step_of(line):
-    """The step of a line of metrics.jsonl; infinite if it is not whole, or not of numbers."""
+def _values(line):
+    """{name: number} of a line of metrics.jsonl, null as NaN; None if it is not such a line."""
     try:
         values = json.loads(line)
     except (RecursionError, ValueError):
-        return float("inf")
-    numbers = isinstance(values, dict) and all(isinstance(v, int | float) for v in values.values())
-    return values["step"] if numbers and "step" in values else float("inf")
+        return None
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        return None
+    values = {name: math.nan if value is None else value for name, value in values.items()}
+    return values if all(isinstance(v, int | float) for v in values.values()) else None
 
 
 class Metrics:
@@ -289,26 +325,35 @@ class Metrics:
     """
 
     def __init__(self, workdir, step):
-        first = parallel.is_first()
-        path = pathlib.Path(workdir) / "metrics.jsonl" if first else pathlib.Path(os.devnull)
+        first, workdir = parallel.is_first(), pathlib.Path(workdir)
+        path = workdir / "metrics.jsonl" if first else pathlib.Path(os.devnull)
         if path.is_file():
             lines = path.read_text(errors="replace").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
+            whole = ((line, _values(line)) for line in lines if line.endswith("\n"))
+            kept = [line for line, values in whole if values and values["step"] <= step]
             if len(kept) < len(lines):
                 with atomic_write(path) as temporary:
                     temporary.write_text("".join(kept))
         self._file = path.open("a")
-        options = {"purge_step": step + 1, "write_to_disk": first}
-        self._board = SummaryWriter(str(workdir), **options)
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
+        self._events = RecordWriter(open(workdir / name if first else os.devnull, "wb"))  # noqa: SIM115
+        self._write_event(0, file_version="brain.Event:2")
+        # TensorBoard drops what other files have from this step on.
+        self._write_event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step, **values):
         """Logs named numbers at a step."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(to_json({"step": step, **values}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        numbers = (Summary.Value(tag=tag, simple_value=value) for tag, value in values.items())
+        self._write_event(step, summary=Summary(value=numbers))
+
+    def _write_event(self, step, **content):
+        event = Event(wall_time=time.time(), step=step, **content)
+        self._events.write(event.SerializeToString())
+        self._events.flush()
 
     def close(self):
-        """Flushes both files."""
+        """Closes both files."""
         self._file.close()
-        self._board.close()
+        self._events.close()

@@ -14,9 +14,7 @@ import numpy as np
 import pytest
 from programs import DIGITS, ROOT, TINY, finish, start
 
-import main
-from ddpm_jax import checkpoint, generate, unet
-from ddpm_jax import config as configs
+from ddpm_jax import checkpoint, cli, configs, generate, unet
 from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError
 
@@ -76,10 +74,10 @@ def test_helpshort(tmp_path):
     assert code == 0
     for word in (
         "--mode",
-        *main.MODES,
+        *cli.MODES,
         "--config",
         "--workdir",
-        "configs/default.py",
+        "ddpm_jax/configs.py",
     ):
         assert word in text
 
@@ -169,7 +167,7 @@ def test_bad_input(argument, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
     argv = ["main.py", "--config=configs/digits.py", f"--workdir={workdir}", argument]
     with pytest.raises(UserError) as error:
-        main.run(argv)
+        cli.run(argv)
     assert BAD[argument] in str(error.value)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
@@ -177,16 +175,14 @@ def test_bad_input(argument, tmp_path, monkeypatch):
 
 def test_sampling_needs_a_run_with_a_checkpoint(tmp_path, config):
     with pytest.raises(UserError, match="holds no run"):
-        main.run(["main.py", "--mode=sample", f"--workdir={tmp_path}"])
+        cli.run(["main.py", "--mode=sample", f"--workdir={tmp_path}"])
     with pytest.raises(UserError, match="--config: is missing"):
-        main.run(["main.py", "--mode=sample"])
+        cli.run(["main.py", "--mode=sample"])
     run_files.save_config(config, tmp_path)
     with pytest.raises(UserError, match="no checkpoint"):
-        main.run(["main.py", "--mode=sample", f"--workdir={tmp_path}"])
+        cli.run(["main.py", "--mode=sample", f"--workdir={tmp_path}"])
     with pytest.raises(UserError, match=r"model\.channels"):
-        main.run(
-            ["main.py", "--mode=sample", f"--workdir={tmp_path}", "--config.model.channels=16"]
-        )
+        cli.run(["main.py", "--mode=sample", f"--workdir={tmp_path}", "--config.model.channels=16"])
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
@@ -194,7 +190,7 @@ def test_the_workdir_is_a_folder(tmp_path):
     path = tmp_path / "file"
     path.write_text("")
     with pytest.raises(UserError, match=r"workdir=.*not a folder"):
-        main.run(["main.py", DIGITS, f"--workdir={path}"])
+        cli.run(["main.py", DIGITS, f"--workdir={path}"])
 
 
 def test_damaged_config(tmp_path):
@@ -205,7 +201,7 @@ def test_damaged_config(tmp_path):
     ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match=message):
-            main.run(["main.py", "--mode=sample", f"--workdir={tmp_path}"])
+            cli.run(["main.py", "--mode=sample", f"--workdir={tmp_path}"])
 
 
 def test_a_broken_config_file(tmp_path):
@@ -213,7 +209,7 @@ def test_a_broken_config_file(tmp_path):
     path.write_text("from configs import digits\ndef get_config():\n    c = digits.get_config()\n"
                     "    c.model.chanels = 3\n    return c\n")  # fmt: skip
     with pytest.raises(UserError, match="chanels"):
-        main.run(["main.py", f"--config={path}"])
+        cli.run(["main.py", f"--config={path}"])
     for text, message in (
         ("x = 1", "get_config"),
         ("x = = 1", "invalid syntax"),
@@ -221,7 +217,7 @@ def test_a_broken_config_file(tmp_path):
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
-            main.run(["main.py", f"--config={path}"])
+            cli.run(["main.py", f"--config={path}"])
 
 
 # Paths, folders and pipes.
@@ -234,22 +230,22 @@ def test_home_in_every_path(tmp_path, monkeypatch):
     fields = ("data.path", "data.data_dir", "sample.classifier", "evaluate.cache_dir")
     fields += ("evaluate.inception_weights",)
     train = ["--config=~/mine.py", "--workdir=~/run", *(f"--config.{f}=~/a/~b" for f in fields)]
-    command = main.parse(["main.py", *train])
+    command = cli.parse(["main.py", *train])
     assert command.workdir == tmp_path / "run"
     flat = configs.flatten(command.config)
     assert {flat[field] for field in fields} == {f"{tmp_path}/a/~b"}
     edit = ["--mode=inpaint", "--config=~/mine.py", "--images=~/a,b,~/c", "--mask=~/mask.png"]
-    command = main.parse(["main.py", *edit])
+    command = cli.parse(["main.py", *edit])
     assert command.images == (f"{tmp_path}/a", "b", f"{tmp_path}/c")
     assert command.mask == f"{tmp_path}/mask.png"
     export = ["--mode=export", "--config=~/mine.py", "--weights=~/w"]
-    assert main.parse(["main.py", *export]).weights == f"{tmp_path}/w"
-    assert main.parse(["main.py", "--mode=compare", "--workdirs=~/a,b"]).workdirs[0].startswith("/")
+    assert cli.parse(["main.py", *export]).weights == f"{tmp_path}/w"
+    assert cli.parse(["main.py", "--mode=compare", "--workdirs=~/a,b"]).workdirs[0].startswith("/")
     for argument in ("--workdir=~nobody_here/x", "--config.data.path=~nobody_here/x"):
         with pytest.raises(
             UserError, match=r"(--workdir|data\.path)='?~nobody_here/x'?: the home of"
         ):
-            main.run(["main.py", DIGITS, argument])
+            cli.run(["main.py", DIGITS, argument])
 
 
 @contextlib.contextmanager
@@ -275,7 +271,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(mode, config, monkey
         images = [f"--images={folder}"] if mode == "img2img" else []
         command = ["main.py", f"--mode={mode}", f"--workdir={folder}", *images]
         with without_rights(), pytest.raises(UserError, match=r"workdir=.*Permission denied"):
-            main.run(command)
+            cli.run(command)
         os.chmod(folder, 0o755)
 
 
@@ -287,7 +283,7 @@ def test_a_reader_that_leaves(monkeypatch):
         monkeypatch.setattr(sys, "stdout", out)
         monkeypatch.setattr(sys, "argv", ["main.py", "--helpshort"])
         with pytest.raises(SystemExit) as end:
-            main.main()
+            cli.main()
         assert end.value.code == 128 + signal.SIGPIPE
 
 
@@ -298,7 +294,7 @@ def test_devices_that_are_not_there(monkeypatch):
     monkeypatch.setattr(jax, "devices", none)
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     with pytest.raises(UserError, match=r"^JAX_PLATFORMS=cuda: no such device"):
-        main.run(["main.py", DIGITS])
+        cli.run(["main.py", DIGITS])
 
 
 # What a run of any length would say, for as little as that takes.
@@ -318,7 +314,7 @@ def diverged(config, tmp_path):
 def test_samples_that_are_not_finite(diverged):
     """They would be black images."""
     with pytest.raises(UserError, match=r"images 0, 1, 2, 3 of a batch are not finite, .*rate"):
-        main.run(["main.py", "--mode=sample", f"--workdir={diverged}"])
+        cli.run(["main.py", "--mode=sample", f"--workdir={diverged}"])
     assert not (diverged / "samples").exists()
     with pytest.raises(UserError, match=r"images 1, 7 of a batch are not finite"):
         generate.check_finite([5, 7, 1, 1], [True, False, False, False])
@@ -329,7 +325,7 @@ def test_samples_that_are_not_finite(diverged):
 def test_a_chain_that_does_not_end_in_noise_is_said_in_every_mode(mode, diverged, caplog):
     few = ["--config.evaluate.num_samples=0", "--config.evaluate.bits_per_dim_images=0"]
     with contextlib.suppress(UserError):
-        main.run(["main.py", f"--mode={mode}", f"--workdir={diverged}", *few])
+        cli.run(["main.py", f"--mode={mode}", f"--workdir={diverged}", *few])
     assert caplog.text.count("does not end in noise") == 1
 
 

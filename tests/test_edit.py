@@ -5,9 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import main
-from ddpm_jax import checkpoint, unet
-from ddpm_jax import config as configs
+from ddpm_jax import checkpoint, cli, configs, unet
 from ddpm_jax import edit as edit_module
 from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError
@@ -39,7 +37,7 @@ def pictures(tmp_path):
 def edit(mode, run, images, *arguments):
     """The arrays that a mode writes; the one .npz in samples/ that was not there before."""
     before = set((run / "samples").glob("*.npz"))
-    main.run(["main.py", f"--mode={mode}", f"--workdir={run}", f"--images={images}", *arguments])
+    cli.run(["main.py", f"--mode={mode}", f"--workdir={run}", f"--images={images}", *arguments])
     (path,) = set((run / "samples").glob("*.npz")) - before
     assert path.with_suffix(".png").exists()
     with np.load(path) as arrays:
@@ -151,7 +149,7 @@ def test_images_that_do_not_fit(run, pictures, tmp_path):
     with pytest.raises(UserError, match="--mask: is only for --mode=inpaint"):
         edit("img2img", run, folder, "--mask=x.png")
     with pytest.raises(UserError, match="--images: is missing"):
-        main.run(["main.py", "--mode=img2img", f"--workdir={run}"])
+        cli.run(["main.py", "--mode=img2img", f"--workdir={run}"])
     assert {p.name for p in run.iterdir()} == before
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from programs import DIGITS, TINY, finish, finish_several, result, start_several
 
-import main
+from ddpm_jax import cli
 from ddpm_jax.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -206,5 +206,5 @@ BAD = {
 @pytest.mark.parametrize("arguments", BAD)
 def test_bad_flags(arguments, tmp_path):
     with pytest.raises(UserError, match=BAD[arguments]):
-        main.run(["main.py", DIGITS, f"--workdir={tmp_path / 'run'}", *arguments.split()])
+        cli.run(["main.py", DIGITS, f"--workdir={tmp_path / 'run'}", *arguments.split()])
     assert not list(pathlib.Path(tmp_path).iterdir())

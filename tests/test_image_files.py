@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import digits
-from ddpm_jax import data, edit, image_files
+from ddpm_jax import configs, data, edit, image_files
 
 # A picture no two of whose quarters, rows or columns are alike: JPEG keeps its blocks.
 UPRIGHT = np.kron(np.array([[0, 80, 160], [240, 40, 120]]), np.ones((16, 16))).astype(np.uint8)
@@ -49,7 +48,7 @@ def test_all_readers_decode_alike(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
     (tmp_path / "x").mkdir()
     save_rotated(tmp_path / "x" / "a.png", 6, pixels)
-    config = digits.get_config()
+    config = configs.named_config("digits")
     with config.unlocked():
         config.data.update(name="folder", path=str(tmp_path / "x"), split="train")
     trained_on = data.open_source(config.data).read(np.arange(1)).images

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from references import gaussian_predict
 
-from ddpm_jax import config as configs
-from ddpm_jax import diffusion, generate, parallel, sampling, schedules, state, unet
+from ddpm_jax import configs, diffusion, generate, parallel, sampling, schedules, state, unet
 
 HO = schedules.make_schedule("linear", 1000, 1e-4, 0.02)
 

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import checkpoint, data, generate, parallel, schedules, train, unet
-from ddpm_jax import config as configs
+from ddpm_jax import checkpoint, configs, data, generate, parallel, schedules, train, unet
 from ddpm_jax import state as states
 from ddpm_jax.errors import UserError
 

@@ -23,12 +23,12 @@ rate, and a larger network, of 3.2 M parameters and 0.63 GMAC: --config.train.nu
 --config.optim.decay=cosine --config.model.channels=64 "--config.model.channel_mults=(1,1,2)"
 """
 
-from configs import mnist
+from ddpm_jax.configs import named_config
 
 
 def get_config():
     """The network of configs/mnist.py."""
-    config = mnist.get_config()
+    config = named_config("mnist")
     config.data.image_size = (32, 32)
     config.diffusion.update(num_timesteps=200, variance="fixed_small")
     config.model.attention_resolutions = (8,)
