@@ -33,7 +33,7 @@ import jax
 from benchmarks import contestants
 from benchmarks import data as pipeline
 from benchmarks.contestants import DIFFUSERS, OTHER, Cell
-from ddpm_jax import parallel, progress
+from ddpm_jax import cpu, progress
 
 MAIN = pathlib.Path(__file__).resolve().parent.parent / "main.py"
 HEADLINE = [
@@ -81,7 +81,7 @@ def versions():
 
 def device_name():
     """The GPU's; or the CPU's, with whether it has AVX-512, by which the ratios differ."""
-    kind, text = jax.devices()[0].device_kind, parallel.cpuinfo()
+    kind, text = jax.devices()[0].device_kind, cpu.cpuinfo()
     if kind != "cpu" or not text:
         return kind
     names = re.findall(r"^model name\s*: (.*)$", text, re.M) or [kind]

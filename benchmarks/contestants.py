@@ -17,8 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.memory import peak
-from ddpm_jax import configs, data, generate, interop, parallel, schedules, train, unet
-from ddpm_jax import state as states
+from ddpm_jax import configs, cpu, parallel
+from ddpm_jax.core import unet
+from ddpm_jax.files import data
+from ddpm_jax.runs import generate, interop, train
+from ddpm_jax.runs import state as states
 
 DIFFUSERS = ("eager", "channels_last", "compile")  # its modes
 OTHER = "denoising-diffusion-pytorch"
@@ -69,20 +72,20 @@ def random_images(config, size):
 
 def ours(cell):
     """This project, as main.py sets it up."""
-    parallel.prepare_cpu(trains=cell.task == "train")
+    cpu.prepare(trains=cell.task == "train")
     if cell.devices:
         jax.config.update("jax_num_cpu_devices", cell.devices)
     else:
-        parallel.use_cpu_cores(cell.size)
+        cpu.use_cores(cell.size)
     config = get_config(cell)
     if jax.default_backend() == "gpu":
         config.model.dtype = "bfloat16"
-    model, optimizer = unet.make_model(config), states.make_optimizer(config.optim, 100)
+    model, optimizer = configs.make_model(config), states.make_optimizer(config.optim, 100)
     state = states.create_state(model, optimizer, configs.image_shape(config), 0)
     parameters = sum(p.size for p in jax.tree.leaves(state.params))
     images = random_images(config, cell.size)
     if cell.task == "train":
-        schedule = schedules.from_config(config.diffusion)
+        schedule = configs.make_schedule(config)
         step = train.make_train_step(config, model, schedule, optimizer)
         state, batch = parallel.replicate(state), data.Batch(images, None)
 

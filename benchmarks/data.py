@@ -14,7 +14,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from ddpm_jax import configs, data
+from ddpm_jax import configs
+from ddpm_jax.files import data
 
 SECONDS = 5  # measured, for each row
 BATCH_SIZE = 128

@@ -11,8 +11,10 @@ import runpy
 
 from absl import app, flags
 
-from ddpm_jax import data, evaluate, parallel
+from ddpm_jax import cpu
+from ddpm_jax.files import data
 from ddpm_jax.metrics import distances, features, inception
+from ddpm_jax.runs import evaluate
 
 CONFIG = flags.DEFINE_string("config", "configs/cifar10.py", "whose data section is used")
 
@@ -20,7 +22,7 @@ CONFIG = flags.DEFINE_string("config", "configs/cifar10.py", "whose data section
 def main(_):
     """Prints the FID of split against eval_split."""
     config = runpy.run_path(CONFIG.value)["get_config"]()
-    parallel.use_cpu_cores(config.sample.batch_size)
+    cpu.use_cores(config.sample.batch_size)
     weights = inception.load(config.evaluate.inception_weights)
     how = {"resize": config.evaluate.resize, "weights_sha256": weights.sha256}
     size = config.sample.batch_size

@@ -13,8 +13,10 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from ddpm_jax import configs, generate, parallel, unet
+from ddpm_jax import configs, cpu, parallel
+from ddpm_jax.core import unet
 from ddpm_jax.metrics import features, inception
+from ddpm_jax.runs import generate
 
 CONFIG = flags.DEFINE_string("config", "configs/cifar10.py", "whose network and T are used")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "images at a time")
@@ -35,9 +37,9 @@ def main(_):
     num_timesteps, size = config.diffusion.num_timesteps, BATCH_SIZE.value
     config.diffusion.update(num_timesteps=STEPS, schedule="cosine")
     config.sample.batch_size = size
-    parallel.use_cpu_cores(size)
+    cpu.use_cores(size)
     shape = configs.image_shape(config)
-    shapes = unet.param_shapes(unet.make_model(config), shape)
+    shapes = unet.param_shapes(configs.make_model(config), shape)
     params = jax.tree.map(lambda s: np.full(s.shape, 0.01, s.dtype), shapes)
     params = parallel.replicate(params)
     sample = generate.make_sampler(config)

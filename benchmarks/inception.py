@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from ddpm_jax import parallel
+from ddpm_jax import cpu
 from ddpm_jax.metrics import features, inception
 
 BATCH_SIZE = 64
@@ -50,7 +50,7 @@ def ours():
 
 def measure():
     """{contestant: images/s of each turn}."""
-    parallel.use_cpu_cores(BATCH_SIZE)
+    cpu.use_cores(BATCH_SIZE)
     shape = (BATCH_SIZE, 32, 32, 3)
     images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     runs = {"ours": ours(), "PyTorch": theirs()}

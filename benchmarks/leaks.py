@@ -11,7 +11,7 @@ would hide what else grows; and one of them leaves 5 to 8 MiB, once, in two runs
 some three minutes. Exit code 1 if anything grew by more than 12 MiB.
 
 What glibc's malloc holds on to without use is not counted: it hands that back before a reading, and
-gets one arena, but not the rest of parallel.prepare_cpu, with which it can hand back less.
+gets one arena, but not the rest of cpu.prepare, with which it can hand back less.
 """
 
 import contextlib
@@ -25,7 +25,8 @@ import tempfile
 import jax
 
 from benchmarks.memory import resident
-from ddpm_jax import configs, evaluate, generate, parallel, progress, train
+from ddpm_jax import configs, cpu, progress
+from ddpm_jax.runs import evaluate, generate, train
 
 FIRST, LAST, WINDOW, MOST = 200, 2000, 200, 12
 BATCH_SIZE, NUM_TIMESTEPS = 16, 20
@@ -85,7 +86,7 @@ def run():
         os.environ.pop("TQDM_DISABLE", None)  # the bars are what counts the steps
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.leaks"])
     logging.disable(logging.WARNING)
-    parallel.use_cpu_cores(BATCH_SIZE)
+    cpu.use_cores(BATCH_SIZE)
     config, grew = small(LAST), []
     print("| | host, MiB: step 200 | step 2,000 | device: step 200 | step 2,000 |")
     print("|---|---|---|---|---|")

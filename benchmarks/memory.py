@@ -22,8 +22,10 @@ import jax
 import numpy as np
 import psutil
 
-from ddpm_jax import configs, data, parallel, schedules, train, unet
-from ddpm_jax import state as states
+from ddpm_jax import configs, cpu, parallel
+from ddpm_jax.files import data
+from ddpm_jax.runs import state as states
+from ddpm_jax.runs import train
 
 STEPS = 3
 
@@ -46,8 +48,8 @@ def peak():
 def measure(config, plan_only):
     """Prints one row."""
     shape, size = configs.image_shape(config), config.train.batch_size
-    model, optimizer = unet.make_model(config), states.make_optimizer(config.optim, 100)
-    step = train.make_train_step(config, model, schedules.from_config(config.diffusion), optimizer)
+    model, optimizer = configs.make_model(config), states.make_optimizer(config.optim, 100)
+    step = train.make_train_step(config, model, configs.make_schedule(config), optimizer)
     state = jax.eval_shape(lambda: states.create_state(model, optimizer, shape, 0))
     batch = data.Batch(np.zeros((size, *shape), np.uint8), None)
     memory = step.lower(state, parallel.split(batch)).compile().memory_analysis()
@@ -76,7 +78,7 @@ def run():
     parser.add_argument("--row", nargs=2, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
-        parallel.prepare_cpu(trains=True)
+        cpu.prepare(trains=True)
         config = configs.named_config(options.config)
         config.train.batch_size = options.batch_size
         config.optim.accumulate, config.model.remat = options.row[0], bool(options.row[1])

@@ -15,9 +15,11 @@ import numpy as np
 from absl import app, flags
 from sklearn.neural_network import MLPClassifier
 
-import main as program
-from ddpm_jax import data, generate, parallel
+from ddpm_jax import cpu
+from ddpm_jax.files import data
+from ddpm_jax.files import workdir as run_files
 from ddpm_jax.metrics import distances
+from ddpm_jax.runs import generate
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "a run of one of the configs of digits")
 SAMPLES, BATCH_SIZE = 2000, 500
@@ -55,8 +57,8 @@ def statistics(classifier, images):
 
 def main(_):
     """Prints a table of samplers, or for a conditional run one of weights."""
-    parallel.use_cpu_cores(BATCH_SIZE)
-    config = program.saved_config(WORKDIR.value)
+    cpu.use_cores(BATCH_SIZE)
+    config = run_files.saved_config(WORKDIR.value)
     config.sample.batch_size = BATCH_SIZE
     section = config.data.copy_and_resolve_references()
     section.num_classes = 10

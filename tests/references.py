@@ -17,7 +17,9 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import configs, diffusion, interop, likelihood, sampling, schedules, unet
+from ddpm_jax import configs
+from ddpm_jax.core import diffusion, likelihood, sampling, schedules, unet
+from ddpm_jax.runs import interop
 
 FIXTURES = pathlib.Path(__file__).resolve().parent / "fixtures"
 CIFAR10 = dict(channel_mults=(1, 2, 2, 2), num_res_blocks=2, attention_resolutions=(16,))
@@ -183,8 +185,8 @@ def fixture():
         expected = dict(file)
     config = fixture_config()
     params = interop.read_params(FIXTURES / "unet" / interop.TENSORS, config)
-    model = unet.make_model(config)
-    return model, params, schedules.from_config(config.diffusion), expected
+    model = configs.make_model(config)
+    return model, params, configs.make_schedule(config), expected
 
 
 def fixture_config():

@@ -34,23 +34,12 @@ from PIL import Image
 from programs import DIGITS, ROOT, TINY
 from references import FIXTURES
 
-from ddpm_jax import (
-    checkpoint,
-    cli,
-    configs,
-    data,
-    evaluate,
-    generate,
-    image_files,
-    interop,
-    parallel,
-    progress,
-    show,
-    train,
-    unet,
-)
-from ddpm_jax import workdir as run_files
+from ddpm_jax import cli, configs, parallel, progress
+from ddpm_jax.core import unet
+from ddpm_jax.files import checkpoint, data, image_files
+from ddpm_jax.files import workdir as run_files
 from ddpm_jax.metrics import features, inception
+from ddpm_jax.runs import evaluate, generate, interop, show, train
 
 SECONDS = 20  # for an example; most take a hundredth
 MEMORY = 4 * 2**30  # bytes that it may ask for

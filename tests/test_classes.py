@@ -11,22 +11,13 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
-from ddpm_jax import (
-    checkpoint,
-    cli,
-    configs,
-    data,
-    generate,
-    likelihood,
-    parallel,
-    sampling,
-    schedules,
-    train,
-    unet,
-)
-from ddpm_jax import state as states
-from ddpm_jax import workdir as run_files
+from ddpm_jax import cli, configs, parallel
+from ddpm_jax.core import likelihood, sampling, unet
 from ddpm_jax.errors import UserError
+from ddpm_jax.files import checkpoint, data
+from ddpm_jax.files import workdir as run_files
+from ddpm_jax.runs import generate, train
+from ddpm_jax.runs import state as states
 
 pytestmark = pytest.mark.usefixtures("no_report")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -40,14 +31,14 @@ def conditional(config):
 
 def some_params(config, seed=0):
     """Parameters that make the network's output depend on all of its input."""
-    shapes = unet.param_shapes(unet.make_model(config), configs.image_shape(config))
+    shapes = unet.param_shapes(configs.make_model(config), configs.image_shape(config))
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda s: 0.2 * rng.standard_normal(s.shape, np.float32), shapes)
 
 
 def test_the_network_is_told_the_class(conditional):
     """Each label's output is another one; no label is the last label."""
-    model, params = unet.make_model(conditional), some_params(conditional)
+    model, params = configs.make_model(conditional), some_params(conditional)
     net_fn = jax.jit(unet.net_fn(model, params))
     x, t = jnp.ones((11, 8, 8, 1)), jnp.full(11, 3)
     out = np.asarray(net_fn(x, t, jnp.arange(11)))
@@ -252,7 +243,7 @@ def test_asking_for_a_seven(tmp_path):
 def test_the_bound_as_a_loss_is_the_bound(config):
     """A term of it for each t, in bits/dim, as likelihood.bound has them."""
     config.diffusion.update(prediction="mean", loss="bound", variance="learned")
-    model, schedule = unet.make_model(config), schedules.from_config(config.diffusion)
+    model, schedule = configs.make_model(config), configs.make_schedule(config)
     params = some_params(config)
     x0 = np.float32(data.open_source(config.data).read(np.arange(3)).images / 127.5 - 1)
     keys = sampling.image_keys(0, jnp.arange(3))

@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 from programs import DIGITS, ROOT, TINY, finish, start
 
-from ddpm_jax import checkpoint, cli, configs, generate, unet
-from ddpm_jax import workdir as run_files
+from ddpm_jax import cli, configs
+from ddpm_jax.core import unet
 from ddpm_jax.errors import UserError
+from ddpm_jax.files import checkpoint
+from ddpm_jax.files import workdir as run_files
+from ddpm_jax.runs import generate
 
 
 def test_train_finish_and_sample(tmp_path):
@@ -67,6 +70,27 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
     arguments[-3] = f"--config.train.num_steps={saved + 2}"
     code, text = finish(*arguments, cwd=tmp_path)
     assert code == 0 and f"resuming from the checkpoint of step {saved}" in text, text
+
+
+def test_a_signal_or_an_error_while_the_report_is_drawn(tmp_path, monkeypatch, caplog):
+    """All is saved: the signal is the caller's; an error is a warning, and the next start mends."""
+    caught, drawn = [], []
+    before = signal.signal(signal.SIGTERM, lambda *_: caught.append(True))
+
+    def fail(config, workdir):
+        drawn.append(workdir)
+        signal.raise_signal(signal.SIGTERM)
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(cli.show, "show", fail)
+    command = ["main.py", DIGITS, *TINY, f"--workdir={tmp_path}", "--config.train.num_steps=2"]
+    command += ["--config.train.batch_size=64", "--config.sample.num_samples=4"]
+    try:
+        assert [cli.run(command), cli.run(command)] == [0, 0]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught == [True, True] and drawn == [tmp_path, tmp_path]
+    assert caplog.text.count("the report failed, and was left out: RuntimeError('no luck')") == 2
 
 
 def test_helpshort(tmp_path):
@@ -303,7 +327,7 @@ def test_devices_that_are_not_there(monkeypatch):
 @pytest.fixture
 def diverged(config, tmp_path):
     """A run whose parameters are not finite, with a chain that does not end in noise."""
-    shapes = unet.param_shapes(unet.make_model(config), configs.image_shape(config))
+    shapes = unet.param_shapes(configs.make_model(config), configs.image_shape(config))
     params = jax.tree.map(lambda s: np.full(s.shape, np.nan, s.dtype), shapes)
     checkpoint.save_imported(tmp_path, params)
     config.diffusion.update(schedule="linear", beta_end=0.02)

@@ -11,7 +11,9 @@ import shlex
 import jax
 import pytest
 
-from ddpm_jax import configs, likelihood, schedules, unet, workdir
+from ddpm_jax import configs
+from ddpm_jax.core import likelihood, unet
+from ddpm_jax.files import workdir
 
 FILES = sorted((pathlib.Path(__file__).parent.parent / "configs").rglob("*.py"))
 PARAMETERS = {
@@ -30,8 +32,8 @@ def load(path):
 def test_builds(path):
     config = load(path)
     configs.check(config)
-    schedules.from_config(config.diffusion)
-    model = unet.make_model(config)
+    configs.make_schedule(config)
+    model = configs.make_model(config)
     params = unet.param_shapes(model, configs.image_shape(config))
     count = sum(p.size for p in jax.tree.leaves(params))
     assert count == PARAMETERS.get(path.stem, count)
@@ -43,13 +45,14 @@ TUTORIALS = ("cifar10_t1000", "flowers_t1000", "mnist28_t1000", "mnist28_t200", 
 @pytest.mark.parametrize("name", TUTORIALS)
 def test_chains_of_tutorials(name):
     """C and D end in something else than noise; rescaled, they do not (KL of the prior)."""
-    diffusion = load(FILES[0].parent / "tutorials" / f"{name}.py").diffusion
-    kl = likelihood.prior_kl(schedules.from_config(diffusion), 1 / 3)
+    config = load(FILES[0].parent / "tutorials" / f"{name}.py")
+    diffusion = config.diffusion
+    kl = likelihood.prior_kl(configs.make_schedule(config), 1 / 3)
     expected = {200: 0.0387, 1000: 9.7e-6}[diffusion.num_timesteps]
     assert float(kl) == pytest.approx(expected, rel=0.01)
     assert (kl > likelihood.MAX_PRIOR_KL) == name.endswith("t200")
     diffusion.schedule = "linear_rescaled"
-    assert likelihood.prior_kl(schedules.from_config(diffusion), 1 / 3) < likelihood.MAX_PRIOR_KL
+    assert likelihood.prior_kl(configs.make_schedule(config), 1 / 3) < likelihood.MAX_PRIOR_KL
 
 
 def overrides_in_docstrings():
@@ -96,8 +99,9 @@ def test_is_the_same_after_being_saved(path, tmp_path):
 def test_every_field_has_a_comment_and_a_reader():
     """One comment a field; and its name occurs in the package."""
     package = "\n".join(p.read_text() for p in pathlib.Path(configs.__file__).parent.rglob("*.py"))
-    default = inspect.getsource(configs.default_config).splitlines()
-    package = package.replace("\n".join(default), "")
+    source = inspect.getsource(configs)
+    default = source[source.index("def default_config") : source.index("def named_config")]
+    package, default = package.replace(default, ""), default.splitlines()
     # Read under another spelling: data[field], and the whole section as UNet's attributes.
     package += "".join(
         f".{name}\n" for name in ("split", "eval_split", *unet.Network.__annotations__)

@@ -11,8 +11,9 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 from PIL import Image
 
-from ddpm_jax import configs, data
+from ddpm_jax import configs
 from ddpm_jax.errors import UserError
+from ddpm_jax.files import data
 
 
 def section(**changes):
@@ -280,7 +281,8 @@ def test_the_program_imports_neither_tensorflow_nor_torch(data_dir):
     code = f"""
 import sys
 import numpy as np
-from ddpm_jax import cli, configs, data
+from ddpm_jax import cli, configs
+from ddpm_jax.files import data
 config = configs.named_config("mnist")
 config.data.data_dir = {str(data_dir)!r}
 data.open_source(config.data).read(np.arange(3))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import diffusion, sampling, schedules
+from ddpm_jax.core import diffusion, sampling, schedules
 
 HO = schedules.make_schedule("linear", 1000, 1e-4, 0.02)
 

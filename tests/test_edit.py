@@ -5,17 +5,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import checkpoint, cli, configs, unet
-from ddpm_jax import edit as edit_module
-from ddpm_jax import workdir as run_files
+from ddpm_jax import cli, configs
+from ddpm_jax.core import unet
 from ddpm_jax.errors import UserError
+from ddpm_jax.files import checkpoint
+from ddpm_jax.files import workdir as run_files
+from ddpm_jax.runs import edit as edit_module
 
 
 @pytest.fixture
 def run(config, tmp_path):
     """A run that was not trained, but whose network depends on its input: its folder."""
     config.diffusion.update(schedule="linear", beta_end=0.4)
-    shapes = unet.param_shapes(unet.make_model(config), configs.image_shape(config))
+    shapes = unet.param_shapes(configs.make_model(config), configs.image_shape(config))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: 0.1 * rng.standard_normal(s.shape, np.float32), shapes)
     checkpoint.save_imported(tmp_path / "run", params)

@@ -8,10 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax import checkpoint, cli, configs, evaluate, unet
-from ddpm_jax import workdir as run_files
+from ddpm_jax import cli, configs
 from ddpm_jax.errors import UserError
+from ddpm_jax.files import checkpoint
+from ddpm_jax.files import workdir as run_files
 from ddpm_jax.metrics import inception
+from ddpm_jax.runs import evaluate
 
 NAMES = """
     fid fid_test kid precision recall inception_score bits_per_dim rate distortion num_samples
@@ -43,7 +45,7 @@ def run(config, tmp_path):
     config.data.split, config.data.eval_split = "train[:12]", "train[1790:]"
     config.evaluate.update(num_samples=6, bits_per_dim_images=5, max_features=10)
     config.evaluate.cache_dir = str(tmp_path / "cache")
-    model = unet.make_model(config)
+    model = configs.make_model(config)
     x = np.zeros((1, *configs.image_shape(config)), np.float32)
     params = model.init(jax.random.key(0), x, np.zeros(1, int))["params"]
     workdir = tmp_path / "run"

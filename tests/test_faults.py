@@ -18,9 +18,12 @@ from PIL import Image
 from programs import DIGITS, ROOT, TINY, finish, start
 from tensorboard.backend.event_processing import event_accumulator
 
-from ddpm_jax import checkpoint, cli, data, diffusion, generate, show, train
-from ddpm_jax import workdir as run_files
+from ddpm_jax import cli
+from ddpm_jax.core import diffusion
 from ddpm_jax.errors import UserError
+from ddpm_jax.files import checkpoint, data
+from ddpm_jax.files import workdir as run_files
+from ddpm_jax.runs import generate, show, train
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -275,7 +278,8 @@ def test_a_full_disk(small_disk):
 
 
 # The command line on a disk that seems to have room.
-BLIND = "from ddpm_jax import checkpoint, cli; checkpoint.ROOM = -(2**40); cli.main()"
+BLIND = "from ddpm_jax import cli; from ddpm_jax.files import checkpoint; "
+BLIND += "checkpoint.ROOM = -(2**40); cli.main()"
 
 
 @slow

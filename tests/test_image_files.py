@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import configs, data, edit, image_files
+from ddpm_jax import configs
+from ddpm_jax.files import data, image_files
+from ddpm_jax.runs import edit
 
 # A picture no two of whose quarters, rows or columns are alike: JPEG keeps its blocks.
 UPRIGHT = np.kron(np.array([[0, 80, 160], [240, 40, 120]]), np.ones((16, 16))).astype(np.uint8)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import videos
 
-from ddpm_jax import images, workdir
+from ddpm_jax.files import images, workdir
 
 
 def test_range():

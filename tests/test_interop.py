@@ -10,9 +10,10 @@ import references
 import safetensors.numpy
 from references import FIXTURES
 
-from ddpm_jax import cli, configs, interop
-from ddpm_jax import workdir as run_files
+from ddpm_jax import cli, configs
 from ddpm_jax.errors import UserError
+from ddpm_jax.files import workdir as run_files
+from ddpm_jax.runs import interop
 
 TENSORS = f"unet/{interop.TENSORS}"
 
@@ -154,7 +155,7 @@ def test_schedules_survive(name):
     fields = interop.diffusion_fields(scheduler, "f")
     again = configs.default_config()
     again.update_from_flattened_dict(fields)
-    betas = [references.schedules.from_config(c.diffusion).betas for c in (config, again)]
+    betas = [references.configs.make_schedule(c).betas for c in (config, again)]
     np.testing.assert_allclose(*betas, rtol=1e-6)
     assert (again.diffusion.variance, again.diffusion.clip_x0) == ("fixed_small", True)
 

@@ -9,7 +9,7 @@ import pytest
 from references import gaussian_predict
 from scipy.stats import norm
 
-from ddpm_jax import likelihood, sampling, schedules
+from ddpm_jax.core import likelihood, sampling, schedules
 
 HO = schedules.make_schedule("linear", 1000)
 

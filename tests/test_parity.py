@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from references import assert_same_gradients, gradients
 
-from ddpm_jax import cli, configs, diffusion, interop, sampling, schedules, state, unet
+from ddpm_jax import cli, configs
+from ddpm_jax.core import diffusion, sampling, schedules, unet
+from ddpm_jax.runs import interop, state
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -51,7 +53,7 @@ def converted(network, folder):
     configs.check(config, "import")
     flip = fields["flip_sin_to_cos"]
     params = interop.read_params(folder / interop.TENSORS, config, flip_sin_to_cos=flip)
-    return unet.make_model(config), params
+    return configs.make_model(config), params
 
 
 def batch(network, size=2, seed=0):
@@ -164,7 +166,7 @@ def test_schedules(name, reference):
     """DDPMScheduler computes in float32: its 1 - ᾱ is off by up to 1e-7, whatever it is."""
     config = configs.default_config()
     config.diffusion.update(schedule=name, num_timesteps=500)
-    ours = schedules.from_config(config.diffusion)
+    ours = configs.make_schedule(config)
     fields = interop.diffusers_scheduler(config)
     for kind in ("DDPMScheduler", "DDIMScheduler"):
         theirs = getattr(importlib.import_module("diffusers"), kind).from_config(fields)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits, load_sample_images
 
-from ddpm_jax import evaluate
 from ddpm_jax.metrics import distances, features, inception, torch_files
+from ddpm_jax.runs import evaluate
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -279,7 +279,7 @@ def test_pytorch_fid_s_archive(tmp_path, monkeypatch):
 
 def test_reference_of_a_dataset(tmp_path, config, extract, weights):
     """Computed once, the second time read; and FID of a set against itself is 0."""
-    from ddpm_jax import data
+    from ddpm_jax.files import data
 
     config.data.split = "train[:16]"
     config.evaluate.cache_dir = str(tmp_path)

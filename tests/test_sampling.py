@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from references import gaussian_predict
 
-from ddpm_jax import configs, diffusion, generate, parallel, sampling, schedules, state, unet
+from ddpm_jax import configs, parallel
+from ddpm_jax.core import diffusion, sampling, schedules, unet
+from ddpm_jax.runs import generate, state
 
 HO = schedules.make_schedule("linear", 1000, 1e-4, 0.02)
 
@@ -280,17 +282,24 @@ def test_inpainting_gaussian_data():
 
 
 @pytest.mark.parametrize("num_timesteps", [1, 7, 20, 97, 200, 1000, 4000])
-def test_segments(num_timesteps):
-    parts = generate.segments(np.arange(num_timesteps)[::-1])
-    np.testing.assert_array_equal(np.concatenate(parts), np.arange(num_timesteps)[::-1])
-    assert len({len(p) for p in parts}) <= 2
-    assert len(parts) == min(20, num_timesteps)
+def test_parts_of_the_reverse_process(num_timesteps):
+    """Of two lengths at most, so that two programs are compiled; frames are where they belong."""
+    kept = {0, num_timesteps // 2, num_timesteps - 1}
+    for one_by_one in (False, True):
+        parts = generate.split_steps(np.arange(num_timesteps)[::-1], kept, one_by_one)
+        steps = np.concatenate([part.steps for part in parts])
+        np.testing.assert_array_equal(steps, np.arange(num_timesteps)[::-1])
+        assert len({len(part.steps) for part in parts}) <= 2
+        assert len(parts) == (num_timesteps if one_by_one else min(20, num_timesteps))
+        assert sorted(step for part in parts for step in part.kept) == sorted(kept)
+        assert len({len(part.slots) for part in parts}) == 1
+        assert all(set(part.kept) <= set(part.steps.tolist()) for part in parts)
 
 
 def some_params(config):
     """Parameters that make the network's output depend on its input."""
     optimizer = state.make_optimizer(config.optim, 10)
-    model = unet.make_model(config)
+    model = configs.make_model(config)
     params = state.create_state(model, optimizer, configs.image_shape(config), 0).params
     return parallel.replicate(jax.tree.map(lambda p: p + 0.02, params))
 
@@ -313,8 +322,8 @@ def test_a_seed_gives_the_same_images_in_every_batch_size(config):
 
 @pytest.mark.parametrize("batch_size", [7, 16])
 def test_images_do_not_depend_on_their_batch(config, batch_size):
-    model, params = unet.make_model(config), some_params(config)
-    schedule = schedules.from_config(config.diffusion)
+    model, params = configs.make_model(config), some_params(config)
+    schedule = configs.make_schedule(config)
 
     @functools.partial(jax.jit, static_argnums=1)
     def run(first, size):

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import videos
 
-from ddpm_jax import checkpoint, cli, data, generate, images, schedules, show, train, unet
-from ddpm_jax import workdir as run_files
+from ddpm_jax import cli, configs
+from ddpm_jax.core import schedules, unet
 from ddpm_jax.errors import UserError
+from ddpm_jax.files import checkpoint, data, images
+from ddpm_jax.files import workdir as run_files
+from ddpm_jax.runs import generate, show, train
 
 OF_CONFIG = {"schedule.png", "data.png", "forward.png"}
 OF_RUN = {"samples.png", "denoising.png", "denoising_x0.png", "reverse.gif", "reverse.mp4"}
@@ -49,6 +52,7 @@ def test_a_config_without_a_run(tmp_path, config):
 def test_a_run_shows_itself_after_training(tmp_path, config):
     config.show.update(num_images=3, num_frames=7, timesteps=(19, 10, 0))
     train.train(config, tmp_path)
+    show.show(config, tmp_path)
     assert written(tmp_path) == OF_CONFIG | OF_RUN | {"losses.png"}
     folder = tmp_path / "show"
     # Rows of 3 images, 64 pixels and a line of 8 each; above them the titles.
@@ -95,7 +99,7 @@ def test_forward_process_of_every_kind_of_image(tmp_path, config, channels, shap
 
 def test_without_ffmpeg_there_is_all_but_the_video(tmp_path, config, monkeypatch, caplog):
     config.show.update(num_images=1, num_frames=2)
-    shapes = unet.param_shapes(unet.make_model(config), (8, 8, 1))
+    shapes = unet.param_shapes(configs.make_model(config), (8, 8, 1))
     params = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
     checkpoint.save_imported(tmp_path, params)
     run_files.save_config(config, tmp_path)

@@ -3,8 +3,8 @@
 import numpy as np
 
 from ddpm_jax import parallel, progress, signals
+from ddpm_jax.files.workdir import atomic_write, lock
 from ddpm_jax.metrics import inception
-from ddpm_jax.workdir import atomic_write, lock
 
 
 def make_extractor(params, resize, batch_size):

@@ -30,6 +30,13 @@ FEATURES = 2048
 NORM_EPSILON = 1e-3
 
 
+_shrink = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))
+_average = functools.partial(
+    nn.avg_pool, window_shape=(3, 3), strides=(1, 1), padding="SAME", count_include_pad=False
+)
+_maximum = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(1, 1), padding="SAME")
+
+
 class Inception(nn.Module):
     """Images to features. Batch normalisation is folded into the convolutions."""
 
@@ -59,43 +66,32 @@ class Inception(nn.Module):
         def join(*branches):
             return jnp.concatenate(branches, axis=-1)
 
-        shrink = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))
-        average = functools.partial(
-            nn.avg_pool,
-            window_shape=(3, 3),
-            strides=(1, 1),
-            padding="SAME",
-            count_include_pad=False,
-        )
-        maximum = functools.partial(
-            nn.max_pool, window_shape=(3, 3), strides=(1, 1), padding="SAME"
-        )
         half = ((3, 3), 2, "VALID")
 
         x = tower(x, (32, *half), (32, (3, 3), 1, "VALID"), (64, (3, 3)))
-        x = shrink(tower(shrink(x), (80,), (192, (3, 3), 1, "VALID")))
+        x = _shrink(tower(_shrink(x), (80,), (192, (3, 3), 1, "VALID")))
         for width in (32, 64, 64):  # mixed to mixed_2: 35 × 35
             x = join(
                 tower(x, (64,)),
                 tower(x, (48,), (64, (5, 5))),
                 tower(x, (64,), (96, (3, 3)), (96, (3, 3))),
-                tower(average(x), (width,)),
+                tower(_average(x), (width,)),
             )
-        x = join(tower(x, (384, *half)), tower(x, (64,), (96, (3, 3)), (96, *half)), shrink(x))
+        x = join(tower(x, (384, *half)), tower(x, (64,), (96, (3, 3)), (96, *half)), _shrink(x))
         wide, high = (1, 7), (7, 1)
         for width in (128, 160, 160, 192):  # mixed_4 to mixed_7: 17 × 17
             x = join(
                 tower(x, (192,)),
                 tower(x, (width,), (width, wide), (192, high)),
                 tower(x, (width,), (width, high), (width, wide), (width, high), (192, wide)),
-                tower(average(x), (192,)),
+                tower(_average(x), (192,)),
             )
         x = join(
             tower(x, (192,), (320, *half)),
             tower(x, (192,), (192, wide), (192, high), (192, *half)),
-            shrink(x),
+            _shrink(x),
         )
-        for pool in (average, maximum):  # mixed_9 and mixed_10: 8 × 8
+        for pool in (_average, _maximum):  # mixed_9 and mixed_10: 8 × 8
             first = tower(x, (320,))
             h = tower(x, (384,))
             second = join(conv(h, 384, (1, 3)), conv(h, 384, (3, 1)))

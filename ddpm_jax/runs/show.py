@@ -20,8 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from ddpm_jax import checkpoint, configs, data, diffusion, generate, images, sampling, schedules
-from ddpm_jax import workdir as run_files
+from ddpm_jax import configs
+from ddpm_jax.core import diffusion, sampling, schedules
+from ddpm_jax.files import checkpoint, data, images
+from ddpm_jax.runs import generate
+from ddpm_jax.files import workdir as run_files
 from ddpm_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -83,12 +86,12 @@ def show(config, workdir, source=None):
     step = checkpoint.latest_step(workdir)
     if config.data.name and source is None:  # an imported run may have none
         try:
-            source = data.open_source(config.data)
+            source = data.open_source(config.data, in_memory=False)
         except UserError as error:
             if step is None:  # else there is more to show
                 raise
             log.warning("without the data: %s", error)
-    draw_schedule(folder / "schedule.png", schedules.from_config(config.diffusion))
+    draw_schedule(folder / "schedule.png", configs.make_schedule(config))
     if source is not None:
         draw_data(config, folder, source)
     if step is not None and config.model.kind == "unet":
@@ -122,7 +125,7 @@ def draw_data(config, folder, source):
     """A grid of the data, and the forward process of its first images."""
     x = source.read(np.arange(min(source.size, config.sample.num_samples, generate.GRID_IMAGES)))
     images.write_png(folder / "data.png", images.grid(x.images, config.sample.columns))
-    schedule = schedules.from_config(config.diffusion)
+    schedule = configs.make_schedule(config)
     some, ts = x.images[: config.show.num_images], timesteps(config)[::-1]
     keys = sampling.image_keys(config.sample.seed, jnp.arange(len(some)))
     x0, frames = images.to_float(some), [some]

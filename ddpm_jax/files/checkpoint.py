@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from ddpm_jax import parallel, unet
+from ddpm_jax import configs, parallel
 from ddpm_jax.configs import image_shape
+from ddpm_jax.core import unet
 from ddpm_jax.errors import UserError, is_disk_full
 
 log = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ def restore_params(config, workdir):
     step = _newest_whole(_folder(workdir))
     if step is None:
         raise UserError(f"workdir={workdir}: has no checkpoint yet; train it first")
-    params = unet.param_shapes(unet.make_model(config), image_shape(config))
+    params = unet.param_shapes(configs.make_model(config), image_shape(config))
     here = parallel.replicated(jax.devices())  # those they were saved from may not exist
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=here), params)
     name = "ema_params" if config.sample.use_ema and step > 0 else "params"

@@ -5,50 +5,23 @@ and nearest-neighbour upsampling up, with skip connections between them. Blocks 
 resolutions are followed by single-head self-attention. The classifier is the way down alone.
 """
 
-import functools
-import math
 import zlib
+from collections.abc import Callable
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax import winograd
-
 ONE = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 # Ho's "zero" initialisation: not quite zero, so the first gradients are not either.
 NEAR_ZERO = nn.initializers.variance_scaling(1e-10, "fan_avg", "uniform")
 
 
-def conv3x3(features, dtype, name, kernel_init=ONE, strides=1):
+def conv3x3(features, dtype, convolve, name, kernel_init=ONE, strides=1):
     """A 3×3 convolution; SAME padding is (0, 1) for stride 2 on even sizes, as Ho's is."""
     options = {"kernel_init": kernel_init, "dtype": dtype, "name": name}
     return nn.Conv(features, (3, 3), strides, conv_general_dilated=convolve, **options)
-
-
-def convolve(x, kernel, strides, padding, **options):
-    """lax.conv_general_dilated of a 3×3 kernel; on a CPU by Winograd's method where that is faster.
-
-    Measured on 2 cores: with 128 channels or more it takes CIFAR-10's network at batch 8 from 3.9
-    to 4.8 training images/s; with 64 it makes the forward pass of the digits' 1.13 times as fast,
-    but a training step slower (0.75), so that only what is not differentiated comes that way; with
-    32, or fewer than 256 places in a batch, it gains nothing.
-    """
-
-    def direct(x, kernel):
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
-
-    *places, channels = x.shape
-    tiles = strides == (1, 1) and places[1] % 2 == places[2] % 2 == 0 and math.prod(places) >= 256
-    width = min(channels, kernel.shape[-1])
-    if not tiles or width < 64 or x.dtype != jnp.float32 or jax.default_backend() != "cpu":
-        return direct(x, kernel)
-    if width >= 128:
-        return winograd.conv3x3(x, kernel)
-    forward_only = jax.custom_vjp(winograd.conv3x3)
-    forward_only.defvjp(functools.partial(jax.vjp, direct), lambda vjp, dy: vjp(dy))
-    return forward_only(x, kernel)
 
 
 def dense(features, dtype, name, kernel_init=ONE):
@@ -109,17 +82,18 @@ class ResBlock(nn.Module):
     dropout: float
     norm_groups: int
     dtype: jnp.dtype
+    convolve: Callable
 
     @nn.compact
     def __call__(self, x, temb, dropout_keys):
         h = nn.swish(group_norm(self.norm_groups, self.dtype, "norm1")(x))
-        h = conv3x3(self.channels, self.dtype, "conv1")(h)
+        h = conv3x3(self.channels, self.dtype, self.convolve, "conv1")(h)
         h += dense(self.channels, self.dtype, "temb")(nn.swish(temb))[:, None, None, :]
         h = nn.swish(group_norm(self.norm_groups, self.dtype, "norm2")(h))
         if dropout_keys is not None and self.dropout > 0:
             tag = zlib.crc32("/".join(self.path).encode())
             h = per_example_dropout(h, self.dropout, dropout_keys, tag)
-        h = conv3x3(self.channels, self.dtype, "conv2", NEAR_ZERO)(h)
+        h = conv3x3(self.channels, self.dtype, self.convolve, "conv2", NEAR_ZERO)(h)
         if x.shape[-1] != self.channels:
             x = dense(self.channels, self.dtype, "shortcut")(x)
         return x + h
@@ -161,6 +135,7 @@ class Network(nn.Module):
       dtype: of the computation (parameters are float32).
       num_classes: K, the number of labels; 0 where there are none.
       remat: whether the gradient computes a block's inside again rather than remembering it.
+      convolve: how 3×3 convolutions are computed; takes what lax.conv_general_dilated takes.
     """
 
     channels: int
@@ -172,6 +147,7 @@ class Network(nn.Module):
     dtype: jnp.dtype = jnp.float32
     num_classes: int = 0
     remat: bool = False
+    convolve: Callable = jax.lax.conv_general_dilated
 
     def time_embedding(self, t):
         """[B, 4 · channels], what every residual block is told of t."""
@@ -182,8 +158,8 @@ class Network(nn.Module):
     def res_block(self, h, features, name, context):
         """A residual block; context is (temb, dropout_keys)."""
         block = nn.remat(ResBlock) if self.remat else ResBlock
-        block = block(features, self.dropout, self.norm_groups, self.dtype, name=name)
-        return block(h, *context)
+        options = self.dropout, self.norm_groups, self.dtype, self.convolve
+        return block(features, *options, name=name)(h, *context)
 
     def attention(self, h, name):
         """An attention block."""
@@ -199,11 +175,13 @@ class Network(nn.Module):
     def way_down(self, x, context):
         """What each layer makes of x, down to the lowest resolution: a list."""
         widths = [mult * self.channels for mult in self.channel_mults]
-        h = conv3x3(self.channels, self.dtype, "conv_in")(x)
+        h = conv3x3(self.channels, self.dtype, self.convolve, "conv_in")(x)
         skips = [h]
         for level, width in enumerate(widths):
             if level > 0:
-                h = conv3x3(widths[level - 1], self.dtype, f"down{level}_conv", strides=2)(h)
+                h = conv3x3(
+                    widths[level - 1], self.dtype, self.convolve, f"down{level}_conv", strides=2
+                )(h)
                 skips.append(h)
             for block in range(self.num_res_blocks):
                 h = self.level_block(h, width, f"down{level}_block{block}", context)
@@ -261,11 +239,11 @@ class UNet(Network):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = self.level_block(h, width, f"up{level}_block{block}", context)
             if level > 0:
-                h = conv3x3(width, self.dtype, f"up{level}_conv")(upsample(h))
+                h = conv3x3(width, self.dtype, self.convolve, f"up{level}_conv")(upsample(h))
         assert not skips
 
         channels = x.shape[-1] * (2 if self.learned_variance else 1)
-        h = conv3x3(channels, self.dtype, "conv_out", NEAR_ZERO)(self.last_norm(h))
+        h = conv3x3(channels, self.dtype, self.convolve, "conv_out", NEAR_ZERO)(self.last_norm(h))
         return h.astype(x.dtype)
 
 
@@ -287,15 +265,6 @@ class Classifier(Network):
         context = self.time_embedding(t), dropout_keys
         h = self.last_norm(self.middle(self.way_down(x, context)[-1], context)).mean((1, 2))
         return nn.log_softmax(dense(self.num_classes, self.dtype, "logits")(h).astype(x.dtype))
-
-
-def make_model(config):
-    """The network that a config describes; model.dtype is a name there."""
-    fields = {**config.model, "dtype": jnp.dtype(config.model.dtype)}
-    fields["num_classes"] = config.data.num_classes
-    if fields.pop("kind") == "classifier":
-        return Classifier(**fields)
-    return UNet(**fields, learned_variance=config.diffusion.variance == "learned")
 
 
 def param_shapes(model, image_shape):

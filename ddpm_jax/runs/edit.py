@@ -21,8 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import configs, diffusion, generate, image_files, images, sampling
-from ddpm_jax import workdir as run_files
+from ddpm_jax import configs
+from ddpm_jax.core import diffusion, sampling
+from ddpm_jax.files import image_files, images
+from ddpm_jax.runs import generate
+from ddpm_jax.files import workdir as run_files
 from ddpm_jax.errors import UserError, one_line, printable
 
 log = logging.getLogger(__name__)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ddpm_jax import cpu
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -98,7 +100,7 @@ def apply_gradients(state, grads, optimizer, ema_decay, applies=True):
 
     # To choose between the two results nearly doubles the update's time on a CPU (60 and 110 ms,
     # CIFAR-10's network); a branch would have a GPU wait for `applies`.
-    if jax.default_backend() == "cpu":
+    if cpu.is_used():
         return jax.lax.cond(applies, apply, keep, state, grads)
     choose = functools.partial(jnp.where, applies)
     return jax.tree.map(choose, apply(state, grads), keep(state, grads))

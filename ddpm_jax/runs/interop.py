@@ -22,8 +22,10 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from ddpm_jax import checkpoint, configs, schedules, unet
-from ddpm_jax import workdir as run_files
+from ddpm_jax import configs
+from ddpm_jax.core import schedules, unet
+from ddpm_jax.files import checkpoint
+from ddpm_jax.files import workdir as run_files
 from ddpm_jax.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
@@ -137,14 +139,41 @@ def import_run(config, weights, workdir, overrides=()):
       config: what the folder does not say is taken from here.
       weights: the folder.
       workdir: where the run goes; must not exist, or be empty.
-      overrides: names of the fields that the user set; one that the folder decides otherwise is an
-        error, unless it changes nothing about the weights' meaning (as dropout).
+      overrides: names of the fields that the user set; see read_run.
 
     Raises:
       UserError: for a network that our U-Net cannot express, a folder that is not whole, or a
         workdir that holds something; nothing is written then.
     """
     run_files.check_free("workdir", workdir)
+    config, params = read_run(config, weights, overrides)
+    with run_files.new_folder("workdir", workdir) as folder:
+        checkpoint.save_imported(folder, params)
+        run_files.save_config(config, folder)
+    log.info("wrote %s", workdir)
+
+
+def is_diffusers(folder):
+    """Whether a folder has the config of a network of diffusers, for all that its name says."""
+    path = _find(pathlib.Path(folder), "unet", "config.json")
+    return path is not None and "_class_name" in run_files.read_json(path)
+
+
+def read_run(config, weights, overrides=()):
+    """Reads a folder of diffusers.
+
+    Args:
+      config: what the folder does not say is taken from here.
+      weights: the folder.
+      overrides: names of the fields that the user set; one that the folder decides otherwise is an
+        error, unless it changes nothing about the weights' meaning (as dropout).
+
+    Returns:
+      (config, params): checked, and a tree of arrays.
+
+    Raises:
+      UserError: for a network that our U-Net cannot express, or a folder that is not whole.
+    """
     weights = pathlib.Path(weights)
     _check_pipeline(weights)
     path = _find(weights, "unet", "config.json")
@@ -169,13 +198,11 @@ def import_run(config, weights, workdir, overrides=()):
     configs.check(config, "import")
     flip = network.get("flip_sin_to_cos", DEFAULTS["flip_sin_to_cos"])
     params = read_params(path.with_name(TENSORS), config, flip_sin_to_cos=flip)
-    with run_files.new_folder("workdir", workdir) as folder:
-        checkpoint.save_imported(folder, params)
-        run_files.save_config(config, folder)
-    log.info("wrote %s: %s", workdir, ", ".join(f"{k}={v}" for k, v in fields.items()))
+    log.info("read %s: %s", weights, ", ".join(f"{k}={v}" for k, v in fields.items()))
     if schedule is None:
         chain = ", ".join(f"{name}={value}" for name, value in config.diffusion.items())
         log.warning("no scheduler_config.json in %s: the chain is the config's, %s", weights, chain)
+    return config, params
 
 
 def export_run(config, workdir, weights):
@@ -417,7 +444,7 @@ def diffusers_network(config):
 def diffusers_scheduler(config):
     """The scheduler_config.json of the DDPMScheduler that takes a config's reverse steps."""
     diffusion = config.diffusion
-    betas = schedules.from_config(diffusion).betas
+    betas = configs.make_schedule(config).betas
     scale, name = 1.0, diffusion.schedule
     if name == "linear_rescaled":
         scale, name = 1000 / diffusion.num_timesteps, "linear"
@@ -515,7 +542,7 @@ def read_params(path, config, flip_sin_to_cos=False):
     Raises:
       UserError: if it is missing, damaged, or lacks or has tensors that it should not.
     """
-    shapes = unet.param_shapes(unet.make_model(config), configs.image_shape(config))
+    shapes = unet.param_shapes(configs.make_model(config), configs.image_shape(config))
     shapes, levels = traverse_util.flatten_dict(shapes), len(config.model.channel_mults)
     names = {place: tensor_name(place, levels) for place in shapes}
     expected = {

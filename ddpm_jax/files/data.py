@@ -21,8 +21,9 @@ import tensorflow_datasets as tfds
 from PIL import Image, ImageOps
 from tensorflow_datasets.core.download import download_manager, downloader, extractor
 
-from ddpm_jax import image_files, parallel, progress
+from ddpm_jax import parallel, progress
 from ddpm_jax.errors import UserError, one_line, printable
+from ddpm_jax.files import image_files
 
 log = logging.getLogger(__name__)
 
@@ -55,28 +56,33 @@ class BadSplit(Exception):
     """A split that TFDS does not understand, that the dataset does not have, or that is empty."""
 
 
-def open_source(data, field="split"):
+def open_source(data, field="split", arrays=None, in_memory=True):
     """Opens a split of the dataset that a config describes.
 
     Args:
       data: the config's section.
       field: "split" or "eval_split", which says what to read as TFDS does: "train",
         "train[:90%]", "train+test".
+      arrays: a Batch of all images, with data.name = "arrays"; its one split is "train".
+      in_memory: whether to read it into memory, where it takes at most `data.max_ram_gib`.
 
     Returns:
-      A Source, in memory if it takes at most `data.max_ram_gib`.
+      A Source.
 
     Raises:
       UserError: for an unknown dataset or split, a dataset that cannot be prepared, a folder
         without images, unreadable images, or another number of classes than the config's.
     """
-    opener = {"digits": _open_digits, "folder": _open_folder}.get(data.name, _open_tfds)
+    own = {"digits": _open_digits, "folder": _open_folder}
+    own["arrays"] = functools.partial(_open_arrays, arrays)
+    opener = own.get(data.name, _open_tfds)
     try:
         source = opener(data, data[field])
     except BadSplit as error:
         raise UserError(f"data.{field}={data[field]!r}: {one_line(error)}") from None
     _check_classes(data, source)
-    if source.size * np.prod(data.image_size) * data.channels > data.max_ram_gib * 2**30:
+    in_bytes = source.size * np.prod(data.image_size) * data.channels
+    if not in_memory or in_bytes > data.max_ram_gib * 2**30:
         return source
     return _load(source, f"{data.name} {data[field]}")
 
@@ -172,6 +178,20 @@ def _open_digits(data, split):
     labels = digits.target[chosen].astype(np.int32) if data.num_classes else None
     names = tuple(map(str, digits.target_names)) if data.num_classes else ()
     return Source(len(chosen), _reader(Batch(images[chosen], labels)), names, _digest([split]))
+
+
+def _open_arrays(arrays, data, split):
+    """A user's own arrays, see ddpm_jax.train."""
+    if arrays is None:
+        text = "its images are arrays of a program, which has to give them to ddpm_jax.train again"
+        raise UserError(f"data.name='arrays': {text}")
+    chosen = _select(split, len(arrays.images))
+    whole = jax.tree.map(lambda array: array[chosen], arrays)
+    names = tuple(map(str, range(data.num_classes)))
+    digest = hashlib.sha256()
+    for array in jax.tree.leaves(whole):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return Source(len(chosen), _reader(whole), names, digest.hexdigest())
 
 
 def _open_folder(data, split):

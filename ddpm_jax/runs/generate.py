@@ -11,20 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import (
-    checkpoint,
-    configs,
-    diffusion,
-    images,
-    likelihood,
-    parallel,
-    progress,
-    sampling,
-    schedules,
-    signals,
-    unet,
-)
-from ddpm_jax import workdir as run_files
+from ddpm_jax import cpu
+from ddpm_jax import configs, parallel, progress, signals
+from ddpm_jax.core import diffusion, likelihood, sampling, schedules, unet
+from ddpm_jax.files import checkpoint, images
+from ddpm_jax.files import workdir as run_files
 from ddpm_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -54,9 +45,9 @@ def make_chain(config):
     """The Chain of a config's diffusion and sample sections."""
     total, wanted = config.diffusion.num_timesteps, config.sample
     timesteps = schedules.SPACINGS[wanted.spacing](total, wanted.num_steps or total)
-    whole = schedules.from_config(config.diffusion)
+    whole = configs.make_schedule(config)
     fewer = len(timesteps) < total
-    short = schedules.from_config(config.diffusion, timesteps) if fewer else whole
+    short = configs.make_schedule(config, timesteps) if fewer else whole
     return Chain(timesteps, short, whole)
 
 
@@ -90,7 +81,7 @@ def guided_predict(config, chain, params, labels, classifier=None):
       predict_fn: (x_t, i [B]) to a Prediction, i in [0, S).
     """
     guidance, known = config.sample.guidance, config.data.num_classes
-    net_fn = unet.net_fn(unet.make_model(config), params)
+    net_fn = unet.net_fn(configs.make_model(config), params)
     predict_fn = unguided_predict(config, chain.of_network, net_fn)
     if classifier is not None:
         model, params = classifier
@@ -154,6 +145,14 @@ def from_noise(config, chain):
     return start, step_of, np.arange(len(chain.timesteps))[::-1]
 
 
+class Part(NamedTuple):
+    """Some steps of the reverse process, which run as one scan."""
+
+    steps: np.ndarray  # int32, in the order they are taken
+    slots: np.ndarray  # int32, the steps after which frames are kept, filled up with -1
+    kept: list[int]  # the same without the -1
+
+
 def make_sampler(
     config,
     label=None,
@@ -178,75 +177,131 @@ def make_sampler(
       finish: what is done with the last x.
 
     Returns:
-      sample(params, indices [N], inputs=None, stop=never) → Generated, of the images with these
-      numbers. inputs is a tree of arrays [N, …] for the task. Image i depends on (sample.seed, i)
-      and its inputs only, up to rounding. params are replicated (see parallel.py). It raises a
+      sample(params, indices [N], inputs=None, stop=never, seed=None) → Generated, of the images
+      with these numbers. inputs is a tree of arrays [N, …] for the task. Image i depends on the
+      seed (by default sample.seed), i and its inputs only, up to rounding. params are replicated (see parallel.py). It raises a
       UserError for images that are not finite, and signals.Stopped as soon as stop() is true.
     """
     chain = make_chain(config)
     start, step_of, steps = task(config, chain)
     model, classifier_params = classifier or (None, None)
     classes = model.num_classes if model else config.data.num_classes
-    # On a CPU, a gradient inside a scan takes six times as long.
-    alone = classifier is not None and jax.default_backend() == "cpu"
-    parts = np.split(steps, len(steps)) if alone else segments(steps)
-    # The frames of a part leave the device when it is done.
     wanted = set(frames_at), set(x0_at)
-    assert wanted[0] | wanted[1] <= set(steps.tolist())
-    hits = [[t for t in part.tolist() if t in wanted[0] | wanted[1]] for part in parts]
-    most = max(map(len, hits))
-    slots = [np.array(hit + (most - len(hit)) * [-1], np.int32) for hit in hits]
+    parts = split_steps(steps, wanted[0] | wanted[1], one_by_one=model and cpu.is_used())
+    begin, run, end = compiled(config, chain, start, step_of, model, finish)
 
-    def run(params, classifier_params, x, keys, labels, inputs, ts, slots):
-        guide = model and (model, classifier_params)
-        predict_fn = guided_predict(config, chain, params, labels, guide)
-        step = step_of(predict_fn, keys, inputs)
-        x, frames = sampling.reverse_process(step, x, ts, slots, keep=_as_uint8)
-        return x, jax.tree.map(lambda f: jnp.moveaxis(f, 0, 1), frames)  # [B, K, …]
-
-    def end(x):
-        return finish(x), jnp.isfinite(x).all(axis=(1, 2, 3))
-
-    begin, end = parallel.pmap(start), parallel.pmap(end)
-    run = parallel.pmap(run, in_axes=(None, None, 0, 0, 0, 0, None, None), donate_argnums=2)
-
-    def sample_batch(params, numbers, inputs, bar, stop):
-        labels, keys = None, sampling.image_keys(config.sample.seed, numbers)
+    def sample_batch(params, seed, numbers, inputs, bar, stop):
+        labels, keys = None, sampling.image_keys(seed, numbers)
         if classes:
             labels = numbers % classes if label is None else np.full(len(numbers), label)
             labels = labels.astype(np.int32)
         keys, labels, inputs = parallel.split(parallel.part((keys, labels, inputs)))
         x, shape = begin(keys, inputs), (len(numbers), *configs.image_shape(config))
-        kept = [np.empty((len(steps), *shape), np.uint8) for steps in wanted]
-        rooms = [iter(array) for array in kept]
-        for ts, slot, hit in zip(parts, slots, hits, strict=True):
-            x, new = run(params, classifier_params, x, keys, labels, inputs, ts, slot)
-            if hit:
-                for room, frames, steps in zip(rooms, parallel.merge(new), wanted, strict=True):
-                    for t, frame in zip(hit, np.moveaxis(frames, 1, 0), strict=False):
-                        if t in steps:
-                            next(room)[:] = frame
+        stacks = [np.empty((len(steps), *shape), np.uint8) for steps in wanted]
+        places = [iter(stack) for stack in stacks]
+        for part in parts:
+            x, frames = run(
+                params, classifier_params, x, keys, labels, inputs, part.steps, part.slots
+            )
+            if part.kept:  # they leave the device when the part is done
+                store_frames(places, wanted, part.kept, parallel.merge(frames))
             jax.block_until_ready(x)
-            bar.update(len(ts))
+            bar.update(len(part.steps))
             signals.check(stop)
         x, finite = parallel.merge(end(x))
         check_finite(numbers, finite)
-        return Generated(x, *kept)
+        return Generated(x, *stacks)
 
-    def sample(params, indices, inputs=None, stop=signals.never):
-        devices, count = jax.device_count(), len(indices)
-        size = min(config.sample.batch_size, -(-count // devices) * devices)
-        done, total = [], -(-count // size) * len(steps)
-        with progress.bar(total, "sample", "step") as bar:
-            for first in range(0, count, size):
-                # The last batch is filled up with the last image.
-                chosen = np.minimum(np.arange(first, first + size), count - 1)
-                given = jax.tree.map(lambda a, c=chosen: np.asarray(a)[c], inputs)
-                done.append(sample_batch(params, np.asarray(indices)[chosen], given, bar, stop))
-        whole = (np.concatenate(p, -4) if len(p) > 1 else p[0] for p in zip(*done, strict=True))
-        return Generated(*(array[..., :count, :, :, :] for array in whole))
+    return functools.partial(in_batches, config, len(steps), sample_batch)
 
-    return sample
+
+def in_batches(
+    config,
+    num_steps,
+    sample_batch,
+    params,
+    indices,
+    inputs=None,
+    stop=signals.never,
+    seed=None,
+):
+    """`sample` of make_sampler: batches of sample.batch_size images, with progress."""
+    seed = config.sample.seed if seed is None else seed
+    devices, count = jax.device_count(), len(indices)
+    size = min(config.sample.batch_size, -(-count // devices) * devices)
+    done, total = [], -(-count // size) * num_steps
+    with progress.bar(total, "sample", "step") as bar:
+        for first in range(0, count, size):
+            # The last batch is filled up with the last image.
+            chosen = np.minimum(np.arange(first, first + size), count - 1)
+            given = jax.tree.map(lambda a, c=chosen: np.asarray(a)[c], inputs)
+            numbers = np.asarray(indices)[chosen]
+            done.append(sample_batch(params, seed, numbers, given, bar, stop))
+    whole = (np.concatenate(p, -4) if len(p) > 1 else p[0] for p in zip(*done, strict=True))
+    return Generated(*(array[..., :count, :, :, :] for array in whole))
+
+
+def split_steps(steps, kept, one_by_one):
+    """A chain's steps in 20 Parts of at most two lengths.
+
+    One scan over all of them would compute the same; in parts it shows progress and can be
+    interrupted, and each length is compiled once.
+
+    Args:
+      steps: [N] ints, in the order they are taken.
+      kept: the set of those after which frames are kept.
+      one_by_one: whether each step is a part: on a CPU, a gradient inside a scan takes six times as
+        long.
+    """
+    steps = np.asarray(steps, np.int32)
+    assert kept <= set(steps.tolist())
+    parts = np.array_split(steps, len(steps) if one_by_one else min(20, len(steps)))
+    hits = [[t for t in part.tolist() if t in kept] for part in parts]
+    most = max(map(len, hits))
+    slots = [np.array(hit + (most - len(hit)) * [-1], np.int32) for hit in hits]
+    return [Part(*fields) for fields in zip(parts, slots, hits, strict=True)]
+
+
+def compiled(config, chain, start, step_of, model, finish):
+    """The start of a task, a part of its steps, and its end: three functions under pmap.
+
+    Args:
+      config: its model, data, diffusion and sample sections are used.
+      chain: a Chain.
+      start: of the task.
+      step_of: of the task.
+      model: of a classifier that guides, or None.
+      finish: what is done with the last x.
+    """
+
+    def run(params, classifier_params, x, keys, labels, inputs, steps, slots):
+        guide = model and (model, classifier_params)
+        predict_fn = guided_predict(config, chain, params, labels, guide)
+        step = step_of(predict_fn, keys, inputs)
+        x, frames = sampling.reverse_process(step, x, steps, slots, keep=_as_uint8)
+        return x, jax.tree.map(lambda f: jnp.moveaxis(f, 0, 1), frames)  # [B, K, …]
+
+    def end(x):
+        return finish(x), jnp.isfinite(x).all(axis=(1, 2, 3))
+
+    in_axes = (None, None, 0, 0, 0, 0, None, None)
+    run = parallel.pmap(run, in_axes=in_axes, donate_argnums=2)
+    return parallel.pmap(start), run, parallel.pmap(end)
+
+
+def store_frames(places, wanted, steps, frames):
+    """Puts the frames of a part where they belong.
+
+    Args:
+      places: of x_t and of x0, an iterator over the arrays that are still empty.
+      wanted: of x_t and of x0, the set of steps to keep.
+      steps: the part's steps that have frames.
+      frames: of x_t and of x0, [B, K, …] each.
+    """
+    for empty, of_part, chosen in zip(places, frames, wanted, strict=True):
+        for step, frame in zip(steps, np.moveaxis(of_part, 1, 0), strict=False):
+            if step in chosen:
+                next(empty)[:] = frame
 
 
 def check_finite(numbers, finite):
@@ -264,15 +319,6 @@ def check_finite(numbers, finite):
             "written: training has diverged (a smaller optim.learning_rate may help), or "
             "sample.guidance is too large"
         )
-
-
-def segments(steps):
-    """A chain's steps in 20 parts of at most two lengths.
-
-    One scan over all of them would compute the same; in parts it shows progress and can be
-    interrupted, and each length is compiled once.
-    """
-    return np.array_split(np.asarray(steps, np.int32), min(20, len(steps)))
 
 
 def _as_uint8(x, x0_pred):
@@ -315,7 +361,7 @@ def load_classifier(config):
         if mine[name] != its[name]:
             raise UserError(f"{field}: its {name} is {its[name]!r}, this run's {mine[name]!r}")
     _, params = checkpoint.restore_params(saved, workdir)
-    return unet.make_model(saved), params, run_files.load_label_names(workdir)
+    return configs.make_model(saved), params, run_files.load_label_names(workdir)
 
 
 def who_guides(config, names):
@@ -342,10 +388,14 @@ def who_guides(config, names):
     return {"label": label, "classifier": tuple(classifier)}
 
 
+def class_names(config, workdir):
+    """The names of a run's classes; where they are lost, their numbers."""
+    return run_files.load_label_names(workdir) or tuple(map(str, range(config.data.num_classes)))
+
+
 def run_guides(config, workdir):
-    """who_guides for a run that was trained; where its classes' names are lost, numbers do."""
-    names = run_files.load_label_names(workdir) or tuple(map(str, range(config.data.num_classes)))
-    return who_guides(config, names)
+    """who_guides for a run that was trained."""
+    return who_guides(config, class_names(config, workdir))
 
 
 def restore_sampler(config, workdir, in_turn=True, **options):

@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.errors import UserError
-
 
 def linear(num_timesteps, beta_start, beta_end):
     """β linear in t (Ho et al., Sec. 4)."""
@@ -88,23 +86,23 @@ def make_schedule(name, num_timesteps, beta_start=1e-4, beta_end=0.02, timesteps
       A Schedule, of S steps if there are `timesteps`.
 
     Raises:
-      UserError: for an unknown name, T < 1, or a β outside (0, 1).
+      ValueError: for an unknown name, T < 1, or a β outside (0, 1).
     """
     if name not in SCHEDULES:
-        raise UserError(f"diffusion.schedule={name!r}: choose from {', '.join(SCHEDULES)}")
+        raise ValueError(f"diffusion.schedule={name!r}: choose from {', '.join(SCHEDULES)}")
     if num_timesteps < 1:
-        raise UserError(f"diffusion.num_timesteps={num_timesteps}: must be at least 1")
+        raise ValueError(f"diffusion.num_timesteps={num_timesteps}: must be at least 1")
     for field, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
         if not 0 < beta < 1:
-            raise UserError(f"diffusion.{field}={beta}: must lie in (0, 1)")
+            raise ValueError(f"diffusion.{field}={beta}: must lie in (0, 1)")
     betas = SCHEDULES[name](num_timesteps, beta_start, beta_end)
     if not np.all((betas > 0) & (betas < 1)):
-        raise UserError(
+        raise ValueError(
             f"diffusion.schedule={name!r} with num_timesteps={num_timesteps}: its largest β is "
             f"{betas.max():.4g} and must lie in (0, 1); use more timesteps or a smaller beta_end"
         )
     if np.prod(1 - betas) < np.finfo(np.float32).tiny:
-        raise UserError(
+        raise ValueError(
             f"diffusion.num_timesteps={num_timesteps} with beta_end={beta_end}: float32 cannot "
             "hold 1 / ᾱ_T; use a smaller beta_end or schedule=linear_rescaled"
         )
@@ -174,14 +172,3 @@ def from_betas(betas):
         fixed_large_log_variance=np.log(np.append(first, betas[1:])),
     )
     return Schedule(**{k: jnp.asarray(v, jnp.float32) for k, v in coefficients.items()})
-
-
-def from_config(diffusion, timesteps=None):
-    """The schedule that a config's `diffusion` section describes, or some steps of it."""
-    return make_schedule(
-        diffusion.schedule,
-        diffusion.num_timesteps,
-        diffusion.beta_start,
-        diffusion.beta_end,
-        timesteps,
-    )

@@ -18,21 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from ddpm_jax import (
-    checkpoint,
-    configs,
-    data,
-    diffusion,
-    generate,
-    images,
-    likelihood,
-    parallel,
-    sampling,
-    schedules,
-    signals,
-    unet,
-)
-from ddpm_jax import workdir as run_files
+from ddpm_jax import configs, parallel, signals
+from ddpm_jax.core import diffusion, likelihood, sampling, schedules, unet
+from ddpm_jax.files import checkpoint, data, images
+from ddpm_jax.runs import generate
+from ddpm_jax.files import workdir as run_files
 from ddpm_jax.errors import UserError
 from ddpm_jax.metrics import distances, features, inception
 
@@ -111,25 +101,7 @@ def evaluate(config, workdir, stop=signals.never):
     generate.warn_of_chain(config)
     generate.warn_of_young_ema(config, step)
     log.info("evaluating step %d", step)
-    found = {
-        "step": step,
-        "params_sha256": digest_of(params),
-        "ema": config.sample.use_ema,
-        "seed": config.sample.seed,
-        "sampler": config.sample.sampler,
-        "sampler_steps": config.sample.num_steps or config.diffusion.num_timesteps,
-        "spacing": config.sample.spacing,
-        "eta": config.sample.eta,
-        "num_classes": config.data.num_classes,
-        "label": config.sample.label,
-        "guidance": config.sample.guidance,
-        "classifier_sha256": guides["classifier"] and digest_of(guides["classifier"][1]),
-        "variance": config.diffusion.variance,
-        "clip_x0": config.diffusion.clip_x0,
-        "dtype": config.model.dtype,
-        "image_size": list(config.data.image_size),
-        "channels": config.data.channels,
-    }
+    found = sampling_provenance(config, step, params, guides["classifier"])
     made = dict(found)  # what samples depend on
     found |= {
         "dataset": config.data.name,
@@ -150,6 +122,36 @@ def evaluate(config, workdir, stop=signals.never):
         print("\n".join(table({str(workdir): found}, published)))
     log.info("wrote %s", workdir / "evaluation.json")
     return found
+
+
+def sampling_provenance(config, step, params, classifier):
+    """What a run's samples and its bound depend on: {field: value}.
+
+    Args:
+      config: the run's config.
+      step: of the checkpoint.
+      params: of the network.
+      classifier: (model, params) that guides, or None.
+    """
+    return {
+        "step": step,
+        "params_sha256": digest_of(params),
+        "ema": config.sample.use_ema,
+        "seed": config.sample.seed,
+        "sampler": config.sample.sampler,
+        "sampler_steps": config.sample.num_steps or config.diffusion.num_timesteps,
+        "spacing": config.sample.spacing,
+        "eta": config.sample.eta,
+        "num_classes": config.data.num_classes,
+        "label": config.sample.label,
+        "guidance": config.sample.guidance,
+        "classifier_sha256": classifier and digest_of(classifier[1]),
+        "variance": config.diffusion.variance,
+        "clip_x0": config.diffusion.clip_x0,
+        "dtype": config.model.dtype,
+        "image_size": list(config.data.image_size),
+        "channels": config.data.channels,
+    }
 
 
 def describe(section, split, source):
@@ -333,7 +335,7 @@ def bound_variances(config):
 def make_bound_rows(config, params, source):
     """Builds (first, last) → [N, 1 + (V + 1) T]: an image's L_T, terms of each of V variances, MSE
     of x0. A conditional network is told the labels."""
-    schedule, model = schedules.from_config(config.diffusion), unet.make_model(config)
+    schedule, model = configs.make_schedule(config), configs.make_model(config)
     size = config.sample.batch_size
 
     def rows(params, batch, indices):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import diffusion
+from ddpm_jax.core import diffusion
 
 BITS = float(1 / np.log(2))  # in a nat
 # A chain that ends further than this from noise (bits/dim) is worth a warning.

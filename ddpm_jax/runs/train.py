@@ -15,23 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ddpm_jax import (
-    checkpoint,
-    configs,
-    data,
-    diffusion,
-    generate,
-    images,
-    likelihood,
-    parallel,
-    progress,
-    schedules,
-    show,
-    signals,
-    unet,
-)
-from ddpm_jax import state as states
-from ddpm_jax import workdir as run_files
+from ddpm_jax import cpu
+from ddpm_jax import configs, parallel, progress, signals
+from ddpm_jax.core import diffusion, likelihood, schedules, unet
+from ddpm_jax.files import checkpoint, data, images
+from ddpm_jax.runs import generate
+from ddpm_jax.runs import state as states
+from ddpm_jax.files import workdir as run_files
 from ddpm_jax.errors import UserError, one_line, printable
 
 log = logging.getLogger(__name__)
@@ -131,7 +121,7 @@ def mean_over_parts(function, batch, parts):
         return jax.tree.map(jnp.add, total, function(part)), None
 
     # On a CPU, a gradient inside a loop takes a dozen times as long.
-    total, _ = jax.lax.scan(add, total, batch, unroll=jax.default_backend() == "cpu")
+    total, _ = jax.lax.scan(add, total, batch, unroll=cpu.is_used())
     return jax.tree.map(lambda x: x / parts, total)
 
 
@@ -266,12 +256,13 @@ class Span(NamedTuple):
         return step == self.last or reached
 
 
-def train(config, workdir):
+def train(config, workdir, arrays=None):
     """Trains as a config says, from scratch or from the run's newest checkpoint.
 
     Args:
       config: checked (see config.py).
       workdir: the run's folder; nothing is written before the inputs are known to be good.
+      arrays: a data.Batch of all images, where they are not in files.
 
     Returns:
       0 when the run is finished, or the number of the signal that ended it early (what was trained
@@ -282,10 +273,10 @@ def train(config, workdir):
         at the start or later (what was trained is saved first); or losses that are not finite.
     """
     workdir = pathlib.Path(workdir)
-    source, eval_source = open_data(config, workdir)
+    source, eval_source = open_data(config, workdir, arrays)
     guides = generate.who_guides(config, source.label_names)
     last = configs.num_steps(config.train, source.size)
-    schedule, model = schedules.from_config(config.diffusion), unet.make_model(config)
+    schedule, model = configs.make_schedule(config), configs.make_model(config)
     optimizer = states.make_optimizer(config.optim, last)
     with contextlib.ExitStack() as stack:
         stack.enter_context(run_files.lock(workdir, "train"))
@@ -319,12 +310,10 @@ def train(config, workdir):
         if caught:
             saved = "nothing was trained" if step is None else f"step {step} is saved"
             log.info("stopped by %s; %s", signal.Signals(caught).name, saved)
-    if not (caught or (workdir / "report.html").exists()):  # all is saved: signals may end it now
-        attempt("the report", lambda: show.show(config, workdir, source))
     return caught
 
 
-def open_data(config, workdir):
+def open_data(config, workdir, arrays):
     """Opens what a run is trained on, and its held-out images: two Sources.
 
     Raises:
@@ -335,7 +324,9 @@ def open_data(config, workdir):
     trained = saved is not None and checkpoint.latest_step(workdir) != 0
     if saved is not None:
         configs.check_same_run(saved, config, workdir, "train" if trained else "use")
-    source, eval_source = (data.open_source(config.data, f) for f in ("split", "eval_split"))
+    source, eval_source = (
+        data.open_source(config.data, field, arrays) for field in ("split", "eval_split")
+    )
     if trained:
         moved = saved.data.path != config.data.path
         run_files.check_same_data(source, workdir, moved)

@@ -167,7 +167,7 @@ def load_config(workdir):
         return None
     fields = read_json(path)
     try:
-        return ml_collections.ConfigDict(_tuples(fields)).lock()
+        return ml_collections.ConfigDict(configs.with_tuples(fields)).lock()
     except (AttributeError, RecursionError, ValueError) as error:
         raise UserError(f"{path}: is not a config ({one_line(error)})") from None
 
@@ -205,13 +205,6 @@ def _parsed(path):
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (RecursionError, ValueError) as error:
         raise UserError(f"{path}: not valid JSON ({one_line(error)})") from None
-
-
-def _tuples(value):
-    """JSON has only lists; configs have only tuples."""
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(value) if isinstance(value, list) else value
 
 
 def to_json(value, **options):

@@ -1,0 +1,1 @@
+"""Files: data, images, checkpoints, and the folder of a run."""

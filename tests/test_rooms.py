@@ -1,0 +1,63 @@
+"""Which part of the package may import which; and how long its functions may be."""
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "ddpm_jax"
+# What the modules of a folder, or a module, may import of the rest of the package. Within a folder
+# anything may import anything, if there is no circle, which Python itself refuses.
+MACHINERY = {"configs", "cpu", "errors", "parallel", "progress", "signals"}
+MAY_IMPORT = {
+    "core": set(),
+    "errors": set(),
+    "cpu": set(),
+    "parallel": {"errors"},
+    "progress": {"parallel"},
+    "signals": {"parallel"},
+    "configs": {"core", "cpu", "errors", "parallel"},
+    "files": {"core", *MACHINERY},
+    "metrics": {"files", *MACHINERY},
+    "runs": {"core", "files", "metrics", *MACHINERY},
+    "cli": {"core", "files", "metrics", "runs", *MACHINERY},
+    "interface": {"core", "files", "runs", *MACHINERY},
+    "__init__": {"errors", "interface"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path):
+    """The folder of a module, or its own name where it is in none."""
+    inside = path.relative_to(PACKAGE)
+    return inside.parts[0] if len(inside.parts) > 1 else inside.stem
+
+
+def imported(path):
+    """The rooms that a file of the package imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "ddpm_jax":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith("ddpm_jax."):
+            yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("ddpm_jax."))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_arrows_point_one_way(path):
+    mine = room(path)
+    assert set(imported(path)) - {mine} <= MAY_IMPORT[mine]
+
+
+def test_training_does_not_draw_its_report():
+    """That is the command's next step."""
+    names = ast.walk(ast.parse((PACKAGE / "runs" / "train.py").read_text()))
+    assert not [n for n in names if isinstance(n, ast.alias) and n.name in ("show", "evaluate")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_function_fits_on_a_screen(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
