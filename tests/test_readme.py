@@ -25,7 +25,7 @@ def test_readme_is_short():
     assert content.count(b"\n") <= 200 and len(content) <= 12_000
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "TOUR.md"], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     """Links and pictures, which are relative to the page; and the headings that links name."""
     text = page.read_text()
@@ -67,6 +67,15 @@ def test_functions_and_fields_exist():
     assert functions > 20 and fields > 20
     overrides = {*re.findall(r"--(?:no)?config\.(\w+\.\w+)", TEXT)} - {"section.field"}
     assert len(overrides) > 20 and not overrides - FIELDS.keys()
+
+
+def test_tables_of_fields():
+    """The first column of a table of a section's fields."""
+    tables = re.findall(r"^\| field of `--config\.(\w+)` \|.*\n((?:\|.*\n)+)", TEXT, re.M)
+    assert {section for section, _ in tables} == {"sample", "evaluate"}
+    for section, rows in tables:
+        names = {*re.findall(r"`(\w+)`", " ".join(row.split("|")[1] for row in rows.splitlines()))}
+        assert len(names) > 5 and not {f"{section}.{name}" for name in names} - FIELDS.keys()
 
 
 def test_names_in_the_source_exist():
