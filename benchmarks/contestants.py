@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.memory import peak
-from ddpm_jax import config as configs
-from ddpm_jax import data, generate, interop, parallel, schedules, train, unet
+from ddpm_jax import configs, data, generate, interop, parallel, schedules, train, unet
 from ddpm_jax import state as states
 
 DIFFUSERS = ("eager", "channels_last", "compile")  # its modes

@@ -14,8 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from configs import default
-from ddpm_jax import data
+from ddpm_jax import configs, data
 
 SECONDS = 5  # measured, for each row
 BATCH_SIZE = 128
@@ -35,7 +34,7 @@ def rate(section, seconds=SECONDS):
 
 def section(**changes):
     """The data section of the default config, with changes."""
-    config = default.get_config()
+    config = configs.default_config()
     config.data.update(**changes)
     return config.data
 

@@ -13,8 +13,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from ddpm_jax import config as configs
-from ddpm_jax import generate, parallel, unet
+from ddpm_jax import configs, generate, parallel, unet
 from ddpm_jax.metrics import features, inception
 
 CONFIG = flags.DEFINE_string("config", "configs/cifar10.py", "whose network and T are used")

@@ -25,8 +25,7 @@ import tempfile
 import jax
 
 from benchmarks.memory import resident
-from configs import digits
-from ddpm_jax import evaluate, generate, parallel, progress, train
+from ddpm_jax import configs, evaluate, generate, parallel, progress, train
 
 FIRST, LAST, WINDOW, MOST = 200, 2000, 200, 12
 BATCH_SIZE, NUM_TIMESTEPS = 16, 20
@@ -69,7 +68,7 @@ def watch(task, description, steps_a_unit):
 
 def small(num_steps):
     """A config whose steps take milliseconds."""
-    config = digits.get_config()
+    config = configs.named_config("digits")
     config.model.update(channels=16, channel_mults=(1,), norm_groups=4)
     config.diffusion.num_timesteps = NUM_TIMESTEPS
     config.train.update(num_steps=num_steps, batch_size=BATCH_SIZE, log_every=50, eval_every=100)
@@ -81,8 +80,9 @@ def small(num_steps):
 
 def run():
     """Prints the table."""
-    if "MALLOC_ARENA_MAX" not in os.environ:
+    if "MALLOC_ARENA_MAX" not in os.environ or "TQDM_DISABLE" in os.environ:
         os.environ["MALLOC_ARENA_MAX"] = "1"
+        os.environ.pop("TQDM_DISABLE", None)  # the bars are what counts the steps
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.leaks"])
     logging.disable(logging.WARNING)
     parallel.use_cpu_cores(BATCH_SIZE)

@@ -22,9 +22,7 @@ import jax
 import numpy as np
 import psutil
 
-import main
-from ddpm_jax import config as configs
-from ddpm_jax import data, parallel, schedules, train, unet
+from ddpm_jax import configs, data, parallel, schedules, train, unet
 from ddpm_jax import state as states
 
 STEPS = 3
@@ -79,7 +77,7 @@ def run():
     options = parser.parse_args()
     if options.row:
         parallel.prepare_cpu(trains=True)
-        config = main.load_config(options.config)
+        config = configs.named_config(options.config)
         config.train.batch_size = options.batch_size
         config.optim.accumulate, config.model.remat = options.row[0], bool(options.row[1])
         measure(config, options.plan_only)

@@ -7,12 +7,12 @@ its authors publish them as differences from CelebA, and ready-made copies at 25
 On smaller devices the batch needs --config.optim.accumulate=8, say, and --config.model.remat=true.
 """
 
-from configs import default
+from ddpm_jax.configs import default_config
 
 
 def get_config():
     """The paper's settings for 256×256 images."""
-    config = default.get_config()
+    config = default_config()
     config.data.update(
         name="folder",
         split="train[1000:]",

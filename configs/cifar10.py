@@ -5,11 +5,11 @@
 The paper reports FID 3.17 and IS 9.46 after 800k steps (10.6 hours on a TPU v3-8). Not run here.
 """
 
-from configs import default
+from ddpm_jax.configs import default_config
 
 
 def get_config():
     """The defaults are this model's; its images are mirrored."""
-    config = default.get_config()
+    config = default_config()
     config.data.random_flip = True
     return config

@@ -5,12 +5,12 @@
 Not run.
 """
 
-from configs import cifar10
+from ddpm_jax.configs import named_config
 
 
 def get_config():
     """cifar10.py, told the class of nine images in ten; samples come in a column for each class."""
-    config = cifar10.get_config()
+    config = named_config("cifar10")
     config.data.num_classes = 10
     config.sample.num_samples = 60
     return config

@@ -6,12 +6,12 @@ On 2 CPU cores: 109 s in all, 1,590 to 1,930 images/s; held-out loss 0.142. A cl
 digits is sure of 0.78 of 512 samples, and of 0.85 of real ones (benchmarks/digits_quality.py).
 """
 
-from configs import default
+from ddpm_jax.configs import default_config
 
 
 def get_config():
     """A cosine schedule: at 8×8 the linear one destroys the digits too early (0.53, not 0.66)."""
-    config = default.get_config()
+    config = default_config()
     config.data.update(
         name="digits",
         split="train[:1500]",

@@ -7,12 +7,12 @@
 On 2 CPU cores: 38 s; held-out cross-entropy, over all t, 0.98 nats.
 """
 
-from configs import digits
+from ddpm_jax.configs import named_config
 
 
 def get_config():
     """The chain of digits.py, on which it has to know its way; the loss is the cross-entropy."""
-    config = digits.get_config()
+    config = named_config("digits")
     config.data.num_classes = 10
     config.model.update(kind="classifier", dropout=0.1)
     config.train.update(num_steps=1000, eval_every=250, checkpoint_every=500)

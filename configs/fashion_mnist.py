@@ -3,11 +3,11 @@
 python main.py --config=configs/fashion_mnist.py
 """
 
-from configs import mnist
+from ddpm_jax.configs import named_config
 
 
 def get_config():
     """MNIST's settings."""
-    config = mnist.get_config()
+    config = named_config("mnist")
     config.data.name = "fashion_mnist"
     return config

@@ -6,12 +6,12 @@ Images of every size and kind are found below FOLDER, cropped to a square and sc
 is held out. For a folder of a few hundred images, a higher model.dropout helps.
 """
 
-from configs import default
+from ddpm_jax.configs import default_config
 
 
 def get_config():
     """CIFAR-10's network, one level deeper."""
-    config = default.get_config()
+    config = default_config()
     config.data.update(
         name="folder",
         split="train[5%:]",

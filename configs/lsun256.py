@@ -8,11 +8,11 @@ and scaled. The paper trained bedroom for 2.4 M steps, cat for 1.8 M and church 
 not mirror bedrooms (--config.data.random_flip=false).
 """
 
-from configs import celebahq256
+from ddpm_jax.configs import named_config
 
 
 def get_config():
     """CelebA-HQ's settings for longer."""
-    config = celebahq256.get_config()
+    config = named_config("celebahq256")
     config.train.num_steps = 1_200_000
     return config

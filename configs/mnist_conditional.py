@@ -5,12 +5,12 @@
 Not run.
 """
 
-from configs import mnist
+from ddpm_jax.configs import named_config
 
 
 def get_config():
     """mnist.py, told the class of nine images in ten; samples come in a column for each class."""
-    config = mnist.get_config()
+    config = named_config("mnist")
     config.data.num_classes = 10
     config.sample.num_samples = 60
     return config

@@ -7,6 +7,7 @@ it: sha256.json has a digest of each file, because Orbax reads flipped bits with
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import logging
@@ -20,7 +21,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from ddpm_jax import parallel, unet
-from ddpm_jax.config import image_shape
+from ddpm_jax.configs import image_shape
 from ddpm_jax.errors import UserError, is_disk_full
 
 log = logging.getLogger(__name__)
@@ -162,6 +163,9 @@ def _manager(workdir, **options):
     def write_digests():
         if parallel.is_first():
             (unfinished,) = _folder(workdir).glob("*.orbax-checkpoint-tmp")
+            for item in (path for path in unfinished.iterdir() if path.name in ITEMS):
+                if lacks := _lacks(item):
+                    raise RuntimeError(f"{item}: Orbax has not written {lacks}")
             files = (p for p in unfinished.glob("*/**/*") if p.is_file())
             digests = {str(p.relative_to(unfinished)): _digest(p) for p in files}
             (unfinished / DIGESTS).write_text(json.dumps(digests, indent=2) + "\n")
@@ -171,7 +175,11 @@ def _manager(workdir, **options):
         cleanup_tmp_directories=True,
         async_options=ocp.AsyncOptions(post_finalization_callback=write_digests),
     )
-    return ocp.CheckpointManager(_folder(workdir), options=options, item_names=ITEMS)
+    # With OCDBT, Orbax looks for each process's files by a pattern that is the path itself.
+    folder = _folder(workdir)
+    use_ocdbt = str(folder) == glob.escape(str(folder))
+    handlers = {name: ocp.StandardCheckpointHandler(use_ocdbt=use_ocdbt) for name in ITEMS}
+    return ocp.CheckpointManager(folder, options=options, item_names=ITEMS, item_handlers=handlers)
 
 
 def _digest(path):
@@ -210,7 +218,7 @@ def _search(folder):
         with_digests = [step for step in steps if (folder / str(step) / DIGESTS).exists()]
         gone = False
         for step in sorted(steps, reverse=True):
-            wrong = _damage(folder / str(step)) if step in with_digests else ""
+            wrong = _damage(folder / str(step))
             if any(step > other for other in with_digests) and step not in with_digests:
                 wrong = f"{DIGESTS} is missing"  # older runs have none at all
             if not (folder / str(step)).exists():
@@ -226,15 +234,33 @@ def _search(folder):
 def _damage(folder):
     """What is wrong with the files of a checkpoint; empty if nothing is."""
     try:
-        digests = json.loads((folder / DIGESTS).read_text())
-        for name, digest in digests.items():
-            if _digest(folder / name) != digest:
-                return f"{name} is not what was written"
+        if (folder / DIGESTS).exists():
+            for name, digest in json.loads((folder / DIGESTS).read_text()).items():
+                if _digest(folder / name) != digest:
+                    return f"{name} is not what was written"
+        for name in ITEMS if folder.name != "0" else ITEMS[:1]:
+            if lacks := _lacks(folder / name):
+                return f"{name}/{lacks} is missing"
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
     except ValueError:
         return f"{DIGESTS} cannot be read"
     return ""
+
+
+def _lacks(item):
+    """A file that Orbax needs to read an item, and that is not there; empty if nothing lacks."""
+    if not (item / "_METADATA").exists():
+        return "_METADATA"
+    metadata = json.loads((item / "_METADATA").read_text())
+    if metadata.get("use_ocdbt", True):
+        names = ["manifest.ocdbt", "d"]
+    else:
+        leaves = metadata["tree_metadata"].values()
+        arrays = (leaf for leaf in leaves if not leaf["value_metadata"]["skip_deserialize"])
+        keys = (leaf["key_metadata"] for leaf in arrays)
+        names = [".".join(key["key"] for key in path) + "/.zarray" for path in keys]
+    return next((name for name in names if not (item / name).exists()), "")
 
 
 def _put_damaged_aside(manager, step):

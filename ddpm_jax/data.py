@@ -6,12 +6,10 @@ config asks for. What fits in memory is read once; the rest is read at random as
 
 import contextlib
 import functools
+import hashlib
 import io
 import logging
 import os
-import pathlib
-import struct
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -23,38 +21,17 @@ import tensorflow_datasets as tfds
 from PIL import Image, ImageOps
 from tensorflow_datasets.core.download import download_manager, downloader, extractor
 
-from ddpm_jax import parallel, progress
-from ddpm_jax.errors import UserError, one_line
+from ddpm_jax import image_files, parallel, progress
+from ddpm_jax.errors import UserError, one_line, printable
 
 log = logging.getLogger(__name__)
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # PIL's, by number of channels
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-# An image of more pixels is refused when its header has been read, before they are decoded.
-MAX_PIXELS = 100_000_000
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-warnings.simplefilter("error", Image.DecompressionBombWarning)
-# PIL warns of metadata that it cannot read, which we do not need.
-warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-# What it raises for a file that is damaged, too large, or no image.
-IMAGE_ERRORS = (
-    ArithmeticError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    struct.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
 DOWNLOAD_ERRORS = (
     tfds.download.DownloadError,
     download_manager.NonMatchingChecksumError,
     extractor.ExtractError,
 )
+EMPTY = "holds no images: it is a part of {} that rounds to 0; take more, as in 'train[:1]'"
 BLOCK = 1000  # images read at a time while a dataset is loaded
 
 
@@ -71,10 +48,11 @@ class Source(NamedTuple):
     size: int
     read: Callable[[np.ndarray], Batch]  # indices [B] to new arrays
     label_names: tuple[str, ...]  # of each label; empty where data.num_classes is 0
+    sha256: str = ""  # of what tells these images, in this order, from others
 
 
 class BadSplit(Exception):
-    """A split that TFDS does not understand, or that the dataset does not have."""
+    """A split that TFDS does not understand, that the dataset does not have, or that is empty."""
 
 
 def open_source(data, field="split"):
@@ -97,8 +75,6 @@ def open_source(data, field="split"):
         source = opener(data, data[field])
     except BadSplit as error:
         raise UserError(f"data.{field}={data[field]!r}: {one_line(error)}") from None
-    if source.size == 0:
-        raise UserError(f"data.{field}={data[field]!r}: holds no images")
     _check_classes(data, source)
     if source.size * np.prod(data.image_size) * data.channels > data.max_ram_gib * 2**30:
         return source
@@ -146,9 +122,7 @@ def fit(image, data):
       uint8 [H, W, C].
     """
     height, width = data.image_size
-    if image.mode.startswith("I;16"):  # PIL would clip 16 bits at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    image = image.convert(MODES[data.channels])
+    image = image_files.to_channels(image, data.channels)
     if image.size != (width, height):
         if data.resize == "crop":
             image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
@@ -197,75 +171,99 @@ def _open_digits(data, split):
     chosen = _select(split, len(images))
     labels = digits.target[chosen].astype(np.int32) if data.num_classes else None
     names = tuple(map(str, digits.target_names)) if data.num_classes else ()
-    return Source(len(chosen), _reader(Batch(images[chosen], labels)), names)
+    return Source(len(chosen), _reader(Batch(images[chosen], labels)), names, _digest([split]))
 
 
 def _open_folder(data, split):
     """Every image file below `data.path`; one split, "train". Its folders are the classes."""
-    paths = _readable(data.path, data.skip_unreadable, MODES[data.channels])
+    files = _readable_files(data)
     labels, names = None, ()
     if data.num_classes:
-        below = [path.relative_to(data.path).parts for path in paths]
-        if alone := [str(p) for p, parts in zip(paths, below, strict=True) if len(parts) == 1]:
+        below = [os.path.relpath(file.path, data.path).split(os.sep) for file in files]
+        if alone := [f.path for f, parts in zip(files, below, strict=True) if len(parts) == 1]:
             text = f"data.path={data.path!r}: {alone[0]} is in no class's folder"
             raise UserError(f"{text} (data.num_classes={data.num_classes})")
         names = tuple(sorted({parts[0] for parts in below}))
-        labels = np.array([names.index(parts[0]) for parts in below], np.int32)
-    chosen = _select(split, len(paths))
-    paths = [paths[i] for i in chosen]
+        numbers = {name: number for number, name in enumerate(names)}
+        labels = np.array([numbers[parts[0]] for parts in below], np.int32)
+    chosen = _select(split, len(files))
+    files = [files[i] for i in chosen]
     labels = None if labels is None else labels[chosen]
+    # The same files in another place are the same data.
+    digest = _digest(f"{os.path.relpath(f.path, data.path)} {f.size}" for f in files)
 
     def examples(indices):
-        return [paths[i] for i in indices], None if labels is None else labels[indices]
+        paths = [files[i].path for i in indices]
+        origins = (f"data.path={data.path!r}: {path}" for path in paths)
+        return paths, origins, None if labels is None else labels[indices]
 
-    return _decoding_source(data, len(paths), examples, names)
+    return _decoding_source(data, len(files), examples, names, digest)
 
 
-def image_files(folder):
-    """The files below a folder whose names say that they are images, sorted.
+class File(NamedTuple):
+    """An image file, and what changes when its content does."""
 
-    Folders of such names are none; nor are pipes, which would be waited for.
+    path: str
+    size: int  # bytes
+    changed: int  # when, in nanoseconds
+
+
+def _readable_files(data):
+    """The image files below `data.path`, sorted, but for those that cannot be read.
+
+    Raises:
+      UserError: if there are none, or if some cannot be read and `data.skip_unreadable` is False.
     """
-    found = (p for p in pathlib.Path(folder).rglob("*") if p.suffix.lower() in EXTENSIONS)
-    return sorted(p for p in found if p.is_file() or not p.exists())  # a link that leads nowhere
+    folder = data.path
+    if not os.path.isdir(folder):  # no error for a long name
+        raise UserError(f"data.path={folder!r}: is not a folder")
+    found = image_files.find(folder)
+    left_out = f" (there are others: {found.left_out})" if found.left_out else ""
+    if not found.images:
+        raise UserError(f"data.path={folder!r}: holds no images{left_out}")
+    files = tuple(map(_file, found.images))
+    checks = _check_all(folder, files, found.left_out, data.channels)
+    unreadable = [
+        f"{file.path} ({check.error})"
+        for file, check in zip(files, checks, strict=True)
+        if check.error
+    ]
+    if unreadable:
+        more = f" and {len(unreadable) - 5} more" if unreadable[5:] else ""
+        names = ", ".join(unreadable[:5]) + more
+        message = f"data.path={folder!r}: {len(unreadable)} of {len(files)} unreadable: {names}"
+        if len(unreadable) == len(files):
+            raise UserError(message)
+        if not data.skip_unreadable:
+            raise UserError(f"{message}; data.skip_unreadable=true trains without them")
+        log.warning("%s (skipped)", printable(message))
+    return [file for file, check in zip(files, checks, strict=True) if not check.error]
+
+
+def _file(path):
+    try:
+        status = path.stat()
+    except OSError:  # a link that leads nowhere
+        return File(str(path), 0, 0)
+    return File(str(path), status.st_size, status.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1)  # both splits of a run are of one folder
-def _readable(folder, skip_unreadable, mode):
-    """The images below a folder, sorted; those that do not become images of this mode are named,
-    or left out."""
-    if not os.path.isdir(folder):  # no error for a long name
-        raise UserError(f"data.path={folder!r}: is not a folder")
-    paths = image_files(folder)
-    if not paths:
-        raise UserError(f"data.path={folder!r}: holds no {', '.join(sorted(EXTENSIONS))}")
+def _check_all(folder, files, left_out, channels):
+    """Checks image files, and says what a user might not expect of them."""
+    with ThreadPoolExecutor() as pool, progress.bar(len(files), "check images", "img") as bar:
+        checks = []
+        for check in pool.map(lambda file: image_files.check(file.path, channels), files):
+            checks.append(check)
+            bar.update()
+    for remark in image_files.remarks(checks, left_out, channels):
+        log.warning("%s", printable(f"data.path={folder!r}: {remark}"))
+    return checks
 
-    def decodes(path):
-        try:
-            with Image.open(path) as image:
-                image.draft("L", (1, 1))  # JPEGs are read whole, but at an eighth of the size
-                ImageOps.exif_transpose(image, in_place=True)
-                image.crop((0, 0, 1, 1)).convert(mode)
-                return image.mode not in ("I", "F")  # of no known range
-        except IMAGE_ERRORS:
-            return False
 
-    with ThreadPoolExecutor() as pool:
-        good = []
-        with progress.bar(len(paths), "check images", "img") as bar:
-            for ok in pool.map(decodes, paths):
-                good.append(ok)
-                bar.update()
-    broken = [str(path) for path, ok in zip(paths, good, strict=True) if not ok]
-    if broken:
-        names = ", ".join(broken[:5]) + (f" and {len(broken) - 5} more" if broken[5:] else "")
-        message = f"data.path={folder!r}: {len(broken)} of {len(paths)} unreadable: {names}"
-        if len(broken) == len(paths):
-            raise UserError(message)
-        if not skip_unreadable:
-            raise UserError(f"{message}; data.skip_unreadable=true trains without them")
-        log.warning("%s (skipped)", message)
-    return [path for path, ok in zip(paths, good, strict=True) if ok]
+def _digest(texts):
+    """sha256 of texts, a line each."""
+    return hashlib.sha256("\n".join(texts).encode(errors="surrogateescape")).hexdigest()
 
 
 def _open_tfds(data, split):
@@ -280,17 +278,27 @@ def _open_tfds(data, split):
         names = tuple(label.names)
     # The files' bytes: decoding is the same for every dataset, and then runs in threads.
     raw = {"image": tfds.decode.SkipDecoding()}
+    splits = builder.info.splits
     try:
+        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
+        if all((part.from_ or 0) == part.to for part in parts):
+            raise BadSplit(EMPTY.format(sum(splits[part.splitname].num_examples for part in parts)))
         stored = builder.as_data_source(split=split, decoders=raw)
     except ValueError as error:
         raise BadSplit(error) from None
 
     def examples(indices):
-        found = stored.__getitems__(indices.tolist())
+        try:
+            found = stored.__getitems__(indices.tolist())
+        except (OSError, LookupError, RuntimeError, ValueError) as error:
+            text = f"{builder.data_path} cannot be read ({one_line(error)[:200]})"
+            raise UserError(f"data.name={data.name!r}: {text}") from None
         labels = np.array([e["label"] for e in found], np.int32) if names else None
-        return [io.BytesIO(e["image"]) for e in found], labels
+        origins = (f"data.name={data.name!r}: image {i} of {split}" for i in indices)
+        return [io.BytesIO(e["image"]) for e in found], origins, labels
 
-    return _decoding_source(data, len(stored), examples, names)
+    digest = _digest([builder.info.full_name, split])
+    return _decoding_source(data, len(stored), examples, names, digest)
 
 
 def _builder(data):
@@ -329,27 +337,31 @@ def _prepare(builder, name):
         ) from None
 
 
-def _decoding_source(data, size, examples, label_names):
+def _decoding_source(data, size, examples, label_names, digest):
     """A Source over encoded images.
 
     Args:
       data: the config's section.
       size: how many there are.
-      examples: indices to (paths or file objects, labels).
+      examples: indices to (paths or binary files, how errors name each, labels).
       label_names: of each label.
+      digest: of which images they are.
     """
 
-    def decode(file):
-        with Image.open(file) as image:
-            return fit(ImageOps.exif_transpose(image), data)
+    def decode(file, origin):
+        try:
+            return fit(image_files.decode(file, data.channels), data)
+        except image_files.ERRORS as error:
+            text = f"{origin} cannot be read ({image_files.reason(error)})"
+            raise UserError(text) from None
 
     pool = ThreadPoolExecutor()
 
     def read(indices):
-        files, labels = examples(indices)
-        return Batch(np.stack([*pool.map(decode, files)]), labels)
+        files, origins, labels = examples(indices)
+        return Batch(np.stack([*pool.map(decode, files, origins)]), labels)
 
-    return Source(size, read, label_names)
+    return Source(size, read, label_names, digest)
 
 
 def _select(spec, size):
@@ -363,4 +375,7 @@ def _select(spec, size):
     except ValueError as error:
         raise BadSplit(error) from None
     order = np.random.default_rng(0).permutation(size)
-    return np.concatenate([order[part.from_ : part.to] for part in parts])
+    chosen = np.concatenate([order[part.from_ : part.to] for part in parts])
+    if len(chosen) == 0:
+        raise BadSplit(EMPTY.format(size))
+    return chosen

@@ -1,7 +1,7 @@
 """From images to images: interpolation, inpainting, image-to-image, and to noise and back.
 
 Each is a task of generate.make_sampler: where the reverse process starts, what a step is, and which
-steps are taken. Images and masks come from files of exactly the model's size and channels.
+steps are taken. Images and masks come from files of exactly the model's size.
 """
 
 import contextlib
@@ -20,12 +20,10 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
-from ddpm_jax import config as configs
-from ddpm_jax import data, diffusion, generate, images, sampling
+from ddpm_jax import configs, diffusion, generate, image_files, images, sampling
 from ddpm_jax import workdir as run_files
-from ddpm_jax.errors import UserError, one_line
+from ddpm_jax.errors import UserError, one_line, printable
 
 log = logging.getLogger(__name__)
 
@@ -245,26 +243,30 @@ def read_images(config, paths):
 
     Args:
       config: its data section is used.
-      paths: image files, folders of them, or .npz files with `images`, in this order.
+      paths: image files, folders of them, or .npz files with `images`, in this order. Files are
+        decoded as training data are: upright, and with the channels of the model.
 
     Returns:
       uint8 [N, H, W, C].
 
     Raises:
-      UserError: for a path that is not there, or an image of another size or channel count.
+      UserError: for a path that is not there, an image that cannot be read, or one of another size.
     """
-    found = []
+    shape, found = configs.image_shape(config), []
     for path in map(pathlib.Path, paths):
         if path.suffix == ".npz":
-            found += [(path, image) for image in _arrays(path, configs.image_shape(config))]
+            found += [(path, image) for image in _arrays(path, shape)]
             continue
         is_folder = os.path.isdir(path)  # no error for a long name
-        files = data.image_files(path) if is_folder else [path]
-        found += [(p, _pixels(p)) for p in files]
+        files = image_files.find(path) if is_folder else image_files.Files([path], "")
+        found += [(p, _pixels("images", p, shape[-1])) for p in files.images]
+        checks = [image_files.check(p, shape[-1]) for p in files.images]
+        for remark in image_files.remarks(checks, files.left_out, shape[-1]):
+            log.warning("%s", printable(f"--images={path}: {remark}"))
     if not found:
         raise UserError(f"--images={','.join(map(str, paths))}: holds no images")
     for path, image in found:
-        _check_shape("images", path, image.shape, configs.image_shape(config))
+        _check_shape("images", path, image.shape, shape)
     return np.stack([image for _, image in found])
 
 
@@ -274,9 +276,15 @@ def read_mask(config, path, count):
     Returns:
       bool [count, H, W, 1], True where known.
     """
-    mask = _pixels(path, "mask", "L")
+    mask = _pixels("mask", path, 1)
     _check_shape("mask", path, mask.shape, (*config.data.image_size, 1))
-    return np.broadcast_to(mask < 128, (count, *mask.shape))
+    known = mask < 128
+    if known.all() or not known.any():
+        low, high = int(mask.min()), int(mask.max())
+        paints = "nothing" if known.all() else "everything (what is transparent counts as white)"
+        text = f"its values are {low} to {high} of 255, so it paints {paints}"
+        log.warning("%s", printable(f"--mask={path}: {text}; white from 128 on is painted"))
+    return np.broadcast_to(known, (count, *known.shape))
 
 
 def _arrays(path, wanted):
@@ -319,19 +327,16 @@ def _header(file):
     return shape, dtype
 
 
-def _pixels(path, flag="images", mode=None):
-    """uint8 [H, W, C] of an image file, as it is stored or in one of PIL's modes."""
+def _pixels(flag, path, channels):
+    """uint8 [H, W, channels] of an image file, decoded as training data are."""
     if not os.path.isfile(path):  # a pipe would be waited for
         raise UserError(f"--{flag}={path}: cannot be read (no such file)")
     try:
-        with Image.open(path) as image:
-            mode = mode or image.mode
-            array = np.asarray(image.convert(mode))
-    except data.IMAGE_ERRORS as error:
-        raise UserError(f"--{flag}={path}: cannot be read ({one_line(error)})") from None
-    if mode not in data.MODES.values():
-        raise UserError(f"--{flag}={path}: is of mode {mode}; use {', '.join(data.MODES.values())}")
-    return array.reshape(*array.shape[:2], -1)
+        array = np.asarray(image_files.decode(path, channels))
+    except image_files.ERRORS as error:
+        text = f"cannot be read ({image_files.reason(error)})"
+        raise UserError(f"--{flag}={path}: {text}") from None
+    return array.reshape(*array.shape[:2], channels)
 
 
 def _check_shape(flag, path, found, wanted):

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from ddpm_jax import (
     checkpoint,
+    configs,
     data,
     diffusion,
     generate,
@@ -28,9 +29,9 @@ from ddpm_jax import (
     parallel,
     sampling,
     schedules,
+    signals,
     unet,
 )
-from ddpm_jax import config as configs
 from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError
 from ddpm_jax.metrics import distances, features, inception
@@ -83,7 +84,7 @@ class Reference(NamedTuple):
     features: np.ndarray  # [max_features, 2048], its first ones
 
 
-def evaluate(config, workdir):
+def evaluate(config, workdir, stop=signals.never):
     """Measures a run's newest checkpoint as the config's evaluate section says.
 
     Writes evaluation.json, and with bits/dim evaluation.npz and .png; and prints a table.
@@ -91,19 +92,23 @@ def evaluate(config, workdir):
     Args:
       config: the run's config, checked.
       workdir: the run's folder.
+      stop: from signals.catch.
 
     Returns:
       The content of evaluation.json.
 
     Raises:
-      UserError: if there is no checkpoint, no dataset, or no Inception weights.
+      UserError: if there is no checkpoint, no dataset, no Inception weights, or if the run was
+        trained on other classes than the dataset's.
+      signals.Stopped: if a signal came before the end; the same call goes on from there.
     """
     wanted, workdir = config.evaluate, pathlib.Path(workdir)
     weights = inception.load(wanted.inception_weights) if wanted.num_samples else None
     train, test = (data.open_source(config.data, field) for field in ("split", "eval_split"))
+    run_files.check_same_classes(train, workdir)
     step, params = checkpoint.restore_params(config, workdir)
     guides = generate.run_guides(config, workdir)
-    generate.warn_of_short_chain(config)
+    generate.warn_of_chain(config)
     generate.warn_of_young_ema(config, step)
     log.info("evaluating step %d", step)
     found = {
@@ -134,12 +139,12 @@ def evaluate(config, workdir):
         "eval_split_sha256": describe(config.data, config.data.eval_split, test)["images_sha256"],
     }
     if wanted.num_samples:
-        found |= sample_quality(config, workdir, made, params, guides, weights, train, test)
+        found |= sample_quality(config, workdir, made, params, guides, weights, train, test, stop)
     if wanted.bits_per_dim_images:
-        found |= bits_per_dim(config, workdir, made, params, test)
-        draw_progressive(config, workdir, params, guides)
+        found |= bits_per_dim(config, workdir, made, params, test, stop)
+        draw_progressive(config, workdir, params, guides, stop)
     with run_files.atomic_write(workdir / "evaluation.json") as path:
-        path.write_text(json.dumps(found, indent=2) + "\n")
+        path.write_text(run_files.to_json(found, indent=2) + "\n")
     if parallel.is_first():
         published = PUBLISHED if is_papers(config) else {}
         print("\n".join(table({str(workdir): found}, published)))
@@ -164,14 +169,14 @@ def describe(section, split, source):
     }
 
 
-def sample_quality(config, workdir, made, params, guides, weights, train, test):
+def sample_quality(config, workdir, made, params, guides, weights, train, test, stop):
     """FID against both splits, KID, precision, recall, and with a classifier Inception Score."""
     wanted = config.evaluate
     how = {"resize": wanted.resize, "weights_sha256": weights.sha256}
     size = config.sample.batch_size
     extract = features.make_extractor(weights.params, wanted.resize, size)
     against, against_test = (
-        reference(config, field, source, extract, how)
+        reference(config, field, source, extract, how, stop)
         for field, source in (("split", train), ("eval_split", test))
     )
 
@@ -180,12 +185,13 @@ def sample_quality(config, workdir, made, params, guides, weights, train, test):
     sample = generate.make_sampler(config, **guides)
 
     def of_samples(first, last):
-        x = sample(params, np.arange(first, first + size)).x  # another size would be compiled again
+        # Another size would be compiled again.
+        x = sample(params, np.arange(first, first + size), stop=stop).x
         if wanted.keep_images:
             run_files.write_npz(folder / f"images_{first:07d}.npz", images=x[: last - first])
         return extract(x)[: last - first]
 
-    features.collect(folder, wanted.num_samples, size, of_samples, "evaluate samples")
+    features.collect(folder, wanted.num_samples, size, of_samples, "evaluate samples", stop)
     statistics = distances.statistics(features.chunks(folder, wanted.num_samples))
     warnings = [
         f"{name}: {few.count} images, so the covariance is singular; do not compare its FID"
@@ -224,7 +230,7 @@ def sample_quality(config, workdir, made, params, guides, weights, train, test):
     return scores
 
 
-def reference(config, field, source, extract, how):
+def reference(config, field, source, extract, how, stop=signals.never):
     """Features of a split: from the cache, or computed and put there.
 
     Args:
@@ -233,6 +239,7 @@ def reference(config, field, source, extract, how):
       source: the split's images.
       extract: from features.make_extractor.
       how: what extract depends on.
+      stop: from signals.catch.
 
     Returns:
       A Reference.
@@ -244,9 +251,11 @@ def reference(config, field, source, extract, how):
     with run_files.named_errors("evaluate.cache_dir", cache):
         folder = _folder(cache, provenance)
     name = f"features of {config.data.name} {config.data[field]}"
-    features.collect(
-        folder, source.size, SHARD, lambda a, b: extract(source.read(np.arange(a, b)).images), name
-    )
+
+    def of_images(first, last):
+        return extract(source.read(np.arange(first, last)).images)
+
+    features.collect(folder, source.size, SHARD, of_images, name, stop)
     path = folder / "statistics.npz"
     if path.exists():
         with np.load(path) as arrays:
@@ -258,7 +267,7 @@ def reference(config, field, source, extract, how):
     return Reference(statistics, some)
 
 
-def bits_per_dim(config, workdir, made, params, test):
+def bits_per_dim(config, workdir, made, params, test, stop):
     """The bound's mean over images, its parts, and the progressive code.
 
     Writes evaluation.npz (the terms over t) and evaluation.png.
@@ -274,7 +283,7 @@ def bits_per_dim(config, workdir, made, params, test):
     made = {name: value for name, value in made.items() if name not in SAMPLING}
     folder = _folder(workdir / "evaluation", {**made, **about})
     rows_of = make_bound_rows(config, params, source)
-    features.collect(folder, count, config.sample.batch_size, rows_of, "evaluate bits/dim")
+    features.collect(folder, count, config.sample.batch_size, rows_of, "evaluate bits/dim", stop)
     rows = features.rows(folder, count)
 
     num_timesteps, variances = config.diffusion.num_timesteps, bound_variances(config)
@@ -367,12 +376,12 @@ def draw_curves(path, curves):
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def draw_progressive(config, workdir, params, guides):
+def draw_progressive(config, workdir, params, guides, stop):
     """A few images' predicted x0 along the reverse process, to evaluation_progressive.png."""
     steps = config.sample.num_steps or config.diffusion.num_timesteps
     seen = tuple(np.unique(np.linspace(steps - 1, 0, 10).round().astype(int))[::-1].tolist())
     sample = generate.make_sampler(config, **guides, x0_at=seen)
-    frames = sample(params, np.arange(PROGRESSIVE_IMAGES)).x0_frames
+    frames = sample(params, np.arange(PROGRESSIVE_IMAGES), stop=stop).x0_frames
     images.write_png(workdir / "evaluation_progressive.png", images.strips(frames))
 
 

@@ -1,5 +1,7 @@
 """Many images from a trained network: batches over all devices, with progress."""
 
+import functools
+import hashlib
 import logging
 import pathlib
 import re
@@ -11,6 +13,7 @@ import numpy as np
 
 from ddpm_jax import (
     checkpoint,
+    configs,
     diffusion,
     images,
     likelihood,
@@ -18,9 +21,9 @@ from ddpm_jax import (
     progress,
     sampling,
     schedules,
+    signals,
     unet,
 )
-from ddpm_jax import config as configs
 from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError
 
@@ -47,11 +50,6 @@ class Generated(NamedTuple):
     x0_frames: np.ndarray  # [L, N, H, W, C], the x0 predicted on the way to it
 
 
-def never():
-    """Nothing asks to stop."""
-    return False
-
-
 def make_chain(config):
     """The Chain of a config's diffusion and sample sections."""
     total, wanted = config.diffusion.num_timesteps, config.sample
@@ -72,7 +70,8 @@ def label_number(label, names):
         return None
     if label in names:
         return names.index(label)
-    if label.isdecimal() and int(label) < len(names):
+    # Where classes are called by numbers, a number is never a place in their list.
+    if label.isdecimal() and int(label) < len(names) and not any(map(str.isdecimal, names)):
         return int(label)
     raise UserError(f"sample.label={label!r}: choose from {', '.join(names)}")
 
@@ -180,9 +179,9 @@ def make_sampler(
 
     Returns:
       sample(params, indices [N], inputs=None, stop=never) → Generated, of the images with these
-      numbers, or None as soon as stop() is true. inputs is a tree of arrays [N, …] for the
-      task. Image i depends on (sample.seed, i) and its inputs only, up to rounding. params are
-      replicated (see parallel.py).
+      numbers. inputs is a tree of arrays [N, …] for the task. Image i depends on (sample.seed, i)
+      and its inputs only, up to rounding. params are replicated (see parallel.py). It raises a
+      UserError for images that are not finite, and signals.Stopped as soon as stop() is true.
     """
     chain = make_chain(config)
     start, step_of, steps = task(config, chain)
@@ -205,7 +204,10 @@ def make_sampler(
         x, frames = sampling.reverse_process(step, x, ts, slots, keep=_as_uint8)
         return x, jax.tree.map(lambda f: jnp.moveaxis(f, 0, 1), frames)  # [B, K, …]
 
-    begin, end = parallel.pmap(start), parallel.pmap(finish)
+    def end(x):
+        return finish(x), jnp.isfinite(x).all(axis=(1, 2, 3))
+
+    begin, end = parallel.pmap(start), parallel.pmap(end)
     run = parallel.pmap(run, in_axes=(None, None, 0, 0, 0, 0, None, None), donate_argnums=2)
 
     def sample_batch(params, numbers, inputs, bar, stop):
@@ -226,11 +228,12 @@ def make_sampler(
                             next(room)[:] = frame
             jax.block_until_ready(x)
             bar.update(len(ts))
-            if stop():
-                return None
-        return Generated(parallel.merge(end(x)), *kept)
+            signals.check(stop)
+        x, finite = parallel.merge(end(x))
+        check_finite(numbers, finite)
+        return Generated(x, *kept)
 
-    def sample(params, indices, inputs=None, stop=never):
+    def sample(params, indices, inputs=None, stop=signals.never):
         devices, count = jax.device_count(), len(indices)
         size = min(config.sample.batch_size, -(-count // devices) * devices)
         done, total = [], -(-count // size) * len(steps)
@@ -240,12 +243,27 @@ def make_sampler(
                 chosen = np.minimum(np.arange(first, first + size), count - 1)
                 given = jax.tree.map(lambda a, c=chosen: np.asarray(a)[c], inputs)
                 done.append(sample_batch(params, np.asarray(indices)[chosen], given, bar, stop))
-                if done[-1] is None:
-                    return None
         whole = (np.concatenate(p, -4) if len(p) > 1 else p[0] for p in zip(*done, strict=True))
         return Generated(*(array[..., :count, :, :, :] for array in whole))
 
     return sample
+
+
+def check_finite(numbers, finite):
+    """Raises a UserError that names the images of a batch that are not finite.
+
+    Args:
+      numbers: [B], of the images.
+      finite: [B], whether all pixels of each are.
+    """
+    bad = sorted({*np.asarray(numbers)[~np.asarray(finite)].tolist()})
+    if bad:
+        more = f" and {len(bad) - 5} more" if bad[5:] else ""
+        raise UserError(
+            f"images {', '.join(map(str, bad[:5]))}{more} of a batch are not finite, so none is "
+            "written: training has diverged (a smaller optim.learning_rate may help), or "
+            "sample.guidance is too large"
+        )
 
 
 def segments(steps):
@@ -340,7 +358,7 @@ def restore_sampler(config, workdir, in_turn=True, **options):
       **options: more arguments of make_sampler.
 
     Returns:
-      (step of the checkpoint, sample(indices, inputs=None) → Generated).
+      (step of the checkpoint, sample(indices, inputs=None, stop=never) → Generated).
 
     Raises:
       UserError: if there is no checkpoint, no such label, or no such classifier.
@@ -353,18 +371,31 @@ def restore_sampler(config, workdir, in_turn=True, **options):
         if known and config.train.label_dropout == 0:
             raise UserError(f"{field}; this run was always told the class (train.label_dropout=0)")
         guides["label"] = known
-    warn_of_short_chain(config)
+    warn_of_chain(config)
     step, params = checkpoint.restore_params(config, workdir)
     warn_of_young_ema(config, step)
-    sampler = make_sampler(config, **guides, **options)
-    return step, lambda indices, inputs=None: sampler(params, indices, inputs)
+    return step, functools.partial(make_sampler(config, **guides, **options), params)
 
 
-def warn_of_short_chain(config):
-    """Says so if the steps that are taken do not begin in noise."""
+def warn_of_chain(config, mean_square=1 / 3):
+    """Says so if sampling starts from noise where the images of the forward process are none yet.
+
+    Args:
+      config: its diffusion and sample sections are used.
+      mean_square: E[x²] of the images, in [-1, 1].
+    """
     chain = make_chain(config)
     start, last = int(chain.timesteps[-1]), config.diffusion.num_timesteps - 1
-    if start < last and likelihood.prior_kl(chain.schedule, 1 / 3) > likelihood.MAX_PRIOR_KL:
+    kl = likelihood.prior_kl(chain.of_network, mean_square)
+    kl_of_start = likelihood.prior_kl(chain.schedule, mean_square)
+    if kl > likelihood.MAX_PRIOR_KL:
+        log.warning(
+            "the chain does not end in noise (a prior KL of %.2g bits/dim): sampling starts where "
+            "training never was. Train with more diffusion.num_timesteps, or with "
+            "diffusion.schedule=linear_rescaled",
+            kl,
+        )
+    elif start < last and kl_of_start > likelihood.MAX_PRIOR_KL:
         log.warning(
             "sample.num_steps=%d: sampling starts at t = %d, where images are not noise yet",
             len(chain.timesteps),
@@ -385,43 +416,58 @@ def warn_of_young_ema(config, step):
         )
 
 
+def sample_name(config, workdir, step):
+    """The name of the files with a checkpoint's samples; no two that differ have the same."""
+    return f"sample_{step:06d}_n{config.sample.num_samples}_{settings(config, workdir)}"
+
+
 def settings(config, workdir):
     """The part of a file's name that tells samples of one checkpoint apart: seed0_ddim50_label7."""
-    wanted, chain, saved = config.sample, config.diffusion, run_files.load_config(workdir).diffusion
+    wanted, chain, saved = config.sample, config.diffusion, run_files.load_config(workdir)
     fewer = wanted.num_steps not in (0, chain.num_timesteps)
     parts = {
         f"seed{wanted.seed}": True,
         "raw": not wanted.use_ema,
-        chain.variance: chain.variance != saved.variance,
-        f"clip{chain.clip_x0:d}": chain.clip_x0 != saved.clip_x0,
+        config.model.dtype: config.model.dtype != saved.model.dtype,
+        chain.variance: chain.variance != saved.diffusion.variance,
+        f"clip{chain.clip_x0:d}": chain.clip_x0 != saved.diffusion.clip_x0,
         f"{wanted.sampler}{wanted.num_steps or ''}": wanted.sampler != "ancestral" or fewer,
         wanted.spacing: wanted.spacing != "uniform" and fewer,
         f"eta{wanted.eta:g}": wanted.eta > 0,
-        f"label{wanted.label}": wanted.label != "",
+        f"label{_in_a_name(wanted.label)}": wanted.label != "",
         f"guidance{wanted.guidance:g}": wanted.guidance != 1,
-        pathlib.Path(wanted.classifier).name: wanted.classifier != "",
+        _in_a_name(wanted.classifier): wanted.classifier != "",
     }
-    return re.sub(r"[^\w.-]", "-", "_".join(part for part, said in parts.items() if said))
+    return "_".join(part for part, said in parts.items() if said)
 
 
-def sample(config, workdir):
+def _in_a_name(text):
+    """A label or a path as part of a file's name; what would be lost of it is in a digest."""
+    short = re.sub(r"[^\w.-]", "-", pathlib.Path(text).name)[:40]
+    digest = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:6]
+    return short if short == text else f"{short}-{digest}"
+
+
+def sample(config, workdir, stop=signals.never):
     """Generates `sample.num_samples` images from a run's newest checkpoint.
 
-    Writes samples/sample_<step>_<settings>.npz (`images`, uint8 [N, H, W, C]) and a .png that shows
-    the first of them; see `settings`.
+    Writes samples/sample_<step>_n<count>_<settings>.npz (`images`, uint8 [N, H, W, C]) and a .png
+    that shows the first of them; see `settings`.
 
     Args:
       config: the run's config, checked.
       workdir: the run's folder.
+      stop: from signals.catch.
 
     Raises:
-      UserError: if there is no checkpoint.
+      UserError: if there is no checkpoint, or the images are not finite.
+      signals.Stopped: if a signal came first; nothing is written then.
     """
     step, sampler = restore_sampler(config, workdir)
     count, which = config.sample.num_samples, "EMA" if config.sample.use_ema else "raw"
     log.info("sampling %d images from the %s parameters of step %d", count, which, step)
-    x = sampler(np.arange(count)).x
-    path = pathlib.Path(workdir) / "samples" / f"sample_{step:06d}_{settings(config, workdir)}.npz"
+    x = sampler(np.arange(count), stop=stop).x
+    path = pathlib.Path(workdir) / "samples" / f"{sample_name(config, workdir, step)}.npz"
     run_files.write_npz(path, images=x)
     write_grid(path.with_suffix(".png"), config, x)
     log.info("wrote %s and .png", path)

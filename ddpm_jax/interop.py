@@ -22,8 +22,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from ddpm_jax import checkpoint, schedules, unet
-from ddpm_jax import config as configs
+from ddpm_jax import checkpoint, configs, schedules, unet
 from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError, one_line
 

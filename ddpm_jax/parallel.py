@@ -131,6 +131,16 @@ def connected(coordinator=None, num_processes=None, process_id=None):
         witness.communicate("all is well")
 
 
+def check_devices():
+    """Raises a UserError if JAX has none of the devices that it is asked for."""
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as error:
+        wanted = os.environ.get("JAX_PLATFORMS", "")
+        text = one_line(error)[:200] or "none is installed"
+        raise UserError(f"JAX_PLATFORMS={wanted}: no such device ({text}); or unset it") from None
+
+
 def _initialize(coordinator, num_processes, process_id):
     try:
         jax.distributed.initialize(

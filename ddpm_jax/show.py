@@ -20,8 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from ddpm_jax import checkpoint, data, diffusion, generate, images, sampling, schedules
-from ddpm_jax import config as configs
+from ddpm_jax import checkpoint, configs, data, diffusion, generate, images, sampling, schedules
 from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError
 
@@ -94,6 +93,8 @@ def show(config, workdir, source=None):
         draw_data(config, folder, source)
     if step is not None and config.model.kind == "unet":
         draw_reverse(config, workdir, folder)
+    else:
+        generate.warn_of_chain(config)
     lines = run_files.read_metrics(workdir)
     if any("loss" in line for line in lines):
         draw_losses(folder / "losses.png", lines)

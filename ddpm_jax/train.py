@@ -1,13 +1,14 @@
 """Training (Ho et al. 2020, Algorithm 1): the step, and the loop around it."""
 
-import collections
 import contextlib
 import fractions
+import functools
 import logging
 import math
 import pathlib
 import signal
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import optax
 
 from ddpm_jax import (
     checkpoint,
+    configs,
     data,
     diffusion,
     generate,
@@ -25,12 +27,12 @@ from ddpm_jax import (
     progress,
     schedules,
     show,
+    signals,
     unet,
 )
-from ddpm_jax import config as configs
 from ddpm_jax import state as states
 from ddpm_jax import workdir as run_files
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import UserError, one_line, printable
 
 log = logging.getLogger(__name__)
 
@@ -238,7 +240,7 @@ def make_eval_loss(config, model, schedule, source):
 
     batch_loss = parallel.pmap(batch_loss, in_axes=(None, 0, 0), out_axes=None)
 
-    def eval_loss(params, stop=generate.never):
+    def eval_loss(params, stop=signals.never):
         total = 0.0
         for first in range(0, count, size):
             indices = parallel.part(first + np.arange(size))  # those from `count` on are padding
@@ -251,6 +253,19 @@ def make_eval_loss(config, model, schedule, source):
     return eval_loss
 
 
+class Span(NamedTuple):
+    """The steps that one call of `train` is to do."""
+
+    first: int  # it starts from the state after this step
+    last: int
+    epoch: fractions.Fraction  # steps of one
+
+    def due(self, step, interval):
+        """Whether a multiple of an interval in steps, or a fraction of them, is reached."""
+        reached = step > 0 and step // interval > (step - 1) // interval
+        return step == self.last or reached
+
+
 def train(config, workdir):
     """Trains as a config says, from scratch or from the run's newest checkpoint.
 
@@ -259,100 +274,134 @@ def train(config, workdir):
       workdir: the run's folder; nothing is written before the inputs are known to be good.
 
     Returns:
-      0 when the run is finished, or the signal's number when SIGINT or SIGTERM ended it early
-      (what was trained is saved first).
+      0 when the run is finished, or the number of the signal that ended it early (what was trained
+      is saved first).
 
     Raises:
-      UserError: for a folder that holds another run, or in which another program trains; bad data;
-        or losses that are not finite.
+      UserError: for a folder that holds another run, or in which another program trains; bad data,
+        at the start or later (what was trained is saved first); or losses that are not finite.
     """
     workdir = pathlib.Path(workdir)
-    saved = run_files.load_config(workdir)
-    if saved is not None:
-        # At step 0 is a run that was imported: nothing depends on data and seed yet.
-        trained = checkpoint.latest_step(workdir) != 0
-        configs.check_same_run(saved, config, workdir, "train" if trained else "use")
-    schedule = schedules.from_config(config.diffusion)
-    model = unet.make_model(config)
-    source, eval_source = (data.open_source(config.data, f) for f in ("split", "eval_split"))
-    last = configs.num_steps(config.train, source.size)
-    optimizer = states.make_optimizer(config.optim, last)
+    source, eval_source = open_data(config, workdir)
     guides = generate.who_guides(config, source.label_names)
+    last = configs.num_steps(config.train, source.size)
+    schedule, model = schedules.from_config(config.diffusion), unet.make_model(config)
+    optimizer = states.make_optimizer(config.optim, last)
     with contextlib.ExitStack() as stack:
         stack.enter_context(run_files.lock(workdir, "train"))
         run_files.save_config(config, workdir)
-        if source.label_names:
-            run_files.save_label_names(source.label_names, workdir)
-        stop = stack.enter_context(catch_signals())
+        run_files.save_data(source, workdir)
+        stop = stack.enter_context(signals.catch())
         manager = stack.enter_context(checkpoint.open_manager(workdir, config.train))
         state = states.create_state(model, optimizer, configs.image_shape(config), config.seed)
         state = checkpoint.restore(manager, parallel.replicate(state))
-        first = int(state.step)
-        # What a run has done at `first`, it does not do again; a signal can come before all of it.
-        logged = {k for x in run_files.read_metrics(workdir) if x["step"] == first for k in x}
-        metrics = stack.enter_context(contextlib.closing(run_files.Metrics(workdir, first)))
+        epoch = fractions.Fraction(source.size, config.train.batch_size)
+        span = Span(int(state.step), last, epoch)
         describe(config, state, schedule, source, eval_source)
         step_fn = make_train_step(config, model, schedule, optimizer)
-        if first < last:
+        if span.first < last:
             if parallel.is_first():
                 (workdir / "report.html").unlink(missing_ok=True)  # it will be out of date
             describe_memory(step_fn, state, source, config.train.batch_size)
-
         eval_loss = make_eval_loss(config, model, schedule, eval_source)
-        draws = config.model.kind == "unet"  # a classifier does not
-        sample = generate.make_sampler(config, **guides) if draws else None
+        sample = generate.make_sampler(config, **guides) if config.model.kind == "unet" else None
+        with contextlib.closing(run_files.Metrics(workdir, span.first)) as metrics:
+            actions = make_actions(config, workdir, span, metrics, eval_loss, sample, stop)
+            steps = updates(config, state, step_fn, source)
 
-        def evaluate(step, state):
-            if step > first or "eval_loss" not in logged:
-                raw, ema = (eval_loss(p, stop) for p in (state.params, state.ema_params))
-                if not stop():
-                    metrics.write(step, eval_loss=raw, eval_loss_ema=ema)
+            def save(step, state):
+                if step > span.first:
+                    checkpoint.save(manager, step, state)
 
-        def draw(step, state):
-            path = workdir / "samples" / f"step_{step:06d}.png"
-            if step > first or not path.exists():
-                generate.warn_of_young_ema(config, step)
-                write_grid(path, sample, config, state, stop)
-
-        def save(step, state):
-            if step > first:
-                checkpoint.save(manager, step, state)
-
-        epoch = fractions.Fraction(source.size, config.train.batch_size)  # in steps
-
-        def epoch_mean(step):
-            """The mean loss, until then, of the epoch that a step is of."""
-            start = math.ceil((step - 1) // epoch * epoch)
-            return mean_loss(run_files.read_metrics(workdir), start, step)
-
-        def end_epoch(step, state):
-            if step > first or "epoch_loss" not in logged:
-                mean = epoch_mean(step)
-                metrics.write(step, epoch_loss=mean)
-                log.info("epoch %d: mean loss %.6f", step // epoch, mean)
-
-        every = config.train
-        actions = {end_epoch: epoch} if every.num_epochs else {}
-        actions[evaluate] = every.eval_every
-        if draws:
-            actions[draw] = every.sample_every
-        actions[save] = every.checkpoint_every
-        steps = updates(config, state, step_fn, source)
-        run_loop(config, first, last, epoch, epoch_mean, steps, metrics, actions, stop)
+            run_loop(config, workdir, span, steps, metrics, save, actions, stop)
         manager.wait_until_finished()
-        caught = stop()
+        caught, step = stop(), manager.latest_step()
         if caught:
-            name, step = signal.Signals(caught).name, manager.latest_step()
             saved = "nothing was trained" if step is None else f"step {step} is saved"
-            log.info("stopped by %s; %s", name, saved)
+            log.info("stopped by %s; %s", signal.Signals(caught).name, saved)
     if not (caught or (workdir / "report.html").exists()):  # all is saved: signals may end it now
-        show.show(config, workdir, source)
+        attempt("the report", lambda: show.show(config, workdir, source))
     return caught
 
 
+def open_data(config, workdir):
+    """Opens what a run is trained on, and its held-out images: two Sources.
+
+    Raises:
+      UserError: for bad data; and for a run that was begun with another config or other data.
+    """
+    saved = run_files.load_config(workdir)
+    # At step 0 is a run that was imported: nothing depends on data and seed yet.
+    trained = saved is not None and checkpoint.latest_step(workdir) != 0
+    if saved is not None:
+        configs.check_same_run(saved, config, workdir, "train" if trained else "use")
+    source, eval_source = (data.open_source(config.data, f) for f in ("split", "eval_split"))
+    if trained:
+        moved = saved.data.path != config.data.path
+        run_files.check_same_data(source, workdir, moved)
+    return source, eval_source
+
+
+def make_actions(config, workdir, span, metrics, eval_loss, sample, stop):
+    """What shows how training goes: {name: (interval in steps, action(step, state))}.
+
+    Args:
+      config: its train and sample sections are used.
+      workdir: the run's folder.
+      span: the steps to do; what the run has done at its first one, it does not do again. A signal
+        may have come before all of that was done.
+      metrics: where the numbers go.
+      eval_loss: from make_eval_loss.
+      sample: from generate.make_sampler; None for a classifier, which draws nothing.
+      stop: from signals.catch.
+    """
+    every = config.train
+    logged = {k for x in run_files.read_metrics(workdir) if x["step"] == span.first for k in x}
+
+    def end_epoch(step, state):
+        if step > span.first or "epoch_loss" not in logged:
+            mean = epoch_mean(workdir, span, step)
+            metrics.write(step, epoch_loss=mean)
+            log.info("epoch %d: mean loss %.6f", step // span.epoch, mean)
+
+    def evaluate(step, state):
+        if step > span.first or "eval_loss" not in logged:
+            raw, ema = (eval_loss(p, stop) for p in (state.params, state.ema_params))
+            if not stop():
+                metrics.write(step, eval_loss=raw, eval_loss_ema=ema)
+
+    def draw(step, state):
+        path = workdir / "samples" / f"step_{step:06d}.png"
+        if step > span.first or not path.exists():
+            generate.warn_of_young_ema(config, step)
+            write_grid(path, sample, config, state, stop)
+
+    actions = {"the epoch's loss": (span.epoch, end_epoch)} if every.num_epochs else {}
+    actions["the held-out loss"] = every.eval_every, evaluate
+    if sample is not None:
+        actions["the sample grid"] = every.sample_every, draw
+    return actions
+
+
+def attempt(name, action):
+    """Does what only shows how training goes; where it fails, training goes on with a warning.
+
+    Of several processes, none can know whether the others have failed, too; they end.
+    """
+    try:
+        action()
+    except Exception as error:
+        if jax.process_count() > 1:
+            raise
+        text = one_line(error) if isinstance(error, UserError) else repr(error)
+        log.warning("%s failed, and was left out: %s", name, printable(text))
+
+
 def updates(config, state, step_fn, source):
-    """Endless training: yields (state, None) as it is, then (state, metrics) after each step."""
-    yield state, None
+    """Endless training: yields (state, values of the step that led to it, error).
+
+    At first there are no values. A UserError says that the data of the next step cannot be read.
+    """
     batches = data.batches(
         source,
         batch_size=config.train.batch_size,
@@ -360,64 +409,85 @@ def updates(config, state, step_fn, source):
         first_step=int(state.step),
         random_flip=config.data.random_flip,
     )
-    for batch in batches:
+    values = None
+    while True:
+        batch = error = None
+        try:
+            batch = next(batches)
+        except UserError as caught:  # grain has added lines of its own
+            error = UserError(str(caught).partition("\n")[0])
+        yield state, values, error
         state, values = step_fn(state, parallel.split(batch))
-        yield state, values
 
 
-def run_loop(config, first, last, epoch, epoch_mean, states_and_values, metrics, actions, stop):
+def run_loop(config, workdir, span, steps, metrics, save, actions, stop):
     """Trains to the last step or to a signal, and does what is due on the way.
 
     Args:
       config: its train section, and optim.max_skipped.
-      first: the step that training starts from.
-      last: the step that it ends with.
-      epoch: steps of one.
-      epoch_mean: step → the mean loss of its epoch so far, which is shown where a run is of epochs.
-      states_and_values: from `updates`.
+      workdir: the run's folder.
+      span: the steps to do.
+      steps: from `updates`.
       metrics: where the losses go.
-      actions: {action(step, state): interval in steps, or a fraction}, done in this order, and all
-        at the last step.
-      stop: from catch_signals; when it is true, the last action (to save) is done and the loop
-        ends.
+      save: (step, state), comes first: whatever fails after it costs no steps.
+      actions: from make_actions; done in this order, and all at the last step.
+      stop: from signals.catch; when it is true, the state is saved and the loop ends.
 
     Raises:
-      UserError: after more than optim.max_skipped updates in a row that were not applied.
+      UserError: after more than optim.max_skipped updates in a row that were not applied; or where
+        data could not be read, when what was trained is saved.
     """
-    *_, save = actions
     every = config.train
     pending, skipped = [], 0  # values of the steps since the last log point; not applied, in a row
-    mark = first, time.monotonic()  # the clock of images/s
-
-    def due(interval):
-        return step == last or (step > 0 and step // interval > (step - 1) // interval)
-
-    with progress.bar(last, "train", "step", initial=first, leave=True) as bar:
-        for step, (state, values) in enumerate(states_and_values, first):
+    mark = span.first, time.monotonic()  # the clock of images/s
+    with progress.bar(span.last, "train", "step", initial=span.first, leave=True) as bar:
+        for step, (state, values, error) in enumerate(steps, span.first):
             if values is not None:
                 pending.append(values)
                 bar.update()
-            stopped = stop(behind=2)  # so as not to wait for the step that has just begun
-            now = [] if stopped else [do for do, interval in actions.items() if due(interval)]
-            if pending and (stopped or now or due(every.log_every)):
+            if step < span.last and error and jax.process_count() > 1:
+                raise error  # to save, the others would be needed, who cannot know of it
+            # behind: so as not to wait for the step that has just begun
+            ends = stop(behind=2) or (error and step < span.last)
+            now = {k: v for k, (n, v) in actions.items() if not ends and span.due(step, n)}
+            saves = not ends and span.due(step, every.checkpoint_every)
+            if pending and (ends or now or saves or span.due(step, every.log_every)):
                 skipped = count_skipped(pending, step, skipped, config.optim.max_skipped)
-                means = summarize(pending)
                 speed = (step - mark[0]) * every.batch_size / (time.monotonic() - mark[1])
-                metrics.write(step, epoch=float(step / epoch), **means, images_per_second=speed)
-                loss = f"loss {means.get('loss', np.nan):.4f}"
-                if every.num_epochs:
-                    loss += f" (epoch: {epoch_mean(step):.4f})"
-                bar.set_postfix_str(f"epoch {float(step / epoch):.2f}, {loss}, {speed:.0f} img/s")
+                metrics.write(
+                    step,
+                    epoch=float(step / span.epoch),
+                    **(means := summarize(pending)),
+                    images_per_second=speed,
+                )
+                bar.set_postfix_str(progress_text(config, workdir, span, step, means, speed))
                 pending, mark = [], (step, time.monotonic())
-            for action in now:
-                # What is being skipped may be the fault of the parameters.
-                if not (action is save and skipped and step < last):
-                    action(step, state)
-            if stop.agreed or step >= last:
+            # What is being skipped may be the fault of the parameters.
+            if saves and (not skipped or step == span.last):
+                save(step, state)
+            for name, action in now.items():
+                attempt(f"step {step}: {name}", functools.partial(action, step, state))
+            if ends or stop.agreed or step >= span.last:
                 save(step, state)
                 break
-            if now:
+            if now or saves:
                 mark = step, time.monotonic()  # what is not training does not count as such
+    if error and step < span.last and not stop.agreed:
+        raise error
+
+
+def progress_text(config, workdir, span, step, means, speed):
+    """What the bar says after a log point; of a run of epochs, with the epoch's mean loss."""
+    loss = f"loss {means.get('loss', np.nan):.4f}"
+    if config.train.num_epochs:
+        loss += f" (epoch: {epoch_mean(workdir, span, step):.4f})"
+    return f"epoch {float(step / span.epoch):.2f}, {loss}, {speed:.0f} img/s"
+
+
+def epoch_mean(workdir, span, step):
+    """The mean loss, until then, of the epoch that a step is of."""
+    start = math.ceil((step - 1) // span.epoch * span.epoch)
+    return mean_loss(run_files.read_metrics(workdir), start, step)
 
 
 def count_skipped(pending, step, skipped, most):
@@ -475,8 +545,8 @@ def mean_loss(lines, start, end):
 def write_grid(path, sample, config, state, stop):
     """Draws samples from a state and writes them to path, unless a signal comes first."""
     params = state.ema_params if config.sample.use_ema else state.params
-    generated = sample(params, np.arange(config.sample.num_samples), stop=stop)
-    if generated is not None:
+    with contextlib.suppress(signals.Stopped):
+        generated = sample(params, np.arange(config.sample.num_samples), stop=stop)
         generate.write_grid(path, config, generated.x)
 
 
@@ -495,13 +565,7 @@ def describe(config, state, schedule, source, eval_source):
     log.info(
         "chain: T = %d, ᾱ_T = %.4g, prior KL %.3g bits/dim", schedule.num_timesteps, alpha_bar, kl
     )
-    if kl > likelihood.MAX_PRIOR_KL:
-        log.warning(
-            "the chain does not end in noise (a prior KL of %.2g bits/dim): sampling starts where "
-            "training never was. Use more diffusion.num_timesteps, or "
-            "diffusion.schedule=linear_rescaled",
-            kl,
-        )
+    generate.warn_of_chain(config, mean_square)
     step = int(state.step)
     if step >= configs.num_steps(config.train, source.size):
         field = "num_epochs" if config.train.num_epochs else "num_steps"
@@ -536,45 +600,3 @@ def describe_memory(step_fn, state, source, batch_size):
             "this does not fit: use a smaller train.batch_size or a larger optim.accumulate (less "
             "of the batch at a time), model.remat=true, or more devices"
         )
-
-
-class Stop:
-    """stop() is the number of the signal that asks to stop, or 0.
-
-    All processes must ask equally often, and are answered alike. With `behind`, the answer is that
-    of so many calls ago, for which they need not wait.
-    """
-
-    def __init__(self):
-        self.caught, self.agreed = 0, 0
-        self._asked = collections.deque()
-
-    def __call__(self, behind=0):
-        if jax.process_count() == 1:
-            self.agreed = self.caught
-        elif not self.agreed:
-            self._asked.append(parallel.largest(self.caught))
-            while len(self._asked) > behind and not self.agreed:
-                self.agreed = int(self._asked.popleft())
-        return self.agreed
-
-
-@contextlib.contextmanager
-def catch_signals():
-    """Yields a Stop that the first SIGINT or SIGTERM sets; a second one acts as it would have
-    without this."""
-    stop = Stop()
-
-    def handle(number, _):
-        stop.caught = number
-        restore()
-
-    def restore():
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        restore()

@@ -4,7 +4,7 @@ runs/cifar10/
   config.json          what the run was made with
   checkpoints/<step>/  see checkpoint.py
   metrics.jsonl        one JSON object a log point; TensorBoard events beside it
-  labels.json          what each class is called, if the run knows any
+  data.json            which images it is trained on, and what each class is called
   samples/             grids and arrays of images
   show/, report.html   pictures of it, see show.py
 """
@@ -13,20 +13,26 @@ import contextlib
 import fcntl
 import json
 import logging
+import math
 import os
 import pathlib
 import shutil
 import socket
 import tempfile
+import time
 
 import ml_collections
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
-from ddpm_jax import parallel
+from ddpm_jax import configs, parallel
 from ddpm_jax.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
+
+START_ANEW = "use those again, or start another run with another --workdir"
 
 
 @contextlib.contextmanager
@@ -92,11 +98,26 @@ def _hold(file, waits):
 
 
 def check_free(flag, folder):
-    """Raises a UserError unless a folder does not exist yet, or is empty."""
+    """Raises a UserError unless a folder can be made, or is empty."""
     with named_errors(flag, folder):
         path = pathlib.Path(folder).resolve()
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise UserError(f"{flag}={folder}: exists, and is not an empty folder")
+    check_writable(path.parent, flag)  # which it is renamed into
+
+
+def check_writable(folder, flag="workdir"):
+    """Raises a UserError unless files can be made in a folder, or it can be made itself.
+
+    To be called before what takes long: what has been computed could not be kept.
+    """
+    if not parallel.is_first():
+        return
+    path = pathlib.Path(folder).absolute()
+    while not os.path.exists(path):  # no error for a long name
+        path = path.parent
+    with named_errors(flag, folder), tempfile.TemporaryFile(dir=path):
+        pass
 
 
 @contextlib.contextmanager
@@ -151,6 +172,18 @@ def load_config(workdir):
         raise UserError(f"{path}: is not a config ({one_line(error)})") from None
 
 
+def saved_config(workdir):
+    """The whole config of a run; fields that are newer than the run have their defaults.
+
+    Raises:
+      UserError: if there is no run, or its config.json does not hold a config.
+    """
+    config = load_config(workdir)
+    if config is None:
+        raise UserError(f"workdir={workdir}: holds no run (no config.json)")
+    return configs.complete(configs.with_added(config), pathlib.Path(workdir) / "config.json")
+
+
 def read_json(path):
     """Reads a JSON object.
 
@@ -181,22 +214,79 @@ def _tuples(value):
     return tuple(value) if isinstance(value, list) else value
 
 
+def to_json(value, **options):
+    """JSON of nested dicts and lists; numbers that are not finite are null, as it has none.
+
+    Args:
+      value: what to write.
+      **options: of json.dumps.
+    """
+
+    def finite(value):
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(value), allow_nan=False, **options)
+
+
 def save_config(config, workdir):
     """Writes config.json."""
     with atomic_write(pathlib.Path(workdir) / "config.json") as path:
-        path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        path.write_text(to_json(config.to_dict(), indent=2) + "\n")
 
 
-def save_label_names(names, workdir):
-    """Writes labels.json: what each label is called."""
-    with atomic_write(pathlib.Path(workdir) / "labels.json") as path:
-        path.write_text(json.dumps(names) + "\n")
+def save_data(source, workdir):
+    """Writes data.json: what the run is trained on.
+
+    Args:
+      source: its training images.
+      workdir: its folder.
+    """
+    fields = {"images": source.size, "sha256": source.sha256, "label_names": source.label_names}
+    with atomic_write(pathlib.Path(workdir) / "data.json") as path:
+        path.write_text(to_json(fields, indent=2) + "\n")
+
+
+def check_same_data(source, workdir, moved):
+    """Raises a UserError unless a run was trained on just these images, in this order.
+
+    Args:
+      source: what it is to be trained on.
+      workdir: its folder.
+      moved: whether they are in another place than they were; of runs without data.json, which are
+        older than that file, nothing else is known.
+    """
+    check_same_classes(source, workdir)
+    path = pathlib.Path(workdir) / "data.json"
+    saved = read_json(path) if path.exists() else {"sha256": "" if moved else source.sha256}
+    if saved.get("sha256") == source.sha256:
+        return
+    count = saved.get("images", "unknown")
+    change = f"{count} images -> {source.size}"
+    if count == source.size:
+        change = f"as many images ({count}), but other files or in another order"
+    raise UserError(f"workdir={workdir}: was trained on other data: {change}; {START_ANEW}")
+
+
+def check_same_classes(source, workdir):
+    """Raises a UserError if the classes of a run were others than those of these images."""
+    names = load_label_names(workdir)
+    if names and source.label_names and names != source.label_names:
+        change = f"{', '.join(names)} -> {', '.join(source.label_names)}"
+        text = f"workdir={workdir}: was trained on other classes: {change[:1000]}; {START_ANEW}"
+        raise UserError(text)
 
 
 def load_label_names(workdir):
-    """The names in labels.json; none where the run knows no classes."""
-    path = pathlib.Path(workdir) / "labels.json"
-    names = _parsed(path) if path.exists() else []
+    """The classes' names in data.json (of older runs, in labels.json); () where there are none."""
+    path = pathlib.Path(workdir) / "data.json"
+    names = read_json(path).get("label_names") if path.exists() else None
+    if names is None:
+        path = path.with_name("labels.json")
+        names = _parsed(path) if path.exists() else []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: is not a list of names")
     return tuple(names)
@@ -209,20 +299,22 @@ def write_npz(path, **arrays):
 
 
 def read_metrics(workdir):
-    """The lines of metrics.jsonl, as dicts; none where there is no such file."""
+    """The lines of metrics.jsonl, as dicts of numbers; none where there is no such file."""
     path = pathlib.Path(workdir) / "metrics.jsonl"
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
+    return [values for values in map(_values, lines) if values is not None]
 
 
-def _step_of(line):
-    """The step of a line of metrics.jsonl; infinite if it is not whole, or not of numbers."""
+def _values(line):
+    """{name: number} of a line of metrics.jsonl, null as NaN; None if it is not such a line."""
     try:
         values = json.loads(line)
     except (RecursionError, ValueError):
-        return float("inf")
-    numbers = isinstance(values, dict) and all(isinstance(v, int | float) for v in values.values())
-    return values["step"] if numbers and "step" in values else float("inf")
+        return None
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        return None
+    values = {name: math.nan if value is None else value for name, value in values.items()}
+    return values if all(isinstance(v, int | float) for v in values.values()) else None
 
 
 class Metrics:
@@ -233,26 +325,35 @@ class Metrics:
     """
 
     def __init__(self, workdir, step):
-        first = parallel.is_first()
-        path = pathlib.Path(workdir) / "metrics.jsonl" if first else pathlib.Path(os.devnull)
+        first, workdir = parallel.is_first(), pathlib.Path(workdir)
+        path = workdir / "metrics.jsonl" if first else pathlib.Path(os.devnull)
         if path.is_file():
             lines = path.read_text(errors="replace").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
+            whole = ((line, _values(line)) for line in lines if line.endswith("\n"))
+            kept = [line for line, values in whole if values and values["step"] <= step]
             if len(kept) < len(lines):
                 with atomic_write(path) as temporary:
                     temporary.write_text("".join(kept))
         self._file = path.open("a")
-        options = {"purge_step": step + 1, "write_to_disk": first}
-        self._board = SummaryWriter(str(workdir), **options)
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
+        self._events = RecordWriter(open(workdir / name if first else os.devnull, "wb"))  # noqa: SIM115
+        self._write_event(0, file_version="brain.Event:2")
+        # TensorBoard drops what other files have from this step on.
+        self._write_event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step, **values):
         """Logs named numbers at a step."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(to_json({"step": step, **values}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        numbers = (Summary.Value(tag=tag, simple_value=value) for tag, value in values.items())
+        self._write_event(step, summary=Summary(value=numbers))
+
+    def _write_event(self, step, **content):
+        event = Event(wall_time=time.time(), step=step, **content)
+        self._events.write(event.SerializeToString())
+        self._events.flush()
 
     def close(self):
-        """Flushes both files."""
+        """Closes both files."""
         self._file.close()
-        self._board.close()
+        self._events.close()

@@ -45,9 +45,9 @@ def no_report(monkeypatch):
 @pytest.fixture
 def config():
     """The digits with a network of a few thousand parameters and a short chain."""
-    from configs import digits
+    from ddpm_jax import configs
 
-    config = digits.get_config()
+    config = configs.named_config("digits")
     config.model.update(
         channels=8, channel_mults=(1,), num_res_blocks=1, attention_resolutions=(), dropout=0.1
     )

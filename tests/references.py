@@ -17,8 +17,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
-from configs import default
-from ddpm_jax import diffusion, interop, likelihood, sampling, schedules, unet
+from ddpm_jax import configs, diffusion, interop, likelihood, sampling, schedules, unet
 
 FIXTURES = pathlib.Path(__file__).resolve().parent / "fixtures"
 CIFAR10 = dict(channel_mults=(1, 2, 2, 2), num_res_blocks=2, attention_resolutions=(16,))
@@ -190,7 +189,7 @@ def fixture():
 
 def fixture_config():
     """The config that interop.py makes of the fixtures."""
-    config = default.get_config()
+    config = configs.default_config()
     network, scheduler = (
         json.loads((FIXTURES / name).read_text())
         for name in ("unet/config.json", "scheduler/scheduler_config.json")

@@ -1,6 +1,6 @@
 """Malformed input of every kind, thrown at the command line.
 
-Each example calls main.main() as a user would, up to where the computing would begin. It is
+Each example calls cli.main() as a user would, up to where the computing would begin. It is
 answered in one line with exit code 2, and then no file has changed; or it works. Never a traceback,
 and nothing takes long or much memory.
 """
@@ -34,13 +34,14 @@ from PIL import Image
 from programs import DIGITS, ROOT, TINY
 from references import FIXTURES
 
-import main
-from configs import default
 from ddpm_jax import (
     checkpoint,
+    cli,
+    configs,
     data,
     evaluate,
     generate,
+    image_files,
     interop,
     parallel,
     progress,
@@ -48,13 +49,12 @@ from ddpm_jax import (
     train,
     unet,
 )
-from ddpm_jax import config as configs
 from ddpm_jax import workdir as run_files
 from ddpm_jax.metrics import features, inception
 
 SECONDS = 20  # for an example; most take a hundredth
 MEMORY = 4 * 2**30  # bytes that it may ask for
-FIELDS = configs.flatten(default.get_config())
+FIELDS = configs.flatten(configs.default_config())
 EXAMPLES = {
     "overrides of a config": 120,
     "overrides of a run": 80,
@@ -111,7 +111,7 @@ def no_computing(tmp_path_factory):
         return enough
 
     restore, sampler = checkpoint.restore_params, generate.make_sampler
-    root, names = logging.getLogger(), ("absl", "asyncio", *main.LOGGERS)
+    root, names = logging.getLogger(), ("absl", "asyncio", "ddpm_jax")
     handlers, levels = root.handlers[:], [logging.getLogger(name).level for name in names]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.states, "create_state", small_state)
@@ -140,7 +140,7 @@ def no_computing(tmp_path_factory):
 def a_run(tmp_path_factory):
     """The folder of a run that samples 8×8 gray images."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    config = main.parse(["main.py", DIGITS, *TINY]).config
+    config = cli.parse(["main.py", DIGITS, *TINY]).config
     with config.unlocked():
         config.sample.update(num_samples=4, batch_size=4)
         config.evaluate.update(num_samples=4)
@@ -199,7 +199,7 @@ def attempt(*arguments):
     argv = unittest.mock.patch.object(sys, "argv", ["main.py", *map(str, arguments)])
     with limits(), argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            main.main()
+            cli.main()
         except SystemExit as end:
             code = end.code
         except Enough:
@@ -207,8 +207,8 @@ def attempt(*arguments):
     assert code in (0, 2), err.getvalue()
     if code == 0:
         return ""
-    # What data.skip_unreadable asks for may come before.
-    said = re.sub(r"data\.path=.* \(skipped\)\n", "", err.getvalue(), flags=re.DOTALL)
+    # Remarks about files, or that they are skipped, may come before.
+    said = re.sub(r"^(data\.path|--images|--mask)=.*\n", "", err.getvalue(), flags=re.MULTILINE)
     assert len(said.splitlines()) == 1 and said.startswith("error: "), said
     assert not out.getvalue() and snapshot("../..") == before
     return said
@@ -345,10 +345,10 @@ def test_overrides_of_a_config(arguments):
 
 @pytest.mark.slow
 @thrown("overrides of a run")
-@given(mode=st.sampled_from(["sample", "show", "evaluate", "export", *main.EDITS]), given=st.data())
+@given(mode=st.sampled_from(["sample", "show", "evaluate", "export", *cli.EDITS]), given=st.data())
 def test_overrides_of_a_run(a_run, mode, given):
     more = {"export": ["--weights=out"], "inpaint": ["--mask=a.png", "--images=a.png"]}
-    more |= {mode: ["--images=a.png,a.png"] for mode in main.EDITS if mode != "inpaint"}
+    more |= {mode: ["--images=a.png,a.png"] for mode in cli.EDITS if mode != "inpaint"}
     with place(a_run):
         Image.new("L", (8, 8)).save("a.png")
         run = [f"--mode={mode}", "--workdir=run", *more.get(mode, [])]
@@ -362,16 +362,16 @@ BODIES = [
     *("return ConfigDict()", "return ConfigDict({'seed': 1})", "return default.get_config"),
     *("c = ConfigDict(); c.c = c; return c", "import nothing", "'\\d'.encode('ascii'); return 1"),
     *("return type('Odd', (), {'lock': lambda s: s, 'items': lambda s: [(1, 2)]})()",),
-    "c = default.get_config(); c.unlock(); c.data = placeholder(ConfigDict); return c",
-    "c = default.get_config(); c.unlock(); c.seed = placeholder(int); return c",
-    "c = default.get_config(); c.unlock(); c.train = default; return c",
-    "return default.get_config()",
+    "c = configs.default_config(); c.unlock(); c.data = placeholder(ConfigDict); return c",
+    "c = configs.default_config(); c.unlock(); c.seed = placeholder(int); return c",
+    "c = configs.default_config(); c.unlock(); c.train = default; return c",
+    "return configs.default_config()",
 ]
 HEAD = "from ml_collections import ConfigDict\nfrom ml_collections.config_dict import placeholder\n"
 HEAD += "from configs import default\n\n\ndef get_config():\n    "
 CODE = st.one_of(
     st.sampled_from(BODIES).map(lambda body: f"{HEAD}{body}\n".encode()),
-    altered(default.get_config().to_dict()).map(
+    altered(configs.default_config().to_dict()).map(
         lambda fields: f"inf, nan = 1e999, 1e999 - 1e999\n{HEAD}return ConfigDict({fields!r})\n"
     ).map(lambda text: text.encode(errors="surrogateescape")),
     st.binary(max_size=40),
@@ -464,7 +464,7 @@ NAMES = st.builds(
         st.sampled_from(["a", "b", "sub/a", "more/b", " ", "\n", "\x1b", "\udcff", "-", "x" * 200]),
         st.text(st.characters(codec="utf-8", exclude_characters="\0/."), min_size=1, max_size=9),
     ),
-    st.sampled_from([*sorted(data.EXTENSIONS), ".PNG", ".txt", ".npz", ""]),
+    st.sampled_from([*sorted(image_files.extensions()), ".PNG", ".txt", ".npz", ""]),
 )
 
 
@@ -503,7 +503,7 @@ def test_folders_of_images(files, channels, skip, more):
 @given(
     name=NAMES,
     content=CONTENTS,
-    mode=st.sampled_from(sorted(main.EDITS)),
+    mode=st.sampled_from(sorted(cli.EDITS)),
     whole=st.booleans(),
 )
 def test_images(a_run, name, content, mode, whole):
@@ -626,7 +626,7 @@ ARRAYS = [
 @thrown("arrays")
 @given(
     content=st.sampled_from(ARRAYS) | st.sampled_from(ARRAYS).flatmap(mutated),
-    mode=st.sampled_from(sorted(main.EDITS)),
+    mode=st.sampled_from(sorted(cli.EDITS)),
     as_mask=st.booleans(),
 )
 def test_arrays(a_run, content, mode, as_mask):
@@ -669,10 +669,10 @@ PLACES = [
 FLAGS = st.one_of(
     st.builds(
         "--{}={}".format,
-        st.sampled_from(sorted({*main.define_flags()})),
-        st.sampled_from([*WORDS, *main.MODES]) | st.sampled_from(PLACES),
+        st.sampled_from(sorted({*cli.define_flags()})),
+        st.sampled_from([*WORDS, *cli.MODES]) | st.sampled_from(PLACES),
     ),
-    st.sampled_from(sorted({*main.define_flags()})).map("--{}".format),
+    st.sampled_from(sorted({*cli.define_flags()})).map("--{}".format),
     ANY_TEXT,
     st.sampled_from(["--flagfile=a.png", "--flagfile=.", "--undefok=x", "--?", "--no", "-", "--"]),
 )

@@ -11,9 +11,10 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
-import main
 from ddpm_jax import (
     checkpoint,
+    cli,
+    configs,
     data,
     generate,
     likelihood,
@@ -23,7 +24,6 @@ from ddpm_jax import (
     train,
     unet,
 )
-from ddpm_jax import config as configs
 from ddpm_jax import state as states
 from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError
@@ -88,7 +88,8 @@ def test_train_and_sample_a_class(conditional, tmp_path, monkeypatch):
     config = conditional
     config.sample.update(num_samples=20, batch_size=20)
     assert train.train(config, tmp_path) == 0
-    assert json.loads((tmp_path / "labels.json").read_text()) == list("0123456789")
+    saved = json.loads((tmp_path / "data.json").read_text())
+    assert saved["label_names"] == list("0123456789") and saved["images"] == 1500
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     for line in (line for line in lines if "loss" in line):
         quarters = [line[f"loss_q{i}"] for i in range(1, 5) if f"loss_q{i}" in line]
@@ -96,22 +97,24 @@ def test_train_and_sample_a_class(conditional, tmp_path, monkeypatch):
         assert max(quarters) >= line["loss"] * 0.9999
     grid = imageio.imread(tmp_path / "samples" / "step_000004.png")
     assert grid.shape == (2 * 72 + 8, 10 * 72 + 8)
-    run_files.save_label_names(tuple("abcdefghij"), tmp_path)
+    run_files.save_data(data.Source(1500, None, tuple("abcdefghij")), tmp_path)
     command = ["main.py", "--mode=sample", f"--workdir={tmp_path}", "--config.sample.num_samples=4"]
     command += ["--config.sample.batch_size=4"]
     for label in ("7", "h"):
-        main.run([*command, f"--config.sample.label={label}", "--config.sample.guidance=2"])
+        cli.run([*command, f"--config.sample.label={label}", "--config.sample.guidance=2"])
     a, b = (
-        np.load(tmp_path / "samples" / f"sample_000004_seed0_label{label}_guidance2.npz")["images"]
+        np.load(tmp_path / "samples" / f"sample_000004_n4_seed0_label{label}_guidance2.npz")[
+            "images"
+        ]
         for label in ("7", "h")
     )
     np.testing.assert_array_equal(a, b)
     with pytest.raises(
         UserError, match=r"sample\.label='k': choose from a, b, c, d, e, f, g, h, i"
     ):
-        main.run([*command, "--config.sample.label=k"])
+        cli.run([*command, "--config.sample.label=k"])
     with pytest.raises(UserError, match=r"sample\.label='10': choose from a"):
-        main.run([*command, "--config.sample.label=10"])
+        cli.run([*command, "--config.sample.label=10"])
 
 
 def test_bad_labels_and_weights_are_known_before_anything_is_written(conditional, tmp_path):
@@ -130,10 +133,31 @@ def test_numbers_do_where_names_are_lost(conditional, tmp_path):
     checkpoint.save_imported(tmp_path, some_params(conditional))
     conditional.sample.update(label="9", num_samples=4)
     generate.sample(conditional, tmp_path)
-    assert (tmp_path / "samples" / "sample_000000_seed0_label9.npz").exists()
+    assert (tmp_path / "samples" / "sample_000000_n4_seed0_label9.npz").exists()
     (tmp_path / "labels.json").write_text("[")
     with pytest.raises(UserError, match=r"labels\.json: not valid JSON"):
         generate.sample(conditional, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "label, names, number",
+    [
+        ("3", "abcdef", 3),
+        ("c", "abcdef", 2),
+        ("2", ("0", "1", "10", "11", "2"), 4),
+        ("11", ("0", "1", "10", "11", "2"), 3),
+        ("3", ("0", "1", "10", "11", "2"), None),
+        ("1", ("7", "cat"), None),
+        ("6", "abcdef", None),
+    ],
+)
+def test_a_number_is_a_name_where_there_are_such_names(label, names, number):
+    """Folders 0, 1, 10, 11, 2: the class 3 is not folder 11, which comes fourth."""
+    if number is None:
+        with pytest.raises(UserError, match=rf"sample\.label='{label}': choose from {names[0]}, "):
+            generate.label_number(label, tuple(names))
+    else:
+        assert generate.label_number(label, tuple(names)) == number
 
 
 def test_guidance_in_the_sampler(conditional):
@@ -172,9 +196,9 @@ def test_a_classifier_learns_and_guides(config, tmp_path):
 
     command = ["main.py", "--mode=sample", f"--workdir={unconditional}"]
     guided = [*command, f"--config.sample.classifier={tmp_path / 'classifier'}"]
-    main.run([*guided, "--config.sample.label=3", "--config.sample.guidance=0"])
-    main.run([*guided, "--config.sample.label=3"])
-    main.run(command)
+    cli.run([*guided, "--config.sample.label=3", "--config.sample.guidance=0"])
+    cli.run([*guided, "--config.sample.label=3"])
+    cli.run(command)
     folder = unconditional / "samples"
     plain, none, three = (
         np.load(folder / f"sample_000004_seed0{rest}.npz")["images"].astype(int)
@@ -182,9 +206,9 @@ def test_a_classifier_learns_and_guides(config, tmp_path):
     )
     assert np.abs(plain - none).max() <= 1 and np.abs(plain - three).max() > 1
     with pytest.raises(UserError, match=r"sample\.classifier=.*holds no classifier"):
-        main.run([*command, f"--config.sample.classifier={unconditional}"])
+        cli.run([*command, f"--config.sample.classifier={unconditional}"])
     with pytest.raises(UserError, match=r"model\.kind='classifier': a classifier can only be"):
-        main.run(["main.py", "--mode=sample", f"--workdir={tmp_path / 'classifier'}"])
+        cli.run(["main.py", "--mode=sample", f"--workdir={tmp_path / 'classifier'}"])
     with pytest.raises(UserError, match=r"its diffusion\.num_timesteps is 20, this run's 10"):
         config.update(model={"kind": "unet"}, diffusion={"num_timesteps": 10})
         config.sample.classifier = str(tmp_path / "classifier")
@@ -202,7 +226,7 @@ def test_ablations_train_sample_and_are_measured(config, tmp_path, prediction, l
     config.evaluate.update(num_samples=0, bits_per_dim_images=4)
     assert train.train(config, tmp_path) == 0
     settings = ["--config.evaluate.num_samples=0", "--config.evaluate.bits_per_dim_images=4"]
-    main.run(["main.py", "--mode=evaluate", f"--workdir={tmp_path}", *settings])
+    cli.run(["main.py", "--mode=evaluate", f"--workdir={tmp_path}", *settings])
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert found["variance"] == variance
     assert found["bits_per_dim"] == found[f"bits_per_dim_{variance}"] > 0
@@ -214,9 +238,9 @@ def test_ablations_train_sample_and_are_measured(config, tmp_path, prediction, l
 def test_asking_for_a_seven(tmp_path):
     """A short training on the digits; a classifier of real ones recognises what was asked for."""
     run = f"--workdir={tmp_path / 'run'}"
-    main.run(["main.py", f"--config={ROOT}/configs/digits_conditional.py", run,
+    cli.run(["main.py", f"--config={ROOT}/configs/digits_conditional.py", run,
               "--config.train.num_steps=500", "--config.train.sample_every=500"])  # fmt: skip
-    main.run(["main.py", "--mode=sample", run, "--config.sample.guidance=2",
+    cli.run(["main.py", "--mode=sample", run, "--config.sample.guidance=2",
               "--config.sample.num_samples=80"])  # fmt: skip
     path = tmp_path / "run" / "samples" / "sample_000500_seed0_guidance2.npz"
     images = np.load(path)["images"].reshape(80, 64)

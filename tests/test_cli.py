@@ -1,15 +1,21 @@
 """The command line: from nothing to images, going on after a signal, and every bad input."""
 
+import contextlib
 import json
+import os
 import signal
+import sys
+import tempfile
 import time
 
 import imageio.v3 as imageio
+import jax
 import numpy as np
 import pytest
 from programs import DIGITS, ROOT, TINY, finish, start
 
-import main
+from ddpm_jax import checkpoint, cli, configs, generate, unet
+from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError
 
 
@@ -32,9 +38,9 @@ def test_train_finish_and_sample(tmp_path):
     sample = ["--mode=sample", "--workdir=runs/digits", *more]
     code, text = finish(*sample, cwd=tmp_path, devices=1)  # fewer than it was trained on
     assert code == 0, text
-    images = np.load(run / "samples" / "sample_000004_seed3.npz")["images"]
+    images = np.load(run / "samples" / "sample_000004_n9_seed3.npz")["images"]
     assert (images.shape, images.dtype) == ((9, 8, 8, 1), np.uint8)
-    assert (run / "samples" / "sample_000004_seed3.png").exists()
+    assert (run / "samples" / "sample_000004_n9_seed3.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -68,10 +74,10 @@ def test_helpshort(tmp_path):
     assert code == 0
     for word in (
         "--mode",
-        *main.MODES,
+        *cli.MODES,
         "--config",
         "--workdir",
-        "configs/default.py",
+        "ddpm_jax/configs.py",
     ):
         assert word in text
 
@@ -161,26 +167,22 @@ def test_bad_input(argument, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
     argv = ["main.py", "--config=configs/digits.py", f"--workdir={workdir}", argument]
     with pytest.raises(UserError) as error:
-        main.run(argv)
+        cli.run(argv)
     assert BAD[argument] in str(error.value)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 
 
 def test_sampling_needs_a_run_with_a_checkpoint(tmp_path, config):
-    from ddpm_jax import workdir as run_files
-
     with pytest.raises(UserError, match="holds no run"):
-        main.run(["main.py", "--mode=sample", f"--workdir={tmp_path}"])
+        cli.run(["main.py", "--mode=sample", f"--workdir={tmp_path}"])
     with pytest.raises(UserError, match="--config: is missing"):
-        main.run(["main.py", "--mode=sample"])
+        cli.run(["main.py", "--mode=sample"])
     run_files.save_config(config, tmp_path)
     with pytest.raises(UserError, match="no checkpoint"):
-        main.run(["main.py", "--mode=sample", f"--workdir={tmp_path}"])
+        cli.run(["main.py", "--mode=sample", f"--workdir={tmp_path}"])
     with pytest.raises(UserError, match=r"model\.channels"):
-        main.run(
-            ["main.py", "--mode=sample", f"--workdir={tmp_path}", "--config.model.channels=16"]
-        )
+        cli.run(["main.py", "--mode=sample", f"--workdir={tmp_path}", "--config.model.channels=16"])
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
@@ -188,7 +190,7 @@ def test_the_workdir_is_a_folder(tmp_path):
     path = tmp_path / "file"
     path.write_text("")
     with pytest.raises(UserError, match=r"workdir=.*not a folder"):
-        main.run(["main.py", DIGITS, f"--workdir={path}"])
+        cli.run(["main.py", DIGITS, f"--workdir={path}"])
 
 
 def test_damaged_config(tmp_path):
@@ -199,7 +201,7 @@ def test_damaged_config(tmp_path):
     ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match=message):
-            main.run(["main.py", "--mode=sample", f"--workdir={tmp_path}"])
+            cli.run(["main.py", "--mode=sample", f"--workdir={tmp_path}"])
 
 
 def test_a_broken_config_file(tmp_path):
@@ -207,7 +209,7 @@ def test_a_broken_config_file(tmp_path):
     path.write_text("from configs import digits\ndef get_config():\n    c = digits.get_config()\n"
                     "    c.model.chanels = 3\n    return c\n")  # fmt: skip
     with pytest.raises(UserError, match="chanels"):
-        main.run(["main.py", f"--config={path}"])
+        cli.run(["main.py", f"--config={path}"])
     for text, message in (
         ("x = 1", "get_config"),
         ("x = = 1", "invalid syntax"),
@@ -215,4 +217,131 @@ def test_a_broken_config_file(tmp_path):
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
-            main.run(["main.py", f"--config={path}"])
+            cli.run(["main.py", f"--config={path}"])
+
+
+# Paths, folders and pipes.
+
+
+def test_home_in_every_path(tmp_path, monkeypatch):
+    """No shell puts it in place of a ~ that follows a =."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text((ROOT / "configs/digits.py").read_text())
+    fields = ("data.path", "data.data_dir", "sample.classifier", "evaluate.cache_dir")
+    fields += ("evaluate.inception_weights",)
+    train = ["--config=~/mine.py", "--workdir=~/run", *(f"--config.{f}=~/a/~b" for f in fields)]
+    command = cli.parse(["main.py", *train])
+    assert command.workdir == tmp_path / "run"
+    flat = configs.flatten(command.config)
+    assert {flat[field] for field in fields} == {f"{tmp_path}/a/~b"}
+    edit = ["--mode=inpaint", "--config=~/mine.py", "--images=~/a,b,~/c", "--mask=~/mask.png"]
+    command = cli.parse(["main.py", *edit])
+    assert command.images == (f"{tmp_path}/a", "b", f"{tmp_path}/c")
+    assert command.mask == f"{tmp_path}/mask.png"
+    export = ["--mode=export", "--config=~/mine.py", "--weights=~/w"]
+    assert cli.parse(["main.py", *export]).weights == f"{tmp_path}/w"
+    assert cli.parse(["main.py", "--mode=compare", "--workdirs=~/a,b"]).workdirs[0].startswith("/")
+    for argument in ("--workdir=~nobody_here/x", "--config.data.path=~nobody_here/x"):
+        with pytest.raises(
+            UserError, match=r"(--workdir|data\.path)='?~nobody_here/x'?: the home of"
+        ):
+            cli.run(["main.py", DIGITS, argument])
+
+
+@contextlib.contextmanager
+def without_rights():
+    """As a user who is not root, whom permissions concern."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("mode", ["sample", "evaluate", "show", "img2img"])
+def test_a_folder_that_cannot_be_written_is_refused_at_once(mode, config, monkeypatch):
+    """Before anything is computed: the run has no checkpoint, which nothing has asked for."""
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own can only be entered by root
+        run_files.save_config(config, folder)
+        monkeypatch.setattr(checkpoint, "restore_params", lambda *_: pytest.fail("too late"))
+        os.chmod(folder, 0o555)
+        images = [f"--images={folder}"] if mode == "img2img" else []
+        command = ["main.py", f"--mode={mode}", f"--workdir={folder}", *images]
+        with without_rights(), pytest.raises(UserError, match=r"workdir=.*Permission denied"):
+            cli.run(command)
+        os.chmod(folder, 0o755)
+
+
+def test_a_reader_that_leaves(monkeypatch):
+    """As `| head -1` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "argv", ["main.py", "--helpshort"])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 128 + signal.SIGPIPE
+
+
+def test_devices_that_are_not_there(monkeypatch):
+    def none():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", none)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(UserError, match=r"^JAX_PLATFORMS=cuda: no such device"):
+        cli.run(["main.py", DIGITS])
+
+
+# What a run of any length would say, for as little as that takes.
+
+
+@pytest.fixture
+def diverged(config, tmp_path):
+    """A run whose parameters are not finite, with a chain that does not end in noise."""
+    shapes = unet.param_shapes(unet.make_model(config), configs.image_shape(config))
+    params = jax.tree.map(lambda s: np.full(s.shape, np.nan, s.dtype), shapes)
+    checkpoint.save_imported(tmp_path, params)
+    config.diffusion.update(schedule="linear", beta_end=0.02)
+    run_files.save_config(config, tmp_path)
+    return tmp_path
+
+
+def test_samples_that_are_not_finite(diverged):
+    """They would be black images."""
+    with pytest.raises(UserError, match=r"images 0, 1, 2, 3 of a batch are not finite, .*rate"):
+        cli.run(["main.py", "--mode=sample", f"--workdir={diverged}"])
+    assert not (diverged / "samples").exists()
+    with pytest.raises(UserError, match=r"images 1, 7 of a batch are not finite"):
+        generate.check_finite([5, 7, 1, 1], [True, False, False, False])
+    generate.check_finite([5, 7], [True, True])
+
+
+@pytest.mark.parametrize("mode", ["sample", "evaluate", "show"])
+def test_a_chain_that_does_not_end_in_noise_is_said_in_every_mode(mode, diverged, caplog):
+    few = ["--config.evaluate.num_samples=0", "--config.evaluate.bits_per_dim_images=0"]
+    with contextlib.suppress(UserError):
+        cli.run(["main.py", f"--mode={mode}", f"--workdir={diverged}", *few])
+    assert caplog.text.count("does not end in noise") == 1
+
+
+def test_fewer_samples_leave_the_others(diverged, config):
+    """The names of files say of what they are."""
+    names = set()
+    for fields in (
+        {},
+        {"sample.num_samples": 2},
+        {"model.dtype": "bfloat16"},
+        {"sample.label": "a b"},
+        {"sample.label": "a-b"},
+        {"sample.classifier": "x/run"},
+        {"sample.classifier": "y/run"},
+    ):
+        other = config.copy_and_resolve_references()
+        other.update_from_flattened_dict(fields)
+        names.add(generate.sample_name(other, diverged, 7))
+    assert len(names) == 7 and all(name.startswith("sample_000007_n") for name in names)

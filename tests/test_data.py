@@ -1,6 +1,7 @@
 """Datasets: digits, folders, and really prepared TFDS datasets."""
 
 import itertools
+import re
 import subprocess
 import sys
 
@@ -10,14 +11,12 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 from PIL import Image
 
-from ddpm_jax import data
+from ddpm_jax import configs, data
 from ddpm_jax.errors import UserError
 
 
 def section(**changes):
-    from configs import default
-
-    return ConfigDict({**default.get_config().data.to_dict(), **changes})
+    return ConfigDict({**configs.default_config().data.to_dict(), **changes})
 
 
 def digits(**changes):
@@ -277,16 +276,15 @@ def test_eval_split_is_named_in_errors(data_dir):
         data.open_source(wrong, "eval_split")
 
 
-def test_reading_a_prepared_dataset_needs_no_tensorflow(data_dir):
+def test_the_program_imports_neither_tensorflow_nor_torch(data_dir):
     code = f"""
 import sys
 import numpy as np
-from ddpm_jax import data
-from configs import mnist
-config = mnist.get_config()
+from ddpm_jax import cli, configs, data
+config = configs.named_config("mnist")
 config.data.data_dir = {str(data_dir)!r}
 data.open_source(config.data).read(np.arange(3))
-assert "tensorflow" not in sys.modules
+assert not {{"tensorflow", "torch"}} & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -300,3 +298,52 @@ def test_not_prepared_and_no_network(tmp_path, monkeypatch):
         data.open_source(section(name="mnist", data_dir=str(tmp_path / "none")))
     assert "data.name='mnist'" in str(error.value)
     assert "tfds build mnist --file_format=array_record --data_dir" in str(error.value)
+
+
+def test_what_a_user_might_not_expect_is_said_once(folder, caplog):
+    """Of both splits together: other files, and levels that are mostly unused."""
+    for path in folder.rglob("*.*"):
+        if path.suffix != ".txt":
+            Image.new("L", (8, 8), 3).save(path)
+    for field in ("split", "eval_split"):
+        data.open_source(folder_section(folder, eval_split="train[:5]"), field)
+    start = rf"data\.path='{folder}': "
+    left_out = f"{start}left out, as they are no images: 1 .txt"
+    few = f"{start}the images use only the levels"
+    assert [len(re.findall(text, caplog.text)) for text in (left_out, few)] == [1, 1]
+
+
+def test_links_to_folders_are_classes(folder, tmp_path_factory):
+    """Half of the images are in a folder that is a link."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "x"
+    (folder / "class1").rename(elsewhere)
+    (folder / "class1").symlink_to(elsewhere)
+    source = data.open_source(folder_section(folder, num_classes=2))
+    assert (source.size, source.label_names) == (10, ("class0", "class1"))
+
+
+def test_images_that_change_are_looked_at_again(folder):
+    """In one process, as a notebook is."""
+    assert data.open_source(folder_section(folder)).size == 10
+    (folder / "class0" / "0.png").write_text("no image")
+    with pytest.raises(UserError, match="1 of 10 unreadable"):
+        data.open_source(folder_section(folder))
+
+
+def test_a_split_that_rounds_to_nothing(folder, data_dir):
+    few = folder_section(folder, eval_split="train[:4%]")
+    official = section(name="mnist", data_dir=str(data_dir), channels=1, eval_split="test[:1%]")
+    for wanted, size in ((few, 10), (official, 30)):
+        message = rf"data\.eval_split='.*%\]': holds no images: .* of {size} .*'train\[:1\]'"
+        with pytest.raises(UserError, match=message):
+            data.open_source(wanted, "eval_split")
+
+
+def test_a_dataset_that_is_gone_is_named(tmp_path):
+    prepare(tmp_path)
+    fields = dict(name="mnist", data_dir=str(tmp_path), channels=1, image_size=(28, 28))
+    source = data.open_source(section(**fields, max_ram_gib=0.0))
+    for path in tmp_path.rglob("*.array_record*"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"data\.name='mnist': .*cannot be read"):
+        source.read(np.arange(3))

@@ -8,9 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-import main
-from ddpm_jax import checkpoint, evaluate, unet
-from ddpm_jax import config as configs
+from ddpm_jax import checkpoint, cli, configs, evaluate, unet
 from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError
 from ddpm_jax.metrics import inception
@@ -60,7 +58,7 @@ def rows(folder):
 
 def test_evaluate_end_to_end(run, random_inception, capsys, caplog):
     workdir, config = run
-    main.run(["main.py", "--mode=evaluate", f"--workdir={workdir}"])
+    cli.run(["main.py", "--mode=evaluate", f"--workdir={workdir}"])
     found = json.loads((workdir / "evaluation.json").read_text())
     assert set(NAMES) <= found.keys()
     assert "covariance is singular" in caplog.text
@@ -124,7 +122,7 @@ def test_compare(tmp_path, capsys):
     for name, changes in (("a", {}), ("b", {"fid": 4.5, "step": 7}), ("c", {"resize": "torch"})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "evaluation.json").write_text(json.dumps({**found, **changes}))
-    main.run(["main.py", "--mode=compare", f"--workdirs={tmp_path / 'a'},{tmp_path / 'b'}"])
+    cli.run(["main.py", "--mode=compare", f"--workdirs={tmp_path / 'a'},{tmp_path / 'b'}"])
     text = capsys.readouterr().out
     assert "| fid | 3.5 | 4.5 |" in text and "| kid | 0.1 ± 0.01 | 0.1 ± 0.01 |" in text
     with pytest.raises(UserError, match=r"fid cannot .* differs in resize tf1 / torch$"):
@@ -144,7 +142,7 @@ def test_compare(tmp_path, capsys):
         evaluate.compare([tmp_path / "a", tmp_path / "d"])
     for workdirs in ([], ["--workdirs=a"], ["--workdirs=a,a"]):
         with pytest.raises(UserError, match="compare needs two or more"):
-            main.run(["main.py", "--mode=compare", *workdirs])
+            cli.run(["main.py", "--mode=compare", *workdirs])
 
 
 @pytest.mark.parametrize(
@@ -160,7 +158,7 @@ def test_compare(tmp_path, capsys):
 def test_bad_input(run, field, value):
     workdir, _ = run
     with pytest.raises(UserError, match=rf"evaluate\.{field}={value!r}: "):
-        main.run(
+        cli.run(
             ["main.py", "--mode=evaluate", f"--workdir={workdir}",
              f"--config.evaluate.{field}={value}"]
         )  # fmt: skip
@@ -182,7 +180,7 @@ def test_runs_that_are_older_than_some_fields(run):
         del fields[section][name]
     del fields["evaluate"], fields["show"], fields["sample"]["sampler"]
     (workdir / "config.json").write_text(json.dumps(fields))
-    command = main.parse(["main.py", "--mode=evaluate", f"--workdir={workdir}"])
+    command = cli.parse(["main.py", "--mode=evaluate", f"--workdir={workdir}"])
     assert command.config.evaluate.num_samples == 50_000
     assert command.config.sample.sampler == "ancestral"
     saved = run_files.load_config(workdir)

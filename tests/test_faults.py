@@ -1,5 +1,6 @@
 """What goes wrong while a run lasts: damaged files, full disks, numbers that are not finite."""
 
+import contextlib
 import json
 import logging
 import os
@@ -15,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from programs import DIGITS, ROOT, TINY, finish, start
+from tensorboard.backend.event_processing import event_accumulator
 
-import main
-from ddpm_jax import checkpoint, data, diffusion, generate, train
+from ddpm_jax import checkpoint, cli, data, diffusion, generate, show, train
 from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError
 
@@ -100,6 +101,43 @@ def test_a_damaged_checkpoint_is_passed_over(config, run, caplog, damage):
     assert [line["step"] for line in lines(run) if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("missing", ["manifest.ocdbt", "_METADATA", "d"])
+def test_a_checkpoint_that_cannot_be_read_is_not_whole(config, run, caplog, missing):
+    """Though its digests, of the files that were written, are right."""
+    item = run / "checkpoints" / "4" / "ema_params"
+    remove = shutil.rmtree if missing == "d" else os.remove
+    remove(item / missing)
+    digests = run / "checkpoints" / "4" / checkpoint.DIGESTS
+    written = json.loads(digests.read_text())
+    left = {name: d for name, d in written.items() if (digests.parent / name).exists()}
+    assert len(left) < len(written)
+    digests.write_text(json.dumps(left))
+    assert params_of(config, run)[0] == 2
+    assert f"the checkpoint of step 4 is damaged: ema_params/{missing} is missing" in caplog.text
+
+
+def test_characters_of_patterns_in_a_path(config, run, tmp_path):
+    """Train, go on and sample as anywhere else; and a run that has been moved there goes on."""
+    _, expected = params_of(config, run)
+    moved = pathlib.Path(shutil.copytree(run, tmp_path / "moved [1]"))
+    shutil.rmtree(moved / "checkpoints" / "4")
+    odd = tmp_path / "lr[1e-4] what?*" / "run"
+    config.train.num_steps = 2
+    train.train(config, odd)
+    config.train.num_steps = 4
+    for folder in (odd, moved):
+        train.train(config, folder)
+        step, params = params_of(config, folder)
+        assert step == 4
+        jax.tree.map(np.testing.assert_array_equal, params, expected)
+    generate.sample(config, odd)
+    assert len(list((odd / "samples").glob("*.npz"))) == 1
+    next((odd / "checkpoints" / "4" / "ema_params").glob("*/.zarray")).unlink()
+    digests = odd / "checkpoints" / "4" / checkpoint.DIGESTS
+    digests.write_text("{}")
+    assert params_of(config, odd)[0] == 2
+
+
 def test_only_damaged_checkpoints(config, run):
     for step in ("2", "4"):
         delete(run / "checkpoints" / step)
@@ -142,6 +180,37 @@ def params_of_step(config, run, name):
     return params_of(config, other)
 
 
+def test_numbers_that_json_does_not_have(config, run, tmp_path):
+    """A loss of NaN is null in the file, and NaN again when it is read; older files have NaN."""
+    with contextlib.closing(run_files.Metrics(run, 4)) as metrics:
+        metrics.write(5, eval_loss=float("nan"), skipped=1)
+        metrics.write(6, loss=float("-inf"), skipped=0)
+    text = (run / "metrics.jsonl").read_text()
+    assert text.endswith(
+        '{"step": 5, "eval_loss": null, "skipped": 1}\n{"step": 6, "loss": null, "skipped": 0}\n'
+    )
+    (run / "metrics.jsonl").write_text(text + '{"step": 7, "loss": NaN, "skipped": 0}\n')
+    five, six, seven = run_files.read_metrics(run)[-3:]
+    assert np.isnan([five["eval_loss"], six["loss"], seven["loss"]]).all() and five["skipped"] == 1
+    show.draw_losses(tmp_path / "losses.png", run_files.read_metrics(run))
+    assert run_files.to_json({"a": [1.5, (float("inf"),)], "b": {"c": None}}) == (
+        '{"a": [1.5, [null]], "b": {"c": null}}'
+    )
+
+
+def test_tensorboard_reads_the_same_numbers(config, tmp_path):
+    """And after a run has gone on from step 2, not those of the steps that were lost."""
+    for first, last, factor in ((0, 4, 1.0), (2, 3, 10.0)):
+        with contextlib.closing(run_files.Metrics(tmp_path, first)) as metrics:
+            for step in range(first + 1, last + 1):
+                metrics.write(step, loss=factor * step)
+    reader = event_accumulator.EventAccumulator(str(tmp_path))
+    reader.Reload()
+    found = [(event.step, event.value) for event in reader.Scalars("loss")]
+    assert found == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert [(x["step"], x["loss"]) for x in lines(tmp_path)] == found
+
+
 def test_half_a_line_of_metrics_is_mended(config, run):
     path = run / "metrics.jsonl"
     whole = path.read_text().splitlines()
@@ -165,7 +234,7 @@ def test_a_second_program_is_refused(tmp_path):
         while not (lock.exists() and lock.read_text()):
             assert process.poll() is None
         with pytest.raises(UserError, match=rf"at work in it \(train\); process {process.pid} on"):
-            main.run(["main.py", *arguments])
+            cli.run(["main.py", *arguments])
     finally:
         process.kill()
         process.communicate()
@@ -205,8 +274,8 @@ def test_a_full_disk(small_disk):
     assert code == 0 and f"of step {saved}" in text, text
 
 
-# main.py on a disk that seems to have room.
-BLIND = "import main; from ddpm_jax import checkpoint; checkpoint.ROOM = -(2**40); main.main()"
+# The command line on a disk that seems to have room.
+BLIND = "from ddpm_jax import checkpoint, cli; checkpoint.ROOM = -(2**40); cli.main()"
 
 
 @slow
@@ -336,7 +405,7 @@ def test_averages_that_have_hardly_moved(config, caplog):
     assert "still 99 % the initial ones" in caplog.text
 
 
-# What the README's table says, a little of it.
+# What the table in docs/reliability.md says, a little of it.
 
 
 @slow

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from programs import DIGITS, TINY, finish, finish_several, result, start_several
 
-import main
+from ddpm_jax import cli
 from ddpm_jax.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -175,6 +175,25 @@ def test_a_signal_to_one_process_stops_all(tmp_path):
     assert (tmp_path / "run" / "checkpoints" / str(last)).exists()
 
 
+@pytest.mark.parametrize("mode", ["sample", "evaluate"])
+def test_a_signal_to_one_process_ends_sampling_of_all(tmp_path, mode):
+    """Which is no lost process."""
+    assert finish(*train(2), cwd=tmp_path)[0] == 0
+    many = [f"--mode={mode}", "--workdir=run", "--config.sample.num_samples=2000000"]
+    many += ["--config.evaluate.num_samples=0", "--config.sample.batch_size=4"]
+    many += ["--config.data.eval_split=train", "--config.diffusion.clip_x0=false"]
+    first, other = start_several(*many, cwd=tmp_path)
+    awaited = {"sample": "sampling 2000000 images", "evaluate": "evaluating step"}[mode]
+    while awaited not in first.stderr.readline():
+        assert first.poll() is None
+    time.sleep(10)
+    other.send_signal(signal.SIGTERM)
+    for process in (first, other):
+        code, text = result(process, 60)
+        assert code == 128 + signal.SIGTERM and "a process was lost" not in text, text
+    assert "stopped by SIGTERM" in text
+
+
 BAD = {
     "--coordinator=127.0.0.1:1": "--num_processes: is missing",
     "--coordinator=x --num_processes=2 --process_id=0": "must be host:port",
@@ -187,5 +206,5 @@ BAD = {
 @pytest.mark.parametrize("arguments", BAD)
 def test_bad_flags(arguments, tmp_path):
     with pytest.raises(UserError, match=BAD[arguments]):
-        main.run(["main.py", DIGITS, f"--workdir={tmp_path / 'run'}", *arguments.split()])
+        cli.run(["main.py", DIGITS, f"--workdir={tmp_path / 'run'}", *arguments.split()])
     assert not list(pathlib.Path(tmp_path).iterdir())

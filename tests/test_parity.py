@@ -12,10 +12,7 @@ import numpy as np
 import pytest
 from references import assert_same_gradients, gradients
 
-import main
-from configs import default
-from ddpm_jax import config as configs
-from ddpm_jax import diffusion, interop, sampling, schedules, state, unet
+from ddpm_jax import cli, configs, diffusion, interop, sampling, schedules, state, unet
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -48,7 +45,7 @@ def reference():
 def converted(network, folder):
     """(model, params) of a UNet2DModel, by way of its files."""
     network.save_pretrained(folder)
-    config = default.get_config()
+    config = configs.default_config()
     fields = json.loads((folder / "config.json").read_text())
     config.update_from_flattened_dict(interop.network_fields(fields, "config.json"))
     configs.check(config, "import")
@@ -165,7 +162,7 @@ def test_ddim_chain(prediction, steps, eta, clip, reference, tmp_path):
 @pytest.mark.parametrize("name", ["linear", "linear_rescaled", "cosine", "quadratic", "sigmoid"])
 def test_schedules(name, reference):
     """DDPMScheduler computes in float32: its 1 - ᾱ is off by up to 1e-7, whatever it is."""
-    config = default.get_config()
+    config = configs.default_config()
     config.diffusion.update(schedule=name, num_timesteps=500)
     ours = schedules.from_config(config.diffusion)
     fields = interop.diffusers_scheduler(config)
@@ -185,7 +182,7 @@ def test_optimisation(reference, tmp_path):
     *theirs, norms = reference.optimise(network, batches, **settings)
     assert min(norms) > 2 * settings["grad_clip"]
 
-    config = default.get_config()
+    config = configs.default_config()
     decay = settings.pop("ema_decay")
     config.optim.update(settings)
     optimizer = state.make_optimizer(config.optim, 10)
@@ -221,8 +218,8 @@ def test_pipelines_load_what_we_export(schedule, reference, tmp_path):
     run = f"--workdir={tmp_path / 'run'}"
     chain = [f"--config.diffusion.schedule={schedule}", "--config.diffusion.num_timesteps=20"]
     chain += ["--config.diffusion.beta_end=0.4"]
-    main.run(["main", "--mode=import", run, f"--weights={tmp_path / 'weights'}", *chain])
-    main.run(["main", "--mode=export", run, f"--weights={tmp_path / 'out'}"])
+    cli.run(["main", "--mode=import", run, f"--weights={tmp_path / 'weights'}", *chain])
+    cli.run(["main", "--mode=export", run, f"--weights={tmp_path / 'out'}"])
 
     options = dict(batch_size=2, output_type="np", num_inference_steps=20)
     ddim = DDIMPipeline.from_pretrained(tmp_path / "out")
@@ -232,9 +229,9 @@ def test_pipelines_load_what_we_export(schedule, reference, tmp_path):
     for name, tensor in ddpm.unet.state_dict().items():
         assert tensor.numpy().tobytes() == network.state_dict()[name].numpy().tobytes()
 
-    main.run(["main", "--mode=sample", run, *(f"--config.sample.{n}=4" for n in
+    cli.run(["main", "--mode=sample", run, *(f"--config.sample.{n}=4" for n in
               ("num_samples", "batch_size"))])  # fmt: skip
-    ours = np.load(tmp_path / "run/samples/sample_000000_seed0.npz")["images"]
+    ours = np.load(tmp_path / "run/samples/sample_000000_n4_seed0.npz")["images"]
     keys = sampling.image_keys(0, jnp.arange(4))
     theirs = reference.pipeline_images(
         ddpm, [np.asarray(sampling.noise(keys, t, (8, 16, 3))) for t in range(20, 0, -1)]

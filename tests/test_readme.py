@@ -8,16 +8,14 @@ import shlex
 import pytest
 import references
 
-import main
-from configs import default
-from ddpm_jax import config as configs
+from ddpm_jax import cli, configs
 from ddpm_jax import workdir as run_files
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = "\n".join(page.read_text() for page in PAGES)
 FILES = ("json", "py")  # endings that follow a dot as fields do
-FIELDS = configs.flatten(default.get_config())
+FIELDS = configs.flatten(configs.default_config())
 
 
 def test_readme_is_short():
@@ -130,7 +128,7 @@ COMMANDS = commands()
 
 def test_there_are_commands_of_every_mode():
     modes = {word[7:] for command in COMMANDS for word in command if word.startswith("--mode=")}
-    assert modes == {*main.MODES} - {"train"}
+    assert modes == {*cli.MODES} - {"train"}
     assert len(COMMANDS) > 50
 
 
@@ -166,7 +164,7 @@ def parse(words, tmp_path, monkeypatch):
     if "config" not in given and "workdir" in given:
         name = pathlib.Path(given["workdir"]).name
         paths = [*(ROOT / "configs").rglob(f"{name}.py"), ROOT / "configs" / "cifar10.py"]
-        run_files.save_config(main.load_config(paths[0]), given["workdir"])
-    command = main.parse(words)
+        run_files.save_config(configs.named_config(paths[0]), given["workdir"])
+    command = cli.parse(words)
     if command.config is not None:
         configs.check(command.config, command.mode)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from references import gaussian_predict
 
-from ddpm_jax import config as configs
-from ddpm_jax import diffusion, generate, parallel, sampling, schedules, state, unet
+from ddpm_jax import configs, diffusion, generate, parallel, sampling, schedules, state, unet
 
 HO = schedules.make_schedule("linear", 1000, 1e-4, 0.02)
 
@@ -350,5 +349,5 @@ def test_frames(config):
 def test_a_chain_that_does_not_start_in_noise_is_reported(config, caplog, steps, warns):
     config.diffusion.num_timesteps = 200
     config.sample.num_steps = steps
-    generate.warn_of_short_chain(config)
+    generate.warn_of_chain(config)
     assert ("are not noise yet" in caplog.text) == warns

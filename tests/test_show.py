@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import videos
 
-import main
-from ddpm_jax import checkpoint, data, generate, images, schedules, show, train, unet
+from ddpm_jax import checkpoint, cli, data, generate, images, schedules, show, train, unet
 from ddpm_jax import workdir as run_files
 from ddpm_jax.errors import UserError
 
@@ -69,15 +68,15 @@ def test_a_run_shows_itself_after_training(tmp_path, config):
     assert "model.channels" in text and "step 4" in text and "eval_loss" in text
 
     # Of a shorter chain, what is nearest.
-    main.run(["main.py", "--mode=show", f"--workdir={tmp_path}", "--config.sample.num_steps=4",
+    cli.run(["main.py", "--mode=show", f"--workdir={tmp_path}", "--config.sample.num_steps=4",
               "--config.sample.sampler=ddim"])  # fmt: skip
     assert imageio.imread(folder / "denoising.png").shape[1] == 3 * 72 + 8
     with pytest.raises(UserError, match=r"show\.timesteps=\(20,\): must be whole numbers below 20"):
-        main.run(
+        cli.run(
             ["main.py", "--mode=show", f"--workdir={tmp_path}", "--config.show.timesteps=(20,)"]
         )
     with pytest.raises(UserError, match=r"model\.channels"):
-        main.run(["main.py", "--mode=show", f"--workdir={tmp_path}", "--config.model.channels=16"])
+        cli.run(["main.py", "--mode=show", f"--workdir={tmp_path}", "--config.model.channels=16"])
 
 
 @pytest.mark.parametrize("channels, shape", [(1, (8, 8)), (3, (8, 16)), (4, (16, 8))])
@@ -105,11 +104,11 @@ def test_without_ffmpeg_there_is_all_but_the_video(tmp_path, config, monkeypatch
         raise RuntimeError("no such program")
 
     monkeypatch.setattr(images.imageio_ffmpeg, "write_frames", refuse)
-    main.run(["main.py", "--mode=show", f"--workdir={tmp_path}"])
+    cli.run(["main.py", "--mode=show", f"--workdir={tmp_path}"])
     assert written(tmp_path) == (OF_CONFIG | OF_RUN) - {"reverse.mp4"}
     assert "no reverse.mp4: no such program" in caplog.text and (tmp_path / "report.html").exists()
     # Nor does a lost dataset hide a run.
-    main.run(["main.py", "--mode=show", f"--workdir={tmp_path}", "--config.data.split=tset"])
+    cli.run(["main.py", "--mode=show", f"--workdir={tmp_path}", "--config.data.split=tset"])
     assert "without the data: data.split='tset'" in caplog.text
 
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from ddpm_jax import checkpoint, data, generate, parallel, schedules, train, unet
-from ddpm_jax import config as configs
+from ddpm_jax import checkpoint, configs, data, generate, parallel, schedules, train, unet
 from ddpm_jax import state as states
 from ddpm_jax.errors import UserError
 
@@ -296,7 +296,6 @@ def test_metrics_of_lost_steps_are_dropped(config, tmp_path):
         ("model.channels", 16),
         ("diffusion.num_timesteps", 30),
         ("data.split", "train[:700]"),
-        ("data.path", "elsewhere"),
         ("seed", 3),
     ],
 )
@@ -389,3 +388,158 @@ def test_memory_that_is_not_there_is_warned_of(config, caplog, monkeypatch):
     train.describe_memory(step, state, data.open_source(config.data), 8)
     for cure in ("train.batch_size", "optim.accumulate", "model.remat", "more devices"):
         assert cure in caplog.text
+
+
+# What fails while training goes on costs a warning, or is named when what was trained is saved.
+
+
+@pytest.mark.parametrize("failing", ["generate.write_grid", "make_eval_loss", "show.show"])
+def test_what_only_shows_how_training_goes_does_not_end_it(
+    config, tmp_path, monkeypatch, caplog, failing
+):
+    """A grid, a held-out loss or a report that fails: each step was saved before."""
+    saved_before = []
+
+    def fail(*_, **__):
+        saved_before.append(list(saved))
+        raise RuntimeError("no\nluck")
+
+    saved, save = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda m, s, x: (saved.append(s), save(m, s, x)))
+    *owner, name = failing.split(".")
+    owner = getattr(train, owner[0]) if owner else train
+    monkeypatch.setattr(owner, name, (lambda *_: fail) if name == "make_eval_loss" else fail)
+    config.train.update(num_steps=4, sample_every=2, eval_every=2, checkpoint_every=2)
+    assert train.train(config, tmp_path) == 0
+    assert checkpoint.latest_step(tmp_path) == 4
+    expected = [[2, 4, 4]] if failing == "show.show" else [[2], [2, 4]]
+    assert saved_before == expected
+    assert caplog.text.count(r"was left out: RuntimeError('no\nluck')") == len(expected)
+
+
+def folder_of_images(path, names, size=(8, 8)):
+    rng = np.random.default_rng(0)
+    for name in names:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, size, np.uint8)).save(path / name)
+    return path
+
+
+@pytest.mark.parametrize("damage", ["delete", "truncate", "replace"])
+def test_data_that_cannot_be_read_any_more(config, tmp_path, monkeypatch, damage):
+    """Of files that are read again and again: what was trained is saved, and the file is named."""
+    folder = folder_of_images(tmp_path / "images", [f"{i}.png" for i in range(16)])
+    fields = dict(split="train[:12]", eval_split="train[12:]", max_ram_gib=0.0)
+    config.data.update(name="folder", path=str(folder), **fields)
+    config.train.update(num_steps=1000, log_every=3)
+    progress_text = train.progress_text
+
+    def vandal(config, workdir, span, step, *rest):
+        if step == 3:
+            for path in folder.iterdir():
+                if damage == "truncate":
+                    path.write_bytes(path.read_bytes()[:60])
+                else:
+                    path.unlink()
+                    _ = damage == "replace" and path.write_text("a page that says 404")
+        return progress_text(config, workdir, span, step, *rest)
+
+    monkeypatch.setattr(train, "progress_text", vandal)
+    why = {"delete": "No such file", "truncate": "truncated", "replace": "not an image"}[damage]
+    expected = rf"^data\.path='{folder}': {folder}/\d+\.png cannot be read \(.*{why}.*\)$"
+    with pytest.raises(UserError, match=expected):
+        train.train(config, tmp_path / "run")
+    saved = checkpoint.latest_step(tmp_path / "run")
+    assert saved >= 3
+    assert lines(tmp_path / "run")[-1]["step"] == saved
+
+
+def test_a_closed_terminal_saves(config, tmp_path, monkeypatch):
+    """SIGHUP is like SIGTERM; under nohup, which ignores it, training goes on."""
+    updates = train.updates
+
+    def with_signal(*args):
+        for number, update in enumerate(updates(*args)):
+            if number == 3:
+                signal.raise_signal(signal.SIGHUP)
+            yield update
+
+    monkeypatch.setattr(train, "updates", with_signal)
+    assert train.train(config, tmp_path / "a") == signal.SIGHUP
+    assert checkpoint.latest_step(tmp_path / "a") == 3
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert train.train(config, tmp_path / "b") == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# A run knows what it was trained on.
+
+
+def on_folder(config, folder, **fields):
+    config.data.update(name="folder", path=str(folder), split="train[:60%]", **fields)
+    config.data.update(eval_split="train[60%:]")
+    config.train.batch_size = 4
+    return config
+
+
+NAMES = [f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("rename a class", "other classes: cat, dog -> aardvark, cat; use those again"),
+        ("add an image", "other data: 6 images -> 7; use"),
+        ("rename an image", r"other data: as many images \(6\), but other files"),
+        ("replace an image", r"other data: as many images \(6\), but other files"),
+    ],
+)
+def test_other_data_are_refused(config, tmp_path, change, message):
+    folder = folder_of_images(tmp_path / "data", NAMES)
+    train.train(on_folder(config, folder, num_classes=2), tmp_path / "run")
+    if change == "rename a class":
+        (folder / "dog").rename(folder / "aardvark")
+    elif change == "add an image":
+        folder_of_images(folder, ["cat/5.png", "dog/5.png"])
+    else:
+        for path in folder.rglob("*.png"):  # whichever of them are trained on
+            if change == "rename an image":
+                path.rename(path.with_stem(f"new{path.stem}"))
+            else:
+                Image.new("L", (8, 8)).save(path)
+    before = (tmp_path / "run" / "data.json").read_text()
+    config.train.num_steps = 6
+    with pytest.raises(UserError, match=rf"^workdir={tmp_path}/run: was trained on {message}"):
+        train.train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "data.json").read_text() == before
+    assert checkpoint.latest_step(tmp_path / "run") == 4
+
+
+def test_the_same_files_elsewhere_are_the_same_data(config, tmp_path):
+    """But of a run that is older than data.json, nothing is known of its files."""
+    folder = folder_of_images(tmp_path / "data", NAMES)
+    train.train(on_folder(config, folder, num_classes=2), tmp_path / "run")
+    folder.rename(tmp_path / "moved")
+    config.data.path = str(tmp_path / "moved")
+    config.train.num_steps = 5
+    assert train.train(config, tmp_path / "run") == 0
+    (tmp_path / "run" / "data.json").rename(tmp_path / "run" / "labels.json")
+    (tmp_path / "run" / "labels.json").write_text('["cat", "dog"]')
+    config.train.num_steps = 6
+    assert train.train(config, tmp_path / "run") == 0
+    (tmp_path / "run" / "data.json").unlink()
+    (tmp_path / "moved").rename(folder)
+    config.data.path = str(folder)
+    with pytest.raises(UserError, match="was trained on other data"):
+        train.train(config, tmp_path / "run")
+
+
+def test_held_out_images_may_be_others(config, tmp_path):
+    """They decide nothing that was trained."""
+    folder = folder_of_images(tmp_path / "data", NAMES)
+    train.train(on_folder(config, folder), tmp_path / "run")
+    config.data.eval_split = "train[80%:]"
+    config.train.num_steps = 5
+    assert train.train(config, tmp_path / "run") == 0

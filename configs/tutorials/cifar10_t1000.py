@@ -13,12 +13,12 @@ one of 6.2 M (about 1.2 GMAC, to judge by its speed); samples are of averaged pa
 one. The tutorial keeps all 1,000 states of every image on the host; here only those that are shown.
 """
 
-from configs import default
+from ddpm_jax.configs import default_config
 
 
 def get_config():
     """Ho et al.'s chain; 64 channels on three levels."""
-    config = default.get_config()
+    config = default_config()
     config.model.update(
         channels=64,
         channel_mults=(1, 2, 2),

@@ -27,14 +27,14 @@ only the frames that are shown. On MNIST it does not flip: --config.data.name=mn
 saves one file and loads another.
 """
 
-from configs import default
+from ddpm_jax.configs import default_config
 
 EPOCH = 4317 * 95 // 100 // 32  # steps; 5 % are held out
 
 
 def get_config():
     """Ho et al.'s U-Net, half as wide."""
-    config = default.get_config()
+    config = default_config()
     config.data.update(name="folder", split="train[5%:]", eval_split="train[:5%]")
     config.data.update(resize="squash", random_flip=True)
     config.diffusion.schedule = "linear_rescaled"

@@ -14,12 +14,12 @@ the way up expects 128 channels and gets 96. Samples are of averaged parameters.
 batch of an epoch is filled from the next one.
 """
 
-from configs import mnist
+from ddpm_jax.configs import named_config
 
 
 def get_config():
     """8 channels at full size, 32 at the bottom."""
-    config = mnist.get_config()
+    config = named_config("mnist")
     config.model.update(channels=8, channel_mults=(1, 2, 4), norm_groups=4)
     config.optim.update(warmup_steps=0, decay="constant", grad_clip=0.0)
     config.train.update(num_steps=0, num_epochs=3, eval_every=469, sample_every=469)

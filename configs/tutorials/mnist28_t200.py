@@ -18,12 +18,12 @@ Here on purpose otherwise: samples are of averaged parameters. The last batch of
 from the next one.
 """
 
-from configs import mnist
+from ddpm_jax.configs import named_config
 
 
 def get_config():
     """64 channels on three levels."""
-    config = mnist.get_config()
+    config = named_config("mnist")
     config.diffusion.update(num_timesteps=200, variance="fixed_small")
     config.model.update(channels=64, num_res_blocks=2, norm_groups=32)
     config.optim.update(warmup_steps=0, decay="constant", grad_clip=0.0)

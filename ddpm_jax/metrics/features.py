@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ddpm_jax import parallel, progress
+from ddpm_jax import parallel, progress, signals
 from ddpm_jax.metrics import inception
 from ddpm_jax.workdir import atomic_write, lock
 
@@ -39,7 +39,7 @@ def make_extractor(params, resize, batch_size):
     return extract
 
 
-def collect(folder, count, size, rows_of, description):
+def collect(folder, count, size, rows_of, description, stop=signals.never):
     """Computes a row for each of many images, some at a time, and keeps them in files.
 
     A killed run goes on after the last whole file.
@@ -50,6 +50,10 @@ def collect(folder, count, size, rows_of, description):
       size: images at a time.
       rows_of: (first, last) to an array [last - first, …].
       description: for the progress bar.
+      stop: from signals.catch.
+
+    Raises:
+      signals.Stopped: if a signal came before the end.
     """
     if parallel.of_first(sum(map(len, _files(folder).values())) >= count):
         return
@@ -66,6 +70,8 @@ def collect(folder, count, size, rows_of, description):
                 with atomic_write(folder / name) as path, open(path, "wb") as file:
                     np.save(file, rows)
                 bar.update(last - first)
+                if last < count:
+                    signals.check(stop)
         parallel.barrier()  # all of them will read the files
 
 

@@ -1,0 +1,310 @@
+"""Trains a diffusion model, samples from it, measures it, or exchanges its weights with diffusers.
+
+  python main.py --config=configs/digits.py
+  python main.py --config=configs/cifar10.py --config.train.batch_size=64
+  python main.py --mode=sample --workdir=runs/cifar10 --config.sample.num_samples=256
+  python main.py --mode=img2img --workdir=runs/cifar10 --images=FOLDER
+  python main.py --mode=show --config=configs/cifar10.py
+  python main.py --mode=evaluate --workdir=runs/cifar10
+  python main.py --mode=compare --workdirs=runs/a,runs/b
+  python main.py --mode=import --weights=FOLDER --workdir=runs/x
+  python main.py --mode=export --workdir=runs/x --weights=FOLDER
+  srun python main.py --config=configs/cifar10.py --distributed
+
+--config.section.field=value overrides any field of the config; ddpm_jax/configs.py lists them all.
+"""
+
+import difflib
+import logging
+import os
+import pathlib
+import re
+import shlex
+import signal
+import sys
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from ddpm_jax import configs, edit, evaluate, generate, interop, parallel, show, signals, train
+from ddpm_jax import workdir as run_files
+from ddpm_jax.errors import UserError, is_disk_full, one_line, printable
+
+EDITS = {
+    "img2img": edit.img2img,
+    "interpolate": edit.interpolate,
+    "inpaint": edit.inpaint,
+    "invert": edit.invert,
+}
+MODES = ("train", "sample", *EDITS, "show", "evaluate", "compare", "import", "export")
+# Flags that some modes need, and the others do not take.
+NEEDED = {"weights": ("import", "export"), "images": tuple(EDITS), "mask": ("inpaint",)}
+PATHS = ("config", "workdir", "weights", "images", "mask")  # flags that name files and folders
+LONG = {"sample": generate.sample, "evaluate": evaluate.evaluate}  # what a signal may end
+WRITES = {
+    "train": ("",),
+    "sample": ("samples",),
+    "evaluate": ("", "evaluation"),
+    "show": ("show",),
+    **dict.fromkeys(EDITS, ("samples",)),
+}
+DISTRIBUTED = ("train", "sample", "evaluate")  # what several processes can do together
+log = logging.getLogger(__name__)
+
+
+class Command(NamedTuple):
+    """What a command line asks for."""
+
+    mode: str
+    config: ConfigDict  # with its overrides
+    overrides: tuple  # their names
+    workdir: pathlib.Path | None
+    weights: str | None
+    workdirs: tuple = ()
+    images: tuple = ()
+    mask: str | None = None
+    processes: tuple | None = None  # what parallel.connected takes, if there are several
+
+
+def define_flags():
+    """Every flag but the overrides of the config."""
+    values = flags.FlagValues()
+    flags.DEFINE_enum("mode", "train", MODES, "what to do", flag_values=values)
+    text = "a config file, or the name of one of ours; without one, the run's own"
+    flags.DEFINE_string("config", None, text, flag_values=values)
+    text = "the run's folder; runs/<config name> by default"
+    flags.DEFINE_string("workdir", None, text, flag_values=values)
+    text = "the runs' folders, which compare shows side by side"
+    flags.DEFINE_list("workdirs", [], text, flag_values=values)
+    text = "a folder of diffusers, which import reads and export writes"
+    flags.DEFINE_string("weights", None, text, flag_values=values)
+    text = "what img2img, interpolate, inpaint and invert read: files, folders, .npz of sample"
+    flags.DEFINE_list("images", [], text, flag_values=values)
+    text = "a file of the images' size; inpaint paints where it is white"
+    flags.DEFINE_string("mask", None, text, flag_values=values)
+    text = "whether this is one of several processes; Slurm, Kubernetes or Open MPI say which"
+    flags.DEFINE_boolean("distributed", False, text, flag_values=values)
+    text = "where they do not: host:port of process 0"
+    flags.DEFINE_string("coordinator", None, text, flag_values=values)
+    text = "and the number of processes"
+    flags.DEFINE_integer("num_processes", None, text, lower_bound=1, flag_values=values)
+    text = "and the number of this one, from 0"
+    flags.DEFINE_integer("process_id", None, text, lower_bound=0, flag_values=values)
+    flags.DEFINE_boolean("helpshort", False, "explain the flags", flag_values=values)
+    flags.DEFINE_alias("help", "helpshort", flag_values=values)
+    return values
+
+
+def parse(argv):
+    """Reads the command line.
+
+    Returns:
+      A Command, or None when help was asked for.
+
+    Raises:
+      UserError: for what is not understood.
+    """
+    values = define_flags()
+    try:
+        _, *rest = values(argv, known_only=True)
+    except (flags.Error, UnicodeDecodeError) as error:  # the latter of a --flagfile
+        raise UserError(one_line(error)) from None
+    if values.helpshort:
+        print(__doc__, values.get_help(include_special_flags=False), sep="\n")
+        return None
+    if values.mode == "compare":
+        if len(set(values.workdirs)) < 2 or rest:
+            raise UserError("--workdirs: compare needs two or more, as in --workdirs=runs/a,runs/b")
+        workdirs = at_home("workdirs", values.workdirs)
+        return Command(values.mode, None, (), None, None, workdirs)
+    if not (values.config or values.workdir):
+        raise UserError("--config: is missing, as in --config=configs/digits.py")
+    for flag, modes in NEEDED.items():
+        if (values.mode in modes) != bool(values[flag].value):
+            text = "is missing; needed by" if values.mode in modes else "is only for"
+            raise UserError(f"--{flag}: {text} --mode={', '.join(modes)}")
+    processes = check_processes(values)
+    for flag in PATHS:
+        values[flag].value = at_home(flag, values[flag].value)
+    workdir = pathlib.Path(values.workdir or f"runs/{pathlib.Path(values.config).stem}")
+    if os.path.exists(workdir) and not os.path.isdir(workdir):  # no error for a long name
+        raise UserError(f"workdir={workdir}: is not a folder")
+    if values.config:
+        config = configs.named_config(values.config)
+    elif values.mode == "import":
+        config = configs.default_config()
+        config.data.name = ""  # weights do not say what they were trained on
+    else:
+        config = run_files.saved_config(workdir)
+    overrides = tuple(re.sub(r"--(no)?config\.|=.*", "", argument) for argument in rest)
+    return Command(
+        values.mode,
+        configs.with_home(override(config, rest)),
+        overrides,
+        workdir,
+        values.weights,
+        images=tuple(values.images),
+        mask=values.mask or None,
+        processes=processes,
+    )
+
+
+def at_home(flag, value):
+    """A flag's path, or list of them, with the user's home in place of ~."""
+    if isinstance(value, list):
+        return [at_home(flag, path) for path in value]
+    path = os.path.expanduser(value or "")
+    if path.startswith("~"):
+        raise UserError(f"--{flag}={value}: {configs.UNKNOWN_USER}")
+    return path
+
+
+def check_processes(values):
+    """What the flags say of other processes: (coordinator, number, this one's), or None."""
+    given = (values.coordinator, values.num_processes, values.process_id)
+    if given == (None, None, None):
+        processes = given if values.distributed else None
+    else:
+        for name in ("coordinator", "num_processes", "process_id"):
+            if values[name].value is None:
+                text = "is missing; --coordinator, --num_processes and --process_id go together"
+                raise UserError(f"--{name}: {text}")
+        if not re.fullmatch(r".+:\d+", values.coordinator):
+            raise UserError(f"--coordinator={values.coordinator}: must be host:port")
+        if values.process_id >= values.num_processes:
+            allowed = f"must be below --num_processes={values.num_processes}"
+            raise UserError(f"--process_id={values.process_id}: {allowed}")
+        processes = given
+    if processes and values.mode not in DISTRIBUTED:
+        raise UserError(f"--distributed: is only for --mode={', '.join(DISTRIBUTED)}")
+    return processes
+
+
+def override(config, arguments):
+    """Applies --config.section.field=value arguments to a config."""
+    values = flags.FlagValues()
+    argv = [sys.argv[0], *arguments]
+    fields = configs.flatten(config)
+    for argument in arguments:
+        match = re.match(r"--(?:no)?config\.([^=]+)", argument)
+        if not match:
+            raise UserError(f"{argument}: unknown argument; see --helpshort")
+        if match[1] not in fields:
+            close = difflib.get_close_matches(match[1], fields, n=1)
+            hint = f"did you mean {close[0]}?" if close else "see ddpm_jax/configs.py"
+            raise UserError(f"--config.{match[1]}: no such field; {hint}")
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        values(argv)
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(one_line(error)) from None
+    except (MemoryError, RecursionError):  # of Python's own parser
+        raise UserError("--config: a value is nested too deeply") from None
+    return values.config
+
+
+def run(argv):
+    """Does what the command line says.
+
+    Returns:
+      The exit code: 128 + the signal's number when one ended the training early.
+    """
+    command = parse(argv)
+    if command is None:
+        return 0
+    if command.mode == "compare":
+        evaluate.compare(command.workdirs)
+        return 0
+    parallel.prepare_cpu(trains=command.mode == "train")
+    if command.processes is None:
+        parallel.use_cpu_cores(*configs.batch_sizes(command.config, command.mode).values())
+        processes = nullcontext()
+    else:
+        processes = parallel.connected(*command.processes)
+    with processes:
+        parallel.check_devices()
+        if not parallel.is_first():
+            logging.getLogger("ddpm_jax").setLevel(logging.ERROR)
+        return act(command, argv)
+
+
+def act(command, argv):
+    """Does what a command says; returns the exit code."""
+    mode, config, workdir, weights = command.mode, command.config, command.workdir, command.weights
+    if mode == "import":  # checks the config when the weights have said their part of it
+        interop.import_run(config, weights, workdir, command.overrides)
+        return 0
+    configs.check(config, mode)
+    for name in WRITES.get(mode, ()):
+        run_files.check_writable(workdir / name)
+    if mode == "train":
+        caught = train.train(config, workdir)
+        if caught:
+            log.info("stopped; to go on, run again: %s", again(argv))
+            return 128 + caught
+        log.info("done: %s", workdir)
+    else:
+        if mode != "show" or run_files.load_config(workdir) is not None:
+            configs.check_same_run(run_files.saved_config(workdir), config, workdir, "use")
+        if mode in LONG:
+            with signals.catch() if command.processes else nullcontext(signals.never) as stop:
+                LONG[mode](config, workdir, stop)
+        elif mode == "show":
+            show.show(config, workdir)
+        elif mode in EDITS:
+            masks = () if command.mask is None else (command.mask,)
+            EDITS[mode](config, workdir, command.images, *masks)
+        else:
+            interop.export_run(config, workdir, weights)
+    return 0
+
+
+def again(argv):
+    """The command that runs the same again."""
+    start = ["python"] if argv[0].endswith(".py") else []
+    return shlex.join([*start, *argv])
+
+
+def main():
+    """Runs, and turns what a user got wrong into one line and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    for name in ("absl", "asyncio"):  # Orbax logs, at length, what it raises
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger("ddpm_jax").setLevel(logging.INFO)
+    try:
+        with logging_redirect_tqdm():
+            code = run(sys.argv)
+            sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {printable(error)}", file=sys.stderr)
+        code = 2
+    except signals.Stopped as error:
+        print(f"{error}; what was finished is kept, the same command goes on", file=sys.stderr)
+        code = 128 + error.number
+    except BrokenPipeError:  # nobody reads on, as of `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    except OSError as error:
+        if not (is_disk_full(error) or error.filename):  # a path that the user has named
+            raise
+        print(f"error: {printable(error)}", file=sys.stderr)
+        code = 2
+    except jax.errors.JaxRuntimeError as error:
+        if not (text := parallel.explanation(error)):
+            raise
+        print(f"error: {text} ({one_line(error)[:200]})", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was lost, the same command starts again", file=sys.stderr)
+        code = 130
+    else:
+        sys.exit(code)
+    parallel.leave(code)
+
+
+if __name__ == "__main__":
+    main()
