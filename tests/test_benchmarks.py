@@ -1,11 +1,14 @@
 """`python -m benchmarks` runs, beside its peers; no test looks at a time."""
 
+import csv
 import importlib.util
 import subprocess
 import sys
 
 import pytest
 from programs import ROOT
+
+from benchmarks import chart
 
 
 @pytest.mark.parity
@@ -23,3 +26,19 @@ def test_smoke():
         assert all(float(rate.split()[0].replace(",", "")) > 0 for rate in row[1 : len(peers) + 2])
     assert float(rows[5][1].split()[0].replace(",", "")) > 0  # devices are of ours alone
     assert "input pipeline" in done.stdout
+
+
+def test_chart(tmp_path):
+    """It draws docs/speed.csv, in which the ratios are those of the rates."""
+    path = ROOT / "docs" / "speed.csv"
+    cells = chart.read(path)
+    assert len(cells) == 28 and all(cell.keys() == chart.MARKERS.keys() for cell in cells.values())
+    with path.open(newline="") as file:
+        stated = [row for row in csv.DictReader(file) if row["ours_over_fastest"]]
+    assert len(stated) == 28
+    for row in stated:
+        rates = cells[row["network"], row["task"], int(row["batch"])]
+        fastest = max(median for name, (median, *_) in rates.items() if name != chart.OURS)
+        ratio = rates[chart.OURS][0] / fastest
+        assert ratio == pytest.approx(float(row["ours_over_fastest"]), abs=0.011)
+    chart.draw(cells).savefig(tmp_path / "speed.png")

@@ -409,7 +409,7 @@ def test_averages_that_have_hardly_moved(config, caplog):
     assert "still 99 % the initial ones" in caplog.text
 
 
-# What the README's table says, a little of it.
+# What the table in docs/reliability.md says, a little of it.
 
 
 @slow

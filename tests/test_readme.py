@@ -1,47 +1,170 @@
-"""What the README names exists."""
+"""What README, CONTRIBUTING and docs name exists, and their commands are understood."""
 
+import itertools
 import pathlib
 import re
+import shlex
 
+import pytest
 import references
 
-from ddpm_jax import configs
+from ddpm_jax import cli, configs
+from ddpm_jax import workdir as run_files
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TEXT = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text() for page in PAGES)
+FILES = ("json", "py")  # endings that follow a dot as fields do
+FIELDS = configs.flatten(configs.default_config())
+
+
+def test_readme_is_short():
+    content = (ROOT / "README.md").read_bytes()
+    assert content.count(b"\n") <= 200 and len(content) <= 12_000
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "TOUR.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """Links and pictures, which are relative to the page; and the headings that links name."""
+    text = page.read_text()
+    named = {*re.findall(r"\]\(([^):]+)\)", text), *re.findall(r'src="([^":]+)"', text)}
+    for target in named:
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file.read_text()), target
+
+
+def anchors(text):
+    """The ids that GitHub and mkdocs give to a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
 def test_paths_exist():
-    """Links, pictures, configs, requirements files, and paths in code spans."""
-    named = {*re.findall(r"\]\(([^)#:]+)\)", TEXT), *re.findall(r'src="([^":]+)"', TEXT)}
-    named |= {*re.findall(r"(?:configs|ddpm_jax|tests|benchmarks)/[\w/.]*\.\w+", TEXT)}
-    named |= {*re.findall(r"requirements[\w-]*\.txt", TEXT)}
-    assert len(named) > 15
-    missing = [path for path in named if not (ROOT / path).exists()]
-    assert not missing
+    """Paths of the repository in text and code, relative to its root."""
+    folders = r"(?<![\w/])(?:configs|ddpm_jax|tests|benchmarks|docs)/[\w/.-]*\.\w+"
+    named = {*re.findall(folders, TEXT), *re.findall(r"requirements[\w-]*\.txt", TEXT)}
+    assert len(named) > 40
+    assert not [path for path in named if not (ROOT / path).exists()]
 
 
 def test_functions_and_fields_exist():
     """`module.function` of the package's modules, and `section.field` of a config."""
-    fields = configs.flatten(configs.default_config())
-    found = 0
-    for module, name in re.findall(r"`(\w+)\.(\w+)`", TEXT):
+    functions = fields = 0
+    sections = {name.partition(".")[0] for name in FIELDS if "." in name}
+    for module, name in re.findall(r"`(\w+)\.(\w+)[=`]", TEXT):
         path = ROOT / "ddpm_jax" / f"{module}.py"
-        if path.exists() and name not in ("py", "json") and f"{module}.{name}" not in fields:
-            found += 1
+        if f"{module}.{name}" in FIELDS:
+            fields += 1
+        elif path.exists() and name not in FILES:
+            functions += 1
             assert re.search(rf"^(def|class) {name}\b|^{name} =", path.read_text(), re.M), name
-    assert found > 10
+        else:
+            assert module not in sections or name in FILES, f"{module}.{name}"
+    assert functions > 20 and fields > 20
+    overrides = {*re.findall(r"--(?:no)?config\.(\w+\.\w+)", TEXT)} - {"section.field"}
+    assert len(overrides) > 20 and not overrides - FIELDS.keys()
 
 
-def test_configs_and_rooms_are_listed():
-    """Every config and every module is named in the README."""
+def test_tables_of_fields():
+    """The first column of a table of a section's fields."""
+    tables = re.findall(r"^\| field of `--config\.(\w+)` \|.*\n((?:\|.*\n)+)", TEXT, re.M)
+    assert {section for section, _ in tables} == {"sample", "evaluate"}
+    for section, rows in tables:
+        names = {*re.findall(r"`(\w+)`", " ".join(row.split("|")[1] for row in rows.splitlines()))}
+        assert len(names) > 5 and not {f"{section}.{name}" for name in names} - FIELDS.keys()
+
+
+def test_names_in_the_source_exist():
+    """CONTRIBUTING's `name` in `path`: where something has to be added."""
+    text = (ROOT / "CONTRIBUTING.md").read_text().replace("\n", " ")
+    pairs = re.findall(r"`(\w+)` (?:in|of) +`([\w/]+\.py)`", text)
+    assert len(pairs) > 5
+    for name, path in pairs:
+        assert re.search(rf"^(def|class) {name}\b|^{name} =", (ROOT / path).read_text(), re.M), name
+
+
+def test_configs_and_modules_are_listed():
+    """Every config and every module is on the page about the code; and in the API reference."""
+    code, api = ((ROOT / "docs" / name).read_text() for name in ("code.md", "api.md"))
     for path in [*(ROOT / "configs").glob("*.py"), *(ROOT / "ddpm_jax").glob("[a-z]*.py")]:
-        assert path.name in TEXT, path.name
+        assert path.name in code, path.name
+    for path in (ROOT / "ddpm_jax").rglob("[a-z]*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        assert f"::: {name}\n" in api, name
+
+
+def test_pages_are_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    readme = (ROOT / "README.md").read_text()
+    for page in PAGES[2:]:
+        assert f"{page.name}\n" in navigation, page.name
+        assert f"docs/{page.name}" in readme or page.name == "index.md", page.name
 
 
 def test_the_table_of_references_is_shown():
     """Each row's quantity, source and reference; what we get may differ in its last digits."""
-    shown = [line.split(" | ")[:3] for line in TEXT.splitlines() if line.count(" | ") == 4]
+    text = (ROOT / "docs" / "fidelity.md").read_text()
+    shown = [line.split(" | ")[:3] for line in text.splitlines() if line.count(" | ") == 4]
     for row in references.table():
         cells = [f"| {row.quantity}", row.source, references.shown(row.reference)]
         assert cells in shown, row.quantity
+    assert f"[{len(references.table())} rows](docs/fidelity.md)" in TEXT
+
+
+def commands():
+    """Every command of the pages as a list of words, each once; those with … are abbreviated."""
+    text = TEXT.replace("\\\n", " ")
+    lines = re.findall(r"^    (?:srun )?((?:python|pip) .*)$", text, re.M)
+    lines += re.findall(r"`((?:python|pip) [^`\n]+)`", text)
+    parts = [part for line in lines for part in line.split(" && ") if "…" not in part]
+    split = (shlex.split(part, comments=True) for part in parts if not part.startswith("mkdocs"))
+    return [*map(list, dict.fromkeys(map(tuple, split)))]
+
+
+COMMANDS = commands()
+
+
+def test_there_are_commands_of_every_mode():
+    modes = {word[7:] for command in COMMANDS for word in command if word.startswith("--mode=")}
+    assert modes == {*cli.MODES} - {"train"}
+    assert len(COMMANDS) > 50
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_command(command, tmp_path, monkeypatch):
+    """main.py's flags are read and checked; of other programs, the files and flags exist."""
+    program, *words = command
+    if program == "pip":
+        files = [file for flag, file in itertools.pairwise(words) if flag == "-r"]
+        assert files and all((ROOT / file).is_file() for file in files)
+    elif words[0] == "main.py":
+        parse(words, tmp_path, monkeypatch)
+    else:
+        flag, module, *rest = words
+        assert flag == "-m"
+        if module == "pytest":
+            files = [word for word in rest if word.startswith("tests")]
+            markers = {*re.findall(r"\w+", " ".join(set(rest) - {*files, "-m"}))}
+            assert all((ROOT / file).exists() for file in files)
+            assert markers <= {"parity", "slow", "or", "not"}
+        else:
+            path = ROOT / module.replace(".", "/")
+            path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+            for name in re.findall(r"--(\w+)", " ".join(rest)):
+                assert re.search(rf'"(--)?{name}"', path.read_text()), name
+
+
+def parse(words, tmp_path, monkeypatch):
+    """Reads and checks a command as main.py would, beside runs of the names that it mentions."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    given = dict(word.removeprefix("--").split("=", 1) for word in words[1:] if "=" in word)
+    if "config" not in given and "workdir" in given:
+        name = pathlib.Path(given["workdir"]).name
+        paths = [*(ROOT / "configs").rglob(f"{name}.py"), ROOT / "configs" / "cifar10.py"]
+        run_files.save_config(configs.named_config(paths[0]), given["workdir"])
+    command = cli.parse(words)
+    if command.config is not None:
+        configs.check(command.config, command.mode)

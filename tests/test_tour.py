@@ -33,7 +33,9 @@ def test_all_its_pictures(tmp_path, monkeypatch):
     drawn = {path.name for path in (tmp_path / "tour").iterdir()}
     assert drawn == {pathlib.Path(p).name for p in re.findall(r'src="(.*?)"', TEXT)}
     for name in drawn:
-        ours, shown = (imageio.imread(p / "tour" / name) for p in (tmp_path, ROOT / "assets"))
+        ours, shown = (
+            imageio.imread(p / "tour" / name) for p in (tmp_path, ROOT / "docs" / "assets")
+        )
         assert ours.shape == shown.shape
 
 

@@ -17,7 +17,7 @@ one, not dropped. The tutorial keeps all 200 states of every image on the host; 
 are shown. The cosine schedule is Nichol and Dhariwal's; the tutorial credits it to the DDPM paper:
 --config.diffusion.schedule=cosine.
 
-Lower losses in three epochs (measured in the README), by smaller batches, a decay of the learning
+Lower losses in three epochs (see docs/tutorials.md), by smaller batches, a decay of the learning
 rate, and a larger network, of 3.2 M parameters and 0.63 GMAC: --config.train.num_epochs=3
 --config.train.batch_size=16 --config.train.eval_every=3750 --config.train.sample_every=3750
 --config.optim.decay=cosine --config.model.channels=64 "--config.model.channel_mults=(1,1,2)"

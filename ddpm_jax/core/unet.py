@@ -204,8 +204,7 @@ class UNet(Network):
     """ε_θ(x_t, t), or whatever else of x_t the network is trained to predict.
 
     Attributes:
-      learned_variance: whether it predicts a log variance, too.
-      (the others are Network's)
+      learned_variance: whether it also predicts a log variance; the others are Network's.
     """
 
     learned_variance: bool = False
