@@ -18,6 +18,9 @@ from ddpm_jax.files import workdir as run_files
 from ddpm_jax.runs import generate, interop
 from ddpm_jax.runs import train as training
 
+# Of the section `sample` of a config, what `sample` takes.
+OPTIONS = ("seed label guidance classifier sampler num_steps spacing eta batch_size").split()
+
 
 class Run(NamedTuple):
     """A trained network, and how it was trained."""
@@ -113,8 +116,8 @@ def sample(run: Run | str | os.PathLike, num_samples: int, **options) -> np.ndar
     Args:
       run: from `load`, or what that takes.
       num_samples: N.
-      **options: fields of the config's section `sample`: seed, label (a class, by name or number),
-        guidance, sampler, num_steps, spacing, eta, classifier, batch_size, ….
+      **options: OPTIONS, the fields of the config's section `sample` that they are named after; a
+        label is a class, by name or number.
 
     Returns:
       uint8 [N, H, W, C]; image i depends on the seed and i only, up to rounding.
@@ -127,14 +130,11 @@ def sample(run: Run | str | os.PathLike, num_samples: int, **options) -> np.ndar
     config, devices = run.config.copy_and_resolve_references(), jax.device_count()
     options.setdefault("batch_size", min(config.sample.batch_size, -(-num_samples // devices)))
     options["batch_size"] = -(-options["batch_size"] // devices) * devices
-    known = configs.flatten(config)
     for name, value in (options | {"num_samples": num_samples}).items():
-        field = f"sample.{name}"
-        if field not in known:
-            names = (n.removeprefix("sample.") for n in known if n.startswith("sample."))
-            raise UserError(f"{name}={value!r}: no such option; choose from {', '.join(names)}")
+        if name not in (*OPTIONS, "num_samples"):
+            raise UserError(f"{name}={value!r}: no such option; choose from {', '.join(OPTIONS)}")
         value = str(value) if name in ("label", "classifier") else value
-        configs.check_kind(field, value, type(known[field]))
+        configs.check_kind(f"sample.{name}", value, type(config.sample[name]))
         config.sample[name] = value
     configs.check(config, "sample")
     seed = config.sample.seed

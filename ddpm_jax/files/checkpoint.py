@@ -142,7 +142,8 @@ def restore_params(config, workdir):
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=here), params)
     name = "ema_params" if config.sample.use_ema and step > 0 else "params"
     # Orbax would say so at length, from several threads.
-    stored = ocp.StandardCheckpointer().metadata(_folder(workdir) / str(step) / name)
+    with _quiet():
+        stored = ocp.StandardCheckpointer().metadata(_folder(workdir) / str(step) / name)
     there, wanted = (
         jax.tree.map(lambda array: array.shape, tree)
         for tree in (stored.item_metadata.tree, params)
@@ -152,6 +153,18 @@ def restore_params(config, workdir):
         raise UserError(f"workdir={workdir}: {text}")
     with ocp.CheckpointManager(_folder(workdir), item_names=ITEMS) as manager:
         return step, _restore(manager, step, {name: params})[name]
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without Orbax's warning of a file that only its other checkpointers write."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _folder(workdir):

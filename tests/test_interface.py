@@ -1,0 +1,161 @@
+"""The Python interface: the same results, and the same errors, as the command line."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from references import FIXTURES
+from sklearn.datasets import load_digits
+
+import ddpm_jax
+from ddpm_jax import cli, configs
+from ddpm_jax.core import diffusion, sampling
+from ddpm_jax.files import checkpoint
+from ddpm_jax.files import workdir as run_files
+
+
+def arrays(count=40):
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[:count, ..., None]
+    return images, digits.target[:count]
+
+
+@pytest.fixture
+def run(config, tmp_path):
+    """A conditional run of four steps on a user's own arrays."""
+    config.train.checkpoint_every = 2
+    config.optim.decay = "constant"
+    return ddpm_jax.train(config, tmp_path / "run", *arrays())
+
+
+def test_train_load_and_sample(run, tmp_path):
+    """The files are those of the command line, which samples the same images."""
+    assert run.step == 4 and run.label_names == tuple("0123456789")
+    options = dict(label=7, guidance=2.0, sampler="ddim", num_steps=5, seed=3)
+    images = run.sample(6, **options)
+    assert (images.shape, images.dtype) == ((6, 8, 8, 1), np.uint8)
+    again = ddpm_jax.load(tmp_path / "run")
+    assert again.config.data.image_size == (8, 8) and again.config.data.num_classes == 10
+    np.testing.assert_array_equal(again.sample(6, **options), images)
+    np.testing.assert_array_equal(ddpm_jax.sample(tmp_path / "run", 6, **options), images)
+    assert (run.sample(6, **options | {"seed": 4}) != images).any()
+    fields = options | {"num_samples": 6, "batch_size": 4}
+    flags = [f"--config.sample.{name}={value}" for name, value in fields.items()]
+    cli.run(["main.py", "--mode=sample", f"--workdir={tmp_path / 'run'}", *flags])
+    (path,) = (tmp_path / "run" / "samples").glob("sample_*.npz")
+    difference = np.abs(np.load(path)["images"].astype(int) - images)
+    assert difference.max() <= 1  # of rounding, in batches of another size
+
+
+def test_a_sampler_of_ones_own(run):
+    """By `predict`: the exact images of ours."""
+    schedule = configs.make_schedule(run.config)
+    keys = sampling.image_keys(0, jnp.arange(4))
+    labels = jnp.full(4, 7)
+    x = sampling.prior(keys, 20, (8, 8, 1))
+
+    @jax.jit
+    def step(x, t):
+        x0, log_variance = run.predict(x, t, labels)
+        mean, _ = diffusion.q_posterior(schedule, x0, x, jnp.full(4, t))
+        eps = sampling.noise(keys, t, (8, 8, 1))
+        return mean + jnp.where(t > 0, jnp.exp(0.5 * log_variance), 0) * eps
+
+    for t in range(19, -1, -1):
+        x = step(x, t)
+    ours = run.sample(4, label=7)
+    assert np.abs(np.round((np.clip(x, -1, 1) + 1) * 127.5) - ours.astype(int)).max() <= 1
+    x0, _ = run.predict(x, 3)
+    assert (x0 != run.predict(x, 3, labels)[0]).any()  # of no class, and of class 7
+
+
+def test_arrays_are_data_like_any_other(run, config, tmp_path):
+    """Training goes on bit for bit; on other arrays it does not."""
+    images, labels = arrays()
+    half = config.copy_and_resolve_references()
+    half.train.num_steps = 2
+    ddpm_jax.train(half, tmp_path / "parts", images, labels)
+    parts = ddpm_jax.train(config, tmp_path / "parts", images, labels)
+    jax.tree.map(np.testing.assert_array_equal, run.params, parts.params)
+    config.train.num_steps = 6
+    images[3, 2, 2] ^= 1
+    with pytest.raises(ddpm_jax.UserError, match="was trained on other data"):
+        ddpm_jax.train(config, tmp_path / "parts", images, labels)
+    with pytest.raises(ddpm_jax.UserError, match=r"data\.name='arrays': .*ddpm_jax\.train again"):
+        cli.run(["main.py", f"--workdir={tmp_path / 'parts'}", "--config.train.num_steps=6"])
+
+
+def test_weights_of_diffusers_need_no_copy(tmp_path):
+    before = {path for path in pathlib.Path(FIXTURES).rglob("*")}
+    run = ddpm_jax.load(FIXTURES)
+    assert run.step == 0 and run.label_names == ()
+    images = run.sample(2, num_steps=3, batch_size=4)
+    cli.run(["main.py", "--mode=import", f"--weights={FIXTURES}", f"--workdir={tmp_path / 'run'}"])
+    imported = ddpm_jax.load(tmp_path / "run").sample(2, num_steps=3, batch_size=4)
+    np.testing.assert_array_equal(images, imported)
+    assert {path for path in pathlib.Path(FIXTURES).rglob("*")} == before
+
+
+def test_raw_and_averaged_parameters(run, tmp_path):
+    raw = ddpm_jax.load(tmp_path / "run", use_ema=False)
+    leaves = zip(jax.tree.leaves(raw.params), jax.tree.leaves(run.params), strict=True)
+    assert any((a != b).any() for a, b in leaves)
+
+
+def test_config():
+    assert ddpm_jax.config().data.name == "cifar10"
+    config = ddpm_jax.config("tutorials/mnist32_t200")
+    assert config.diffusion.num_timesteps == 200
+    with pytest.raises(AttributeError):
+        config.train.num_step = 3
+
+
+ERRORS = {
+    "labl=7": lambda run: run.sample(2, labl=7),
+    "sample.label='x': choose from 0, 1": lambda run: run.sample(2, label="x"),
+    "sample.num_steps=2.5: must be a whole": lambda run: run.sample(2, num_steps=2.5),
+    "sample.num_steps=21: must be from 1": lambda run: run.sample(2, num_steps=21),
+    "sample.num_samples=0": lambda run: run.sample(0),
+    "x_t: has shape": lambda run: run.predict(jnp.zeros((2, 8, 8, 3)), 1),
+    "holds no run": lambda run: ddpm_jax.load("nowhere"),
+    "--config=nothing: no such file": lambda run: ddpm_jax.config("nothing"),
+    "images: float64": lambda run: ddpm_jax.train(run.config, "x", np.zeros((2, 8, 8, 1))),
+    "images: uint8 [2, 8, 8]": lambda run: ddpm_jax.train(run.config, "x", arrays(2)[0][..., 0]),
+    "labels: int64 [3], not 2": lambda run: ddpm_jax.train(
+        run.config, "x", arrays(2)[0], arrays(3)[1]
+    ),
+}
+
+
+def test_errors_are_one_line(run, tmp_path, monkeypatch):
+    """And nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    for text, call in ERRORS.items():
+        with pytest.raises(ValueError) as error:
+            call(run)
+        assert text in str(error.value) and "\n" not in str(error.value)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_signal_is_an_interruption(config, tmp_path, monkeypatch):
+    """As in a notebook; what was trained is saved."""
+    import signal
+
+    from ddpm_jax.runs import train
+
+    updates = train.updates
+
+    def with_signal(*args):
+        for number, update in enumerate(updates(*args)):
+            if number == 3:
+                signal.raise_signal(signal.SIGINT)
+            yield update
+
+    monkeypatch.setattr(train, "updates", with_signal)
+    with pytest.raises(KeyboardInterrupt):
+        ddpm_jax.train(config, tmp_path)
+    assert checkpoint.latest_step(tmp_path) == 3
+    assert run_files.load_config(tmp_path).data.name == "digits"
