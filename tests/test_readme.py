@@ -9,12 +9,13 @@ import pytest
 import references
 
 from ddpm_jax import cli, configs
-from ddpm_jax import workdir as run_files
+from ddpm_jax.files import workdir as run_files
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = "\n".join(page.read_text() for page in PAGES)
 FILES = ("json", "py")  # endings that follow a dot as fields do
+MODULES = {path.stem: path for path in (ROOT / "ddpm_jax").rglob("[a-z]*.py")}
 FIELDS = configs.flatten(configs.default_config())
 
 
@@ -54,10 +55,10 @@ def test_functions_and_fields_exist():
     functions = fields = 0
     sections = {name.partition(".")[0] for name in FIELDS if "." in name}
     for module, name in re.findall(r"`(\w+)\.(\w+)[=`]", TEXT):
-        path = ROOT / "ddpm_jax" / f"{module}.py"
+        path = MODULES.get(module)
         if f"{module}.{name}" in FIELDS:
             fields += 1
-        elif path.exists() and name not in FILES:
+        elif path and name not in FILES:
             functions += 1
             assert re.search(rf"^(def|class) {name}\b|^{name} =", path.read_text(), re.M), name
         else:
@@ -88,9 +89,9 @@ def test_names_in_the_source_exist():
 def test_configs_and_modules_are_listed():
     """Every config and every module is on the page about the code; and in the API reference."""
     code, api = ((ROOT / "docs" / name).read_text() for name in ("code.md", "api.md"))
-    for path in [*(ROOT / "configs").glob("*.py"), *(ROOT / "ddpm_jax").glob("[a-z]*.py")]:
-        assert path.name in code, path.name
-    for path in (ROOT / "ddpm_jax").rglob("[a-z]*.py"):
+    for path in [*(ROOT / "configs").glob("*.py"), *MODULES.values()]:
+        assert path.name in code or path.parent.name == "metrics", path.name
+    for path in MODULES.values():
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         assert f"::: {name}\n" in api, name
 
@@ -116,7 +117,7 @@ def test_the_table_of_references_is_shown():
 def commands():
     """Every command of the pages as a list of words, each once; those with … are abbreviated."""
     text = TEXT.replace("\\\n", " ")
-    lines = re.findall(r"^    (?:srun )?((?:python|pip) .*)$", text, re.M)
+    lines = re.findall(r"^    (?:srun )?((?:python|pip|ddpm_jax) .*)$", text, re.M)
     lines += re.findall(r"`((?:python|pip) [^`\n]+)`", text)
     parts = [part for line in lines for part in line.split(" && ") if "…" not in part]
     split = (shlex.split(part, comments=True) for part in parts if not part.startswith("mkdocs"))
@@ -138,7 +139,10 @@ def test_command(command, tmp_path, monkeypatch):
     program, *words = command
     if program == "pip":
         files = [file for flag, file in itertools.pairwise(words) if flag == "-r"]
-        assert files and all((ROOT / file).is_file() for file in files)
+        here = words[-1] == "." or words[-1].startswith(".[")
+        assert (files or here) and all((ROOT / file).is_file() for file in files)
+    elif program == "ddpm_jax":
+        parse(command, tmp_path, monkeypatch)
     elif words[0] == "main.py":
         parse(words, tmp_path, monkeypatch)
     else:

@@ -23,10 +23,10 @@ import numpy as np
 
 from ddpm_jax import configs
 from ddpm_jax.core import diffusion, sampling
-from ddpm_jax.files import image_files, images
-from ddpm_jax.runs import generate
-from ddpm_jax.files import workdir as run_files
 from ddpm_jax.errors import UserError, one_line, printable
+from ddpm_jax.files import image_files, images
+from ddpm_jax.files import workdir as run_files
+from ddpm_jax.runs import generate
 
 log = logging.getLogger(__name__)
 

@@ -19,12 +19,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ddpm_jax import configs, parallel, signals
-from ddpm_jax.core import diffusion, likelihood, sampling, schedules, unet
-from ddpm_jax.files import checkpoint, data, images
-from ddpm_jax.runs import generate
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.core import diffusion, likelihood, sampling, unet
 from ddpm_jax.errors import UserError
+from ddpm_jax.files import checkpoint, data, images
+from ddpm_jax.files import workdir as run_files
 from ddpm_jax.metrics import distances, features, inception
+from ddpm_jax.runs import generate
 
 log = logging.getLogger(__name__)
 

@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import cpu
-from ddpm_jax import configs, parallel, progress, signals
+from ddpm_jax import configs, cpu, parallel, progress, signals
 from ddpm_jax.core import diffusion, likelihood, sampling, schedules, unet
+from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, images
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 

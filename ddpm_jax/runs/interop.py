@@ -24,9 +24,9 @@ from flax import traverse_util
 
 from ddpm_jax import configs
 from ddpm_jax.core import schedules, unet
+from ddpm_jax.errors import UserError, one_line
 from ddpm_jax.files import checkpoint
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 

@@ -21,11 +21,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ddpm_jax import configs
-from ddpm_jax.core import diffusion, sampling, schedules
-from ddpm_jax.files import checkpoint, data, images
-from ddpm_jax.runs import generate
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.core import diffusion, sampling
 from ddpm_jax.errors import UserError
+from ddpm_jax.files import checkpoint, data, images
+from ddpm_jax.files import workdir as run_files
+from ddpm_jax.runs import generate
 
 log = logging.getLogger(__name__)
 

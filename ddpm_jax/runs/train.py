@@ -15,14 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ddpm_jax import cpu
-from ddpm_jax import configs, parallel, progress, signals
-from ddpm_jax.core import diffusion, likelihood, schedules, unet
+from ddpm_jax import configs, cpu, parallel, progress, signals
+from ddpm_jax.core import diffusion, likelihood, unet
+from ddpm_jax.errors import UserError, one_line, printable
 from ddpm_jax.files import checkpoint, data, images
+from ddpm_jax.files import workdir as run_files
 from ddpm_jax.runs import generate
 from ddpm_jax.runs import state as states
-from ddpm_jax.files import workdir as run_files
-from ddpm_jax.errors import UserError, one_line, printable
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""What the commands do: train, sample, edit, evaluate, show, import and export."""
