@@ -137,6 +137,12 @@ def test_compare(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "after 2 steps | 1.00000, 3.00000 |  |" in text
     assert "after 4 steps |  | 1.00000, 3.00000 |" in text
+    code = [{**progressive[0], "rmse": None}]  # what was not finite
+    other = {"fid": None, "kid": 0.5, "kid_error": None, "progressive": code}
+    (tmp_path / "b" / "evaluation.json").write_text(json.dumps(other))
+    evaluate.compare([tmp_path / "b"])
+    text = capsys.readouterr().out
+    assert "| fid | nan |" in text and "| kid | 0.5 |" in text and "| 1.00000, nan |" in text
     (tmp_path / "b" / "evaluation.json").write_text("{")
     with pytest.raises(UserError, match=r"evaluation\.json: not valid JSON"):
         evaluate.compare([tmp_path / "a", tmp_path / "b"])

@@ -1,6 +1,5 @@
 """What goes wrong while a run lasts: damaged files, full disks, numbers that are not finite."""
 
-import contextlib
 import json
 import logging
 import os
@@ -16,14 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from programs import DIGITS, ROOT, TINY, finish, start
-from tensorboard.backend.event_processing import event_accumulator
 
 from ddpm_jax import cli
 from ddpm_jax.core import diffusion
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, data
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.runs import generate, show, train
+from ddpm_jax.runs import generate, interop, train
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -76,11 +74,19 @@ def flip(folder):
     path.write_bytes(content)
 
 
+def unlist(folder):
+    """A file is missing that sha256.json does not name, as after a save that was not finished."""
+    digests = json.loads((folder / "sha256.json").read_text())
+    del digests["ema_params/manifest.ocdbt"]
+    (folder / "sha256.json").write_text(json.dumps(digests))
+    (folder / "ema_params" / "manifest.ocdbt").unlink()
+
+
 slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "damage", [pytest.param(truncate, marks=slow), pytest.param(delete, marks=slow), flip]
+    "damage", [*(pytest.param(d, marks=slow) for d in (truncate, delete, unlist)), flip]
 )
 def test_a_damaged_checkpoint_is_passed_over(config, run, caplog, damage):
     """And the steps since the one before it are done again, to the same end, bit for bit."""
@@ -104,41 +110,18 @@ def test_a_damaged_checkpoint_is_passed_over(config, run, caplog, damage):
     assert [line["step"] for line in lines(run) if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("missing", ["manifest.ocdbt", "_METADATA", "d"])
-def test_a_checkpoint_that_cannot_be_read_is_not_whole(config, run, caplog, missing):
-    """Though its digests, of the files that were written, are right."""
-    item = run / "checkpoints" / "4" / "ema_params"
-    remove = shutil.rmtree if missing == "d" else os.remove
-    remove(item / missing)
-    digests = run / "checkpoints" / "4" / checkpoint.DIGESTS
-    written = json.loads(digests.read_text())
-    left = {name: d for name, d in written.items() if (digests.parent / name).exists()}
-    assert len(left) < len(written)
-    digests.write_text(json.dumps(left))
-    assert params_of(config, run)[0] == 2
-    assert f"the checkpoint of step 4 is damaged: ema_params/{missing} is missing" in caplog.text
-
-
-def test_characters_of_patterns_in_a_path(config, run, tmp_path):
-    """Train, go on and sample as anywhere else; and a run that has been moved there goes on."""
-    _, expected = params_of(config, run)
-    moved = pathlib.Path(shutil.copytree(run, tmp_path / "moved [1]"))
-    shutil.rmtree(moved / "checkpoints" / "4")
-    odd = tmp_path / "lr[1e-4] what?*" / "run"
-    config.train.num_steps = 2
-    train.train(config, odd)
-    config.train.num_steps = 4
-    for folder in (odd, moved):
-        train.train(config, folder)
-        step, params = params_of(config, folder)
-        assert step == 4
-        jax.tree.map(np.testing.assert_array_equal, params, expected)
-    generate.sample(config, odd)
-    assert len(list((odd / "samples").glob("*.npz"))) == 1
-    next((odd / "checkpoints" / "4" / "ema_params").glob("*/.zarray")).unlink()
-    digests = odd / "checkpoints" / "4" / checkpoint.DIGESTS
-    digests.write_text("{}")
-    assert params_of(config, odd)[0] == 2
+@pytest.mark.parametrize("needed", ["_METADATA", "manifest.ocdbt", "d"])
+@pytest.mark.parametrize("item", ["params", "ema_params", "opt_state"])
+def test_what_orbax_needs_counts_as_damage_where_no_digest_tells(run, caplog, item, needed):
+    """The runs of older versions have none."""
+    for step in (run / "checkpoints").iterdir():
+        (step / "sha256.json").unlink()
+    folder = run / "checkpoints"
+    assert checkpoint._newest_whole(folder) == 4
+    path = folder / "4" / item / needed
+    path.rename(run / needed)
+    assert checkpoint._newest_whole(folder) == 2
+    assert f"the checkpoint of step 4 is damaged: {item}/{needed} is missing" in caplog.text
 
 
 def test_only_damaged_checkpoints(config, run):
@@ -183,35 +166,51 @@ def params_of_step(config, run, name):
     return params_of(config, other)
 
 
-def test_numbers_that_json_does_not_have(config, run, tmp_path):
-    """A loss of NaN is null in the file, and NaN again when it is read; older files have NaN."""
-    with contextlib.closing(run_files.Metrics(run, 4)) as metrics:
-        metrics.write(5, eval_loss=float("nan"), skipped=1)
-        metrics.write(6, loss=float("-inf"), skipped=0)
-    text = (run / "metrics.jsonl").read_text()
-    assert text.endswith(
-        '{"step": 5, "eval_loss": null, "skipped": 1}\n{"step": 6, "loss": null, "skipped": 0}\n'
-    )
-    (run / "metrics.jsonl").write_text(text + '{"step": 7, "loss": NaN, "skipped": 0}\n')
-    five, six, seven = run_files.read_metrics(run)[-3:]
-    assert np.isnan([five["eval_loss"], six["loss"], seven["loss"]]).all() and five["skipped"] == 1
-    show.draw_losses(tmp_path / "losses.png", run_files.read_metrics(run))
-    assert run_files.to_json({"a": [1.5, (float("inf"),)], "b": {"c": None}}) == (
-        '{"a": [1.5, [null]], "b": {"c": null}}'
-    )
+# Paths that libraries misread.
 
 
-def test_tensorboard_reads_the_same_numbers(config, tmp_path):
-    """And after a run has gone on from step 2, not those of the steps that were lost."""
-    for first, last, factor in ((0, 4, 1.0), (2, 3, 10.0)):
-        with contextlib.closing(run_files.Metrics(tmp_path, first)) as metrics:
-            for step in range(first + 1, last + 1):
-                metrics.write(step, loss=factor * step)
-    reader = event_accumulator.EventAccumulator(str(tmp_path))
-    reader.Reload()
-    found = [(event.step, event.value) for event in reader.Scalars("loss")]
-    assert found == [(1, 1.0), (2, 2.0), (3, 30.0)]
-    assert [(x["step"], x["loss"]) for x in lines(tmp_path)] == found
+STRANGE = "lr[1e-4] *?#%20 {ö}"
+
+
+def test_a_path_with_brackets_is_no_pattern(config, run, tmp_path):
+    """One run that has stopped on the way, and one that was moved there: the same in the end."""
+    path = tmp_path / "[2026] project" / STRANGE
+    config.train.num_steps = 2
+    train.train(config, path)
+    (path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir()  # of a process that was killed
+    moved = run.rename(tmp_path / "moved [1]")
+    config.train.num_steps = 5
+    for workdir in (path, moved):
+        train.train(config, workdir)
+    assert {p.name for p in (path / "checkpoints").iterdir()} == {"2", "4", "5"}
+    for ema in (True, False):
+        config.sample.use_ema = ema
+        (step, there), (_, expected) = params_of(config, path), params_of(config, moved)
+        assert step == 5
+        jax.tree.map(np.testing.assert_array_equal, there, expected)
+    generate.sample(config, path)
+    assert len(list((path / "samples").glob("sample_000005*.npz"))) == 1
+
+
+def test_a_save_that_orbax_does_not_finish_stops_the_run(config, tmp_path, monkeypatch):
+    """As Orbax alone does in such a path; what it has written gets neither digests nor a name."""
+    monkeypatch.delattr(checkpoint.LiteralPath, "glob")
+    with pytest.raises(Exception, match=r"did not finish .*params/manifest\.ocdbt is missing"):
+        train.train(config, tmp_path / "[1]")
+    assert checkpoint.latest_step(tmp_path / "[1]") is None
+
+
+@pytest.mark.parametrize("path", ["a\\b", "logs:/run", "/s3/run"])
+def test_a_path_that_orbax_takes_for_another_is_refused(config, tmp_path, path):
+    before = sorted(tmp_path.rglob("*"))
+    for use in (
+        lambda workdir: train.train(config, workdir),
+        lambda workdir: interop.import_run(config, "nowhere", workdir),
+        lambda workdir: checkpoint.restore_params(config, workdir),
+    ):
+        with pytest.raises(UserError, match=r"^workdir=.*; allowed are paths without .*hf$"):
+            use(tmp_path / path)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_half_a_line_of_metrics_is_mended(config, run):
@@ -417,5 +416,6 @@ def test_averages_that_have_hardly_moved(config, caplog):
 def test_the_benchmarks_of_faults(command):
     """Their exit code says whether what is compared is the same, and whether memory grew."""
     command = [sys.executable, "-m", *f"benchmarks.{command}".split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    quiet = {**os.environ, "TQDM_DISABLE": "1"}  # what they count by need not be shown
+    done = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

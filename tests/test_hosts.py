@@ -71,7 +71,7 @@ def test_the_number_of_devices_changes_nothing(tmp_path):
 
 def test_two_processes_do_what_one_does(tmp_path):
     """And each goes on with what the other has saved."""
-    one, two = one_process(tmp_path / "one", 4, 6), tmp_path / "two" / "run"
+    one, two = one_process(tmp_path / "one", 4, 6), tmp_path / "[2]" / "run"
     two.parent.mkdir()
     for arguments in (
         train(6),

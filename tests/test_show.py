@@ -126,6 +126,18 @@ def test_losses_of_a_line_that_is_not_whole(tmp_path):
     assert run_files.read_metrics(tmp_path / "nowhere") == []
 
 
+def test_losses_that_are_not_finite(tmp_path, config):
+    """Of some steps, or of all; as null, or as a bare NaN, which older runs wrote."""
+    text = '{"step": 1, "loss": null, "eval_loss": NaN, "loss_q1": 0.9}\n'
+    text += '{"step": 2, "loss": 0.4, "epoch_loss": null}\n'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    lines = run_files.read_metrics(tmp_path)
+    show.draw_losses(tmp_path / "losses.png", lines)
+    assert imageio.imread(tmp_path / "losses.png").ndim == 3
+    show.write_report(config, tmp_path, None, lines)
+    assert "<td>epoch_loss<td>nan" in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.parametrize("num_timesteps", [1, 2, 1000])
 def test_schedules_of_every_length(tmp_path, num_timesteps):
     show.draw_schedule(tmp_path / "s.png", schedules.make_schedule("cosine", num_timesteps))

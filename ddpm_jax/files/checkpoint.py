@@ -12,12 +12,14 @@ import hashlib
 import json
 import logging
 import pathlib
+import re
 import shutil
 import time
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from ddpm_jax import configs, parallel
@@ -31,6 +33,21 @@ ITEMS = ("params", "ema_params", "opt_state")
 DIGESTS = "sha256.json"
 NONE, ALL_DAMAGED = -1, -2  # no step of a checkpoint
 ROOM = 2**23  # bytes that a checkpoint and the run's other files may take besides the arrays
+
+NEEDED = ("_METADATA", "manifest.ocdbt", "d")  # files of an item, without which it cannot be read
+# What Orbax takes for a bucket's name, and TensorStore for a slash.
+MISREAD = re.compile(r"gs:/|^/(gs|s3|az|hf)(/|$)|\\")
+
+
+class LiteralPath(type(epath.Path())):
+    """A path for Orbax whose `glob` takes only its argument for a pattern.
+
+    epath's own takes the path for one as well. In a folder called lr[1e-4] Orbax would not find the
+    files it has just written, and leave a checkpoint without the manifest that it reads it by.
+    """
+
+    def glob(self, pattern):
+        return (self / name for name in glob.glob(pattern, root_dir=self))
 
 
 @contextlib.contextmanager
@@ -98,7 +115,7 @@ def restore(manager, state):
     if step is None:
         return state
     _put_damaged_aside(manager, step)
-    items = {name: getattr(state, name) for name in (ITEMS if step > 0 else ITEMS[:1])}
+    items = {name: getattr(state, name) for name in _items(step)}
     restored = _restore(manager, step, parallel.as_global(items))
     if step == 0:
         restored["ema_params"] = jax.tree.map(jnp.copy, restored["params"])
@@ -155,6 +172,17 @@ def restore_params(config, workdir):
         return step, _restore(manager, step, {name: params})[name]
 
 
+def check_path(workdir):
+    """Raises a UserError if a folder's path is one in which Orbax cannot keep checkpoints."""
+    path = pathlib.Path(workdir).absolute()
+    found = MISREAD.search(str(path))
+    if found:
+        raise UserError(
+            f"workdir={workdir}: no checkpoint can be in {path} because of its {found[0]}; "
+            r"allowed are paths without \ and gs:/ that do not begin with /gs, /s3, /az or /hf"
+        )
+
+
 @contextlib.contextmanager
 def _quiet():
     """Without Orbax's warning of a file that only its other checkpointers write."""
@@ -168,7 +196,8 @@ def _quiet():
 
 
 def _folder(workdir):
-    return pathlib.Path(workdir).absolute() / "checkpoints"
+    check_path(workdir)
+    return LiteralPath(pathlib.Path(workdir).absolute(), "checkpoints")
 
 
 def _manager(workdir, **options):
@@ -176,12 +205,11 @@ def _manager(workdir, **options):
 
     def write_digests():
         if parallel.is_first():
-            (unfinished,) = _folder(workdir).glob("*.orbax-checkpoint-tmp")
-            for item in (path for path in unfinished.iterdir() if path.name in ITEMS):
-                if lacks := _lacks(item):
-                    raise RuntimeError(f"{item}: Orbax has not written {lacks}")
-            files = (p for p in unfinished.glob("*/**/*") if p.is_file())
-            digests = {str(p.relative_to(unfinished)): _digest(p) for p in files}
+            (unfinished,) = pathlib.Path(_folder(workdir)).glob("*.orbax-checkpoint-tmp")
+            digests = {name: _digest(unfinished / name) for name in _files(unfinished)}
+            missing = _missing(int(unfinished.stem), digests)
+            if missing:
+                raise RuntimeError(f"Orbax did not finish {unfinished}: {missing}")
             (unfinished / DIGESTS).write_text(json.dumps(digests, indent=2) + "\n")
 
     options = ocp.CheckpointManagerOptions(
@@ -189,11 +217,25 @@ def _manager(workdir, **options):
         cleanup_tmp_directories=True,
         async_options=ocp.AsyncOptions(post_finalization_callback=write_digests),
     )
-    # With OCDBT, Orbax looks for each process's files by a pattern that is the path itself.
-    folder = _folder(workdir)
-    use_ocdbt = str(folder) == glob.escape(str(folder))
-    handlers = {name: ocp.StandardCheckpointHandler(use_ocdbt=use_ocdbt) for name in ITEMS}
-    return ocp.CheckpointManager(folder, options=options, item_names=ITEMS, item_handlers=handlers)
+    return ocp.CheckpointManager(_folder(workdir), options=options, item_names=ITEMS)
+
+
+def _items(step):
+    """What a checkpoint holds: of step 0, which was imported, only the parameters."""
+    return ITEMS if step > 0 else ITEMS[:1]
+
+
+def _files(folder):
+    """The names of an item's files, from the checkpoint's folder."""
+    return [str(p.relative_to(folder)) for p in folder.glob("*/**/*") if p.is_file()]
+
+
+def _missing(step, files):
+    """What a checkpoint with these files would need to be restored; empty if nothing."""
+    for needed in (f"{item}/{name}" for item in _items(step) for name in NEEDED):
+        if not any(name == needed or name.startswith(f"{needed}/") for name in files):
+            return f"{needed} is missing"
+    return ""
 
 
 def _digest(path):
@@ -232,7 +274,7 @@ def _search(folder):
         with_digests = [step for step in steps if (folder / str(step) / DIGESTS).exists()]
         gone = False
         for step in sorted(steps, reverse=True):
-            wrong = _damage(folder / str(step))
+            wrong = _damage(folder / str(step), step in with_digests)
             if any(step > other for other in with_digests) and step not in with_digests:
                 wrong = f"{DIGESTS} is missing"  # older runs have none at all
             if not (folder / str(step)).exists():
@@ -245,36 +287,21 @@ def _search(folder):
             return ALL_DAMAGED if steps else NONE
 
 
-def _damage(folder):
+def _damage(folder, has_digests):
     """What is wrong with the files of a checkpoint; empty if nothing is."""
+    step = int(folder.name)
     try:
-        if (folder / DIGESTS).exists():
-            for name, digest in json.loads((folder / DIGESTS).read_text()).items():
-                if _digest(folder / name) != digest:
-                    return f"{name} is not what was written"
-        for name in ITEMS if folder.name != "0" else ITEMS[:1]:
-            if lacks := _lacks(folder / name):
-                return f"{name}/{lacks} is missing"
+        if not has_digests:
+            return _missing(step, _files(folder))
+        digests = json.loads((folder / DIGESTS).read_text())
+        for name, digest in digests.items():
+            if _digest(folder / name) != digest:
+                return f"{name} is not what was written"
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
-    except ValueError:
+    except (AttributeError, ValueError):
         return f"{DIGESTS} cannot be read"
-    return ""
-
-
-def _lacks(item):
-    """A file that Orbax needs to read an item, and that is not there; empty if nothing lacks."""
-    if not (item / "_METADATA").exists():
-        return "_METADATA"
-    metadata = json.loads((item / "_METADATA").read_text())
-    if metadata.get("use_ocdbt", True):
-        names = ["manifest.ocdbt", "d"]
-    else:
-        leaves = metadata["tree_metadata"].values()
-        arrays = (leaf for leaf in leaves if not leaf["value_metadata"]["skip_deserialize"])
-        keys = (leaf["key_metadata"] for leaf in arrays)
-        names = [".".join(key["key"] for key in path) + "/.zarray" for path in keys]
-    return next((name for name in names if not (item / name).exists()), "")
+    return _missing(step, digests)
 
 
 def _put_damaged_aside(manager, step):

@@ -184,23 +184,32 @@ def saved_config(workdir):
     return configs.complete(configs.with_added(config), pathlib.Path(workdir) / "config.json")
 
 
-def read_json(path):
+def nan_for_null(fields):
+    """The inverse of to_json for a JSON object's values; infinities come back as NaN, too."""
+    return {key: math.nan if value is None else value for key, value in fields.items()}
+
+
+def read_json(path, object_hook=None):
     """Reads a JSON object.
+
+    Args:
+      path: the file.
+      object_hook: of json.loads; nan_for_null for what holds results.
 
     Raises:
       UserError: if the file is something else.
     """
-    fields = _parsed(path)
+    fields = _parsed(path, object_hook)
     if not isinstance(fields, dict):
         raise UserError(f"{path}: is not a JSON object")
     return fields
 
 
-def _parsed(path):
+def _parsed(path, object_hook=None):
     if not path.is_file():  # a pipe would be waited for
         raise UserError(f"{path}: is not a file")
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(), object_hook=object_hook)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (RecursionError, ValueError) as error:
@@ -301,12 +310,11 @@ def read_metrics(workdir):
 def _values(line):
     """{name: number} of a line of metrics.jsonl, null as NaN; None if it is not such a line."""
     try:
-        values = json.loads(line)
+        values = json.loads(line, object_hook=nan_for_null)
     except (RecursionError, ValueError):
         return None
     if not isinstance(values, dict) or not isinstance(values.get("step"), int):
         return None
-    values = {name: math.nan if value is None else value for name, value in values.items()}
     return values if all(isinstance(v, int | float) for v in values.values()) else None
 
 

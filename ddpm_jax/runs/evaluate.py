@@ -8,7 +8,6 @@ killed evaluation goes on where it was, and another one does not mix with it:
 """
 
 import hashlib
-import json
 import logging
 import pathlib
 from typing import NamedTuple
@@ -401,7 +400,7 @@ def compare(workdirs):
         path = pathlib.Path(workdir) / "evaluation.json"
         if not path.is_file():
             raise UserError(f"--workdirs={workdir}: has no evaluation.json; evaluate it first")
-        results[str(workdir)] = run_files.read_json(path)
+        results[str(workdir)] = run_files.read_json(path, run_files.nan_for_null)
     for score, fields in COMPARABLE.items():
         have = [found for found in results.values() if score in found]
         different = [
@@ -448,7 +447,7 @@ def _row(label, cells, published, key):
 def _cell(found, name):
     value, error = found.get(name, ""), found.get(f"{name}_error")
     text = f"{value:.5g}" if isinstance(value, float) else str(value)
-    return f"{text} ± {error:.2g}" if error is not None else text
+    return f"{text} ± {error:.2g}" if error is not None and np.isfinite(error) else text
 
 
 def is_papers(config):
@@ -491,7 +490,7 @@ def digest_of(params):
 def _folder(parent, provenance):
     """The folder for what depends on just this; provenance.json in it says on what."""
     provenance = {"format": FORMAT, **provenance}
-    text = json.dumps(provenance, indent=2, sort_keys=True) + "\n"
+    text = run_files.to_json(provenance, indent=2, sort_keys=True) + "\n"
     folder = parent / hashlib.sha256(text.encode()).hexdigest()[:16]
     if not (folder / "provenance.json").exists():
         with run_files.atomic_write(folder / "provenance.json") as path:

@@ -178,8 +178,9 @@ def make_sampler(
     Returns:
       sample(params, indices [N], inputs=None, stop=never, seed=None) → Generated, of the images
       with these numbers. inputs is a tree of arrays [N, …] for the task. Image i depends on the
-      seed (by default sample.seed), i and its inputs only, up to rounding. params are replicated (see parallel.py). It raises a
-      UserError for images that are not finite, and signals.Stopped as soon as stop() is true.
+      seed (by default sample.seed), i and its inputs only, up to rounding. params are replicated
+      (see parallel.py). It raises a UserError for images that are not finite, and signals.Stopped
+      as soon as stop() is true.
     """
     chain = make_chain(config)
     start, step_of, steps = task(config, chain)

@@ -146,6 +146,7 @@ def import_run(config, weights, workdir, overrides=()):
         workdir that holds something; nothing is written then.
     """
     run_files.check_free("workdir", workdir)
+    checkpoint.check_path(workdir)
     config, params = read_run(config, weights, overrides)
     with run_files.new_folder("workdir", workdir) as folder:
         checkpoint.save_imported(folder, params)
@@ -233,7 +234,7 @@ def export_run(config, workdir, weights):
     with run_files.new_folder("weights", weights) as folder:
         for name, content in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+            (folder / name).write_text(run_files.to_json(content, indent=2) + "\n")
         # PyTorch's readers ask where the tensors come from.
         safetensors.numpy.save_file(tensors, folder / "unet" / TENSORS, metadata={"format": "pt"})
     which = "EMA" if config.sample.use_ema else "raw"

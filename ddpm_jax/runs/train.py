@@ -318,6 +318,7 @@ def open_data(config, workdir, arrays):
     Raises:
       UserError: for bad data; and for a run that was begun with another config or other data.
     """
+    checkpoint.check_path(workdir)
     saved = run_files.load_config(workdir)
     # At step 0 is a run that was imported: nothing depends on data and seed yet.
     trained = saved is not None and checkpoint.latest_step(workdir) != 0
