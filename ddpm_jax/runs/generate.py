@@ -191,10 +191,7 @@ def make_sampler(
     begin, run, end = compiled(config, chain, start, step_of, model, finish)
 
     def sample_batch(params, seed, numbers, inputs, bar, stop):
-        labels, keys = None, sampling.image_keys(seed, numbers)
-        if classes:
-            labels = numbers % classes if label is None else np.full(len(numbers), label)
-            labels = labels.astype(np.int32)
+        keys, labels = sampling.image_keys(seed, numbers), labels_of(numbers, label, classes)
         keys, labels, inputs = parallel.split(parallel.part((keys, labels, inputs)))
         x, shape = begin(keys, inputs), (len(numbers), *configs.image_shape(config))
         stacks = [np.empty((len(steps), *shape), np.uint8) for steps in wanted]
@@ -213,6 +210,14 @@ def make_sampler(
         return Generated(x, *stacks)
 
     return functools.partial(in_batches, config, len(steps), sample_batch)
+
+
+def labels_of(numbers, label, classes):
+    """The classes of images: [B] int32, all `label`, or where that is None in turn; None without
+    classes."""
+    if not classes:
+        return None
+    return (numbers % classes if label is None else np.full(len(numbers), label)).astype(np.int32)
 
 
 def in_batches(
