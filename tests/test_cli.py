@@ -22,7 +22,7 @@ from ddpm_jax.files import workdir as run_files
 from ddpm_jax.runs import generate
 
 
-def test_train_finish_and_sample(tmp_path):
+def test_train_finish_and_sample(tmp_path, monkeypatch, caplog):
     train = [DIGITS, *TINY, "--config.train.num_steps=4", "--config.sample.num_samples=5"]
     code, text = finish(*train, cwd=tmp_path)
     assert code == 0, text
@@ -34,13 +34,13 @@ def test_train_finish_and_sample(tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 4]
     assert imageio.imread(run / "samples" / "step_000004.png").ndim == 2
 
-    code, text = finish(*train, cwd=tmp_path)
-    assert code == 0 and "finished" in text
-
+    # In this process, of four devices, rather than the two that it was trained on.
+    caplog.set_level("INFO")
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["main.py", *train, "--config.sample.batch_size=8"]) == 0
+    assert "finished" in caplog.text
     more = ["--config.sample.num_samples=9", "--config.sample.seed=3"]
-    sample = ["--mode=sample", "--workdir=runs/digits", *more]
-    code, text = finish(*sample, cwd=tmp_path, devices=1)  # fewer than it was trained on
-    assert code == 0, text
+    assert cli.run(["main.py", "--mode=sample", "--workdir=runs/digits", *more]) == 0
     images = np.load(run / "samples" / "sample_000004_n9_seed3.npz")["images"]
     assert (images.shape, images.dtype) == ((9, 8, 8, 1), np.uint8)
     assert (run / "samples" / "sample_000004_n9_seed3.png").exists()
@@ -49,7 +49,7 @@ def test_train_finish_and_sample(tmp_path):
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
-def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, monkeypatch, caplog, number):
     arguments = [DIGITS, "--workdir=run", *TINY]
     arguments += ["--config.train.num_steps=1000000", "--config.train.checkpoint_every=1000000"]
     arguments += ["--config.train.sample_every=1000000"]
@@ -68,8 +68,11 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
     last = json.loads(metrics.read_text().splitlines()[-1])["step"]
     assert last == saved
     arguments[-3] = f"--config.train.num_steps={saved + 2}"
-    code, text = finish(*arguments, cwd=tmp_path)
-    assert code == 0 and f"resuming from the checkpoint of step {saved}" in text, text
+    caplog.set_level("INFO")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.show, "show", lambda *_: None)
+    assert cli.run(["main.py", *arguments]) == 0
+    assert f"resuming from the checkpoint of step {saved}" in caplog.text
 
 
 def test_a_signal_or_an_error_while_the_report_is_drawn(tmp_path, monkeypatch, caplog):
@@ -93,9 +96,9 @@ def test_a_signal_or_an_error_while_the_report_is_drawn(tmp_path, monkeypatch, c
     assert caplog.text.count("the report failed, and was left out: RuntimeError('no luck')") == 2
 
 
-def test_helpshort(tmp_path):
-    code, text = finish("--helpshort", cwd=tmp_path)
-    assert code == 0
+def test_helpshort(capsys):
+    assert cli.run(["main.py", "--helpshort"]) == 0
+    text = capsys.readouterr().out
     for word in (
         "--mode",
         *cli.MODES,

@@ -58,8 +58,11 @@ def rows(folder):
     return sorted(pathlib.Path(folder).glob("*/rows_*.npy"))
 
 
-def test_evaluate_end_to_end(run, random_inception, capsys, caplog):
+def test_evaluate_end_to_end(run, random_inception, capsys, caplog, monkeypatch):
     workdir, config = run
+    extractors, make = [], evaluate.features.make_extractor  # compiled once for both evaluations
+    once = lambda *args: extractors or extractors.append(make(*args)) or extractors  # noqa: E731
+    monkeypatch.setattr(evaluate.features, "make_extractor", lambda *args: once(*args)[0])
     cli.run(["main.py", "--mode=evaluate", f"--workdir={workdir}"])
     found = json.loads((workdir / "evaluation.json").read_text())
     assert set(NAMES) <= found.keys()

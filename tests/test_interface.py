@@ -22,29 +22,41 @@ def arrays(count=40):
     return images, digits.target[:count]
 
 
+TRAINED = []  # once for all tests
+
+
 @pytest.fixture
-def run(config, tmp_path):
+def run(config, tmp_path_factory):
     """A conditional run of four steps on a user's own arrays."""
     config.train.checkpoint_every = 2
     config.optim.decay = "constant"
-    return ddpm_jax.train(config, tmp_path / "run", *arrays())
+    if not TRAINED:
+        folder = tmp_path_factory.mktemp("trained") / "run"
+        TRAINED.append((folder, ddpm_jax.train(config, folder, *arrays())))
+    return TRAINED[0][1]
 
 
-def test_train_load_and_sample(run, tmp_path):
+@pytest.fixture
+def workdir(run):
+    """Its folder."""
+    return TRAINED[0][0]
+
+
+def test_train_load_and_sample(run, workdir):
     """The files are those of the command line, which samples the same images."""
     assert run.step == 4 and run.label_names == tuple("0123456789")
     options = dict(label=7, guidance=2.0, sampler="ddim", num_steps=5, seed=3)
     images = run.sample(6, **options)
     assert (images.shape, images.dtype) == ((6, 8, 8, 1), np.uint8)
-    again = ddpm_jax.load(tmp_path / "run")
+    again = ddpm_jax.load(workdir)
     assert again.config.data.image_size == (8, 8) and again.config.data.num_classes == 10
     np.testing.assert_array_equal(again.sample(6, **options), images)
-    np.testing.assert_array_equal(ddpm_jax.sample(tmp_path / "run", 6, **options), images)
+    np.testing.assert_array_equal(ddpm_jax.sample(workdir, 6, **options), images)
     assert (run.sample(6, **options | {"seed": 4}) != images).any()
     fields = options | {"num_samples": 6, "batch_size": 4}
     flags = [f"--config.sample.{name}={value}" for name, value in fields.items()]
-    cli.run(["main.py", "--mode=sample", f"--workdir={tmp_path / 'run'}", *flags])
-    (path,) = (tmp_path / "run" / "samples").glob("sample_*.npz")
+    cli.run(["main.py", "--mode=sample", f"--workdir={workdir}", *flags])
+    (path,) = (workdir / "samples").glob("sample_*.npz")
     difference = np.abs(np.load(path)["images"].astype(int) - images)
     assert difference.max() <= 1  # of rounding, in batches of another size
 
@@ -98,8 +110,8 @@ def test_weights_of_diffusers_need_no_copy(tmp_path):
     assert {path for path in pathlib.Path(FIXTURES).rglob("*")} == before
 
 
-def test_raw_and_averaged_parameters(run, tmp_path):
-    raw = ddpm_jax.load(tmp_path / "run", use_ema=False)
+def test_raw_and_averaged_parameters(run, workdir):
+    raw = ddpm_jax.load(workdir, use_ema=False)
     leaves = zip(jax.tree.leaves(raw.params), jax.tree.leaves(run.params), strict=True)
     assert any((a != b).any() for a, b in leaves)
 
