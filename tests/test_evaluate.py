@@ -1,19 +1,23 @@
 """A run measured end to end; Inception with random weights, to see the plumbing."""
 
+import hashlib
 import json
 import pathlib
+import threading
 
 import imageio.v3 as imageio
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ddpm_jax import cli, configs
+from ddpm_jax.core import diffusion, likelihood, sampling, schedules, unet
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import checkpoint
+from ddpm_jax.files import checkpoint, data
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.metrics import inception
-from ddpm_jax.runs import evaluate
+from ddpm_jax.metrics import distances, features, inception
+from ddpm_jax.runs import evaluate, generate
 
 NAMES = """
     fid fid_test kid precision recall inception_score bits_per_dim rate distortion num_samples
@@ -69,6 +73,7 @@ def test_evaluate_end_to_end(run, random_inception, capsys, caplog, monkeypatch)
     assert "covariance is singular" in caplog.text
     printed = capsys.readouterr().out
     assert f"| fid | {found['fid']:.5g} |" in printed and "after 20 steps" in printed
+    assert "published" not in printed
     assert found["fid"] > 0 and 1 <= found["inception_score"] <= 10
     assert (found["num_samples"], found["resize"], found["step"]) == (6, "tf1", 0)
     # L_T + Σ + L_0, and the table ends with all of them.
@@ -120,6 +125,190 @@ def test_only_bits_per_dim(run, capsys):
     config.evaluate.update(bits_per_dim_images=3, split="train[:3]")
     other = evaluate.evaluate(config, workdir)
     assert (other["bits_per_dim_split"], other["bits_per_dim_images"]) == ("train[:3]", 3)
+    config.data.split = "train[:3]"
+    three = data.open_source(config.data).read(np.arange(3)).images
+    assert other["bits_per_dim_sha256"] == hashlib.sha256(three.tobytes()).hexdigest()
+
+
+WEIGHTS = np.random.default_rng(3).standard_normal((64, 4))
+DRAWN = np.random.default_rng(2).integers(0, 128, (12, 8, 8, 1), np.uint8)
+
+
+def linear(images):
+    """Features that take no time."""
+    return np.float32(images.reshape(len(images), 64) / 255 @ WEIGHTS)
+
+
+@pytest.fixture
+def drawn(run, monkeypatch):
+    """Sample i is DRAWN[i], its features are linear: (folder, config, options of the sampler)."""
+    asked = []
+
+    def make_sampler(config, **options):
+        asked.append(options)
+        return lambda params, numbers, **_: generate.Generated(DRAWN[numbers], None, None)
+
+    monkeypatch.setattr(inception, "load", lambda path: inception.Weights({}, None, "linear"))
+    monkeypatch.setattr(features, "make_extractor", lambda *_: linear)
+    monkeypatch.setattr(generate, "make_sampler", make_sampler)
+    workdir, config = run
+    config.evaluate.update(num_samples=10, bits_per_dim_images=0, max_features=7)
+    return workdir, config, asked
+
+
+def test_scores_are_of_the_images_that_they_name(drawn):
+    """Ten samples in batches of 4, against both splits; the first 7 for what is not FID."""
+    workdir, config, _ = drawn
+    found = evaluate.evaluate(config, workdir)
+    sources = [data.open_source(config.data, field) for field in ("split", "eval_split")]
+    splits = [source.read(np.arange(source.size)).images for source in sources]
+    for name, images in zip(("split_sha256", "eval_split_sha256"), splits, strict=True):
+        assert found[name] == hashlib.sha256(images.tobytes()).hexdigest()
+    train, test, fakes = map(linear, (*splits, DRAWN[:10]))
+    for name, real in (("fid", train), ("fid_test", test)):
+        expected = distances.frechet_distance(*map(distances.statistics, ([real], [fakes])))
+        assert found[name] == pytest.approx(expected, rel=1e-6)
+    assert found["kid"] == pytest.approx(distances.kernel_distance(train[:7], fakes[:7]).value)
+    expected = distances.precision_recall(train[:7], fakes[:7])
+    assert (found["precision"], found["recall"]) == expected and expected[0] != expected[1]
+    assert found["scored_features"] == [7, 7]
+
+
+def test_what_the_samples_depend_on_is_not_mixed(drawn, monkeypatch):
+    """Each change is another evaluation with a folder of its own, and the same one again is not."""
+    workdir, config, asked = drawn
+    config.data.num_classes = 10
+    trees = {ema: [np.zeros(2), np.full(2, float(ema))] for ema in (True, False)}
+    restore_params = lambda config, _: (0, trees[config.sample.use_ema])  # noqa: E731
+    monkeypatch.setattr(checkpoint, "restore_params", restore_params)
+    changes = {
+        "evaluate.num_samples": 10,  # none yet
+        "sample.seed": 1,
+        "sample.sampler": "ddim",
+        "sample.eta": 0.5,
+        "sample.num_steps": 5,
+        "sample.spacing": "quadratic",
+        "sample.label": "3",
+        "sample.guidance": 2.0,
+        "sample.use_ema": False,
+        "diffusion.variance": "fixed_large",
+        "diffusion.clip_x0": False,
+        "model.dtype": "bfloat16",
+        "evaluate.resize": "torch",
+    }
+    for count, (name, value) in enumerate(changes.items(), 1):
+        config.update_from_flattened_dict({name: value})
+        for _ in range(2):
+            evaluate.evaluate(config, workdir)
+        assert len(list((workdir / "evaluation").iterdir())) == count, name
+    assert [options["label"] for options in asked[::12]] == [None, 3, 3]
+    trees[False][1] += 1  # another network's last layer
+    evaluate.evaluate(config, workdir)
+    assert len(list((workdir / "evaluation").iterdir())) == len(changes) + 1
+    cache = pathlib.Path(config.evaluate.cache_dir)
+    assert len(list(cache.iterdir())) == 4  # two splits, resized in two ways
+
+
+def test_bits_per_dim_by_hand(run, monkeypatch):
+    """Two images and T = 2: L_T, then L_0 and L_1 of both variances, then the errors of x0."""
+    workdir, config = run
+    rows = np.array([[0.5, 3, 1, 4, 2, 0.01, 0.04], [0.25, 5, 1, 7, 2, 0.03, 0.12]])
+    monkeypatch.setattr(evaluate, "make_bound_rows", lambda *_: lambda a, b: rows[a:b])
+    monkeypatch.setattr(evaluate, "draw_progressive", lambda *_: None)
+    config.diffusion.num_timesteps = 2
+    config.evaluate.update(num_samples=0, bits_per_dim_images=2)
+    found = evaluate.evaluate(config, workdir)
+    expected = {
+        "bits_per_dim_fixed_small": (5.375, 0.875),  # 4.5 and 6.25
+        "rate_fixed_small": (1.375, 0.125),
+        "distortion_fixed_small": (4, 1),
+        "bits_per_dim_fixed_large": (7.875, 1.375),  # 6.5 and 9.25
+        "bits_per_dim": (5.375, 0.875),  # of the variance that the config has
+    }
+    for name, (mean, error) in expected.items():
+        assert (found[name], found[f"{name}_error"]) == pytest.approx((mean, error)), name
+    steps = [(step["steps"], step["rate"], step["rmse"]) for step in found["progressive"]]
+    by_hand = [(1, 0.375, 127.5 * 0.08**0.5), (2, 1.375, 127.5 * 0.02**0.5)]
+    np.testing.assert_allclose(steps, by_hand)
+    assert found["prior_bits_per_dim"] == 0.375
+
+
+def test_the_bound_is_of_the_clipped_network_that_knows_the_class(config, monkeypatch):
+    """Five images, four at a time, against all at once."""
+    config.data.num_classes = 10
+
+    def net(x_t, t, labels=None):
+        told = 0 if labels is None else 1 + labels.reshape(-1, 1, 1, 1)
+        return 0.5 * x_t + 0.1 * told
+
+    monkeypatch.setattr(unet, "net_fn", lambda *_: net)
+    source = data.open_source(config.data, "eval_split")
+    rows_of = evaluate.make_bound_rows(config, {"w": np.zeros(1)}, source)
+    found = np.concatenate([rows_of(0, 4), rows_of(4, 5)])
+
+    images, labels = source.read(np.arange(5))
+    keys = sampling.image_keys(config.sample.seed, jnp.arange(5))
+    schedule = schedules.make_schedule("cosine", 20)
+    predict_fn = diffusion.predictor(schedule, lambda x_t, t: net(x_t, t, labels))
+    bound = jax.jit(likelihood.bound, static_argnums=(1, 3))(
+        schedule,
+        diffusion.clipped(predict_fn),
+        np.float32(images) / 127.5 - 1,
+        lambda t: sampling.noise(keys, t, (8, 8, 1)),
+    )
+    parts = [bound.terms["fixed_small"], bound.terms["fixed_large"], bound.x0_mse]
+    expected = np.concatenate([bound.prior[None], *parts]).T
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_that_another_program_computes_are_waited_for(tmp_path):
+    computed = []
+
+    def rows_of(first, last):
+        computed.append((first, last))
+        return np.zeros((last - first, 1))
+
+    waiting = threading.Thread(target=features.collect, args=(tmp_path, 6, 4, rows_of, "wait"))
+    with run_files.lock(tmp_path, "rows"):
+        waiting.start()
+        waiting.join(0.3)
+        assert not computed
+        np.save(tmp_path / "rows_0000000.npy", np.ones((4, 1)))
+    waiting.join()
+    assert computed == [(4, 6)]
+    np.testing.assert_array_equal(features.rows(tmp_path, 6)[:, 0], [1, 1, 1, 1, 0, 0])
+
+
+def test_what_cannot_be_compared(tmp_path):
+    """Scores of other data, of other numbers of images, or of other features."""
+    found = {
+        "fid": 3.5, "kid": 0.1, "bits_per_dim": 3.0, "dataset": "a", "split_sha256": "a",
+        "eval_split_sha256": "a", "image_size": [8, 8], "channels": 1, "num_samples": 10,
+        "weights_sha256": "a", "ema": True, "label": "", "scored_features": [5, 5],
+        "bits_per_dim_sha256": "a", "bits_per_dim_images": 5,
+    }  # fmt: skip
+    scores = ("fid", "kid", "bits_per_dim")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "evaluation.json").write_text(json.dumps(found))
+    for name in found.keys() - set(scores):
+        (tmp_path / "b" / "evaluation.json").write_text(json.dumps({**found, name: "another"}))
+        with pytest.raises(UserError, match=f"cannot be compared, it differs in {name} "):
+            evaluate.compare([tmp_path / "a", tmp_path / "b"])
+
+
+def test_the_paper_s_numbers_stand_beside_its_model_only():
+    assert evaluate.is_papers(configs.named_config("cifar10"))
+    for name, value in (
+        ("data.name", "mnist"),
+        ("sample.num_steps", 100),
+        ("sample.use_ema", False),
+        ("evaluate.num_samples", 10_000),
+        ("diffusion.schedule", "cosine"),
+    ):
+        config = configs.named_config("cifar10")
+        config.update_from_flattened_dict({name: value})
+        assert not evaluate.is_papers(config), name
 
 
 def test_compare(tmp_path, capsys):

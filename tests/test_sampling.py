@@ -118,6 +118,26 @@ def test_ddim_without_eta_is_a_function_of_the_start():
         assert np.isfinite(outs[0]).all()
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_s_noise_and_marginals(eta):
+    """Song et al. 2020: σ as in Eq. (16); whatever it is, q(x_{t-1} | x0) is kept (Lemma 1).
+
+    x0 is known to be 0, so x_t ~ N(0, 1 - ᾱ_t), and x_{t-1} has to be N(0, 1 - ᾱ_{t-1}).
+    """
+    betas = np.linspace(1e-4, 0.02, 1000)
+    a = np.cumprod(1 - betas)
+    zeros, ones = jnp.zeros((1, 1, 1, 1)), jnp.ones((1, 1, 1, 1))
+    for t in (1, 20, 500, 999):
+        of_x, of_eps = (
+            sampling.ddim_step(HO, lambda *_: diffusion.Prediction(zeros, None), *case, eta=eta)[0]
+            for case in ((ones, t, zeros), (zeros, t, ones))
+        )
+        sigma = eta * np.sqrt((1 - a[t - 1]) / (1 - a[t]) * (1 - a[t] / a[t - 1]))
+        assert float(of_eps.squeeze()) == pytest.approx(sigma, rel=1e-5)
+        variance = float(of_x.squeeze()) ** 2 * (1 - a[t]) + float(of_eps.squeeze()) ** 2
+        assert variance == pytest.approx(1 - a[t - 1], rel=1e-5)
+
+
 @pytest.mark.parametrize("spacing", schedules.SPACINGS)
 @pytest.mark.parametrize("total, steps", [(1, 1), (200, 1), (200, 7), (1000, 50), (1000, 999)])
 def test_spacings(spacing, total, steps):
@@ -235,6 +255,23 @@ def test_inpaint_plan(steps, jump, times):
         np.testing.assert_array_equal(ts, np.arange(steps)[::-1])
     if steps == 250:
         assert len(ts) == 4570  # RePaint's own setting: 24 places, 9 times 10 up and 10 down
+
+
+def test_inpainting_s_way_up_is_the_forward_process():
+    """x_{t-1} ~ N(√ᾱ_{t-1} x0, 1 - ᾱ_{t-1}) becomes N(√ᾱ_t x0, 1 - ᾱ_t), Eq. (4), on any chain."""
+    taus = schedules.uniform_spacing(1000, 50)
+    short = schedules.make_schedule("linear", 1000, timesteps=taus)
+    a = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[taus]
+    zeros, ones = jnp.zeros((1, 1, 1, 1)), jnp.ones((1, 1, 1, 1))
+    for t in (1, 10, 49):
+
+        def go_up(x, eps, t=t):
+            down, known = lambda x, t: (x, x), jnp.zeros(x.shape, bool)  # neither is used
+            return float(sampling.inpaint_step(short, down, x, t, True, x, known, eps)[0].squeeze())
+
+        of_x, of_eps = go_up(ones, zeros), go_up(zeros, ones)
+        assert of_x * np.sqrt(a[t - 1]) == pytest.approx(np.sqrt(a[t]), rel=1e-5)
+        assert of_x**2 * (1 - a[t - 1]) + of_eps**2 == pytest.approx(1 - a[t], rel=1e-5)
 
 
 def test_inpainting_gaussian_data():

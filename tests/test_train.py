@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from ddpm_jax import configs, parallel
+from ddpm_jax.core import unet
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, data
 from ddpm_jax.runs import generate, train
@@ -269,6 +270,21 @@ def test_an_interrupted_checkpoint_is_ignored(config, tmp_path):
         generate.sample(config, tmp_path / "run")
     assert train.train(config, tmp_path / "run") == 0
     assert (folder / "2").exists()
+
+
+def test_sampling_reads_the_averaged_or_the_raw_parameters(config, tmp_path):
+    shapes = unet.param_shapes(configs.make_model(config), configs.image_shape(config))
+    raw, averaged = (
+        jax.tree.map(lambda s, v=v: np.full(s.shape, v, s.dtype), shapes) for v in (1, 2)
+    )
+    with checkpoint.open_manager(tmp_path, config.train) as manager:
+        state = states.TrainState(np.int32(3), raw, averaged, {"count": np.int32(3)})
+        checkpoint.save(manager, 3, state)
+    for use_ema, expected in ((True, averaged), (False, raw)):
+        config.sample.use_ema = use_ema
+        step, params = checkpoint.restore_params(config, tmp_path)
+        assert step == 3
+        jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
 def test_metrics_of_lost_steps_are_dropped(config, tmp_path):
