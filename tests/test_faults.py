@@ -236,7 +236,7 @@ def test_a_second_program_is_refused(tmp_path):
         while not (lock.exists() and lock.read_text()):
             assert process.poll() is None
         with pytest.raises(UserError, match=rf"at work in it \(train\); process {process.pid} on"):
-            cli.run(["main.py", *arguments])
+            cli.run(["main.py", *arguments, "--config.train.num_steps=1"])  # ends in any case
     finally:
         process.kill()
         process.communicate()
