@@ -13,6 +13,7 @@ from ddpm_jax.files import workdir as run_files
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOTEBOOK = ROOT / "notebooks" / "tour.ipynb"
 TEXT = "\n".join(page.read_text() for page in PAGES)
 FILES = ("json", "py")  # endings that follow a dot as fields do
 MODULES = {path.stem: path for path in (ROOT / "ddpm_jax").rglob("[a-z]*.py")}
@@ -24,7 +25,7 @@ def test_readme_is_short():
     assert content.count(b"\n") <= 200 and len(content) <= 12_000
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "TOUR.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, NOTEBOOK], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     """Links and pictures, which are relative to the page; and the headings that links name."""
     text = page.read_text()
@@ -44,7 +45,7 @@ def anchors(text):
 
 def test_paths_exist():
     """Paths of the repository in text and code, relative to its root."""
-    folders = r"(?<![\w/])(?:configs|ddpm_jax|tests|benchmarks|docs)/[\w/.-]*\.\w+"
+    folders = r"(?<![\w/])(?:configs|ddpm_jax|tests|benchmarks|docs|notebooks)/[\w/.-]*\.\w+"
     named = {*re.findall(folders, TEXT), *re.findall(r"requirements[\w-]*\.txt", TEXT)}
     assert len(named) > 40
     assert not [path for path in named if not (ROOT / path).exists()]
