@@ -128,8 +128,8 @@ def sample(run: Run | str | os.PathLike, num_samples: int, **options) -> np.ndar
     """
     run = run if isinstance(run, Run) else load(run)
     config, devices = run.config.copy_and_resolve_references(), jax.device_count()
-    options.setdefault("batch_size", min(config.sample.batch_size, -(-num_samples // devices)))
-    options["batch_size"] = -(-options["batch_size"] // devices) * devices
+    # The run's own, for as many devices as there are here; fewer images make a smaller batch.
+    options.setdefault("batch_size", -(-config.sample.batch_size // devices) * devices)
     for name, value in (options | {"num_samples": num_samples}).items():
         if name not in (*OPTIONS, "num_samples"):
             raise UserError(f"{name}={value!r}: no such option; choose from {', '.join(OPTIONS)}")

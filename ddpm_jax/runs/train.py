@@ -259,7 +259,7 @@ def train(config, workdir, arrays=None):
     """Trains as a config says, from scratch or from the run's newest checkpoint.
 
     Args:
-      config: checked (see config.py).
+      config: checked (see configs.py).
       workdir: the run's folder; nothing is written before the inputs are known to be good.
       arrays: a data.Batch of all images, where they are not in files.
 
