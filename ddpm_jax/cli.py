@@ -143,7 +143,7 @@ def parse(argv):
     overrides = tuple(re.sub(r"--(no)?config\.|=.*", "", argument) for argument in rest)
     return Command(
         values.mode,
-        configs.with_home(override(config, rest)),
+        configs.normalize(override(config, rest)),
         overrides,
         workdir,
         values.weights,

@@ -136,6 +136,7 @@ def sample(run: Run | str | os.PathLike, num_samples: int, **options) -> np.ndar
         value = str(value) if name in ("label", "classifier") else value
         configs.check_kind(f"sample.{name}", value, type(config.sample[name]))
         config.sample[name] = value
+    config = configs.normalize(config)
     configs.check(config, "sample")
     seed = config.sample.seed
     config.sample.update(num_samples=1, seed=0)  # what is compiled does not depend on them
@@ -178,7 +179,7 @@ def train(
     """
     cpu.prepare(trains=True)
     workdir, arrays = pathlib.Path(workdir).expanduser(), None
-    config = configs.with_home(config)
+    config = configs.normalize(config)
     if images is not None:
         arrays = _as_batch(images, labels)
         config = _config_of_arrays(config, arrays)

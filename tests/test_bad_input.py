@@ -215,7 +215,19 @@ WORDS = [
     *("../../x", "/", "/dev/zero", "~", "~nosuchuser/x", "x" * 300, "x" * 5000, "-", "--", "="),
     *("train[:", "train[5%:3%]", "train[:101%]", "train[99:]", "train[:1]", "train+train", "all"),
     *("train[:" + "9" * 30 + "]", "train[:²%]", "a/b", "a:b", "a/b/c:1.2.3", "huggingface:x"),
-    *("digits", "folder", "1_000", "0x10", "1,2", "ddim", "learned", "bound", "cosine", "run"),
+    *(
+        "digits",
+        "folder",
+        "1_000",
+        "0x10",
+        "1,2",
+        "ddim",
+        "learned",
+        "vlb",
+        "bound",
+        "cosine",
+        "run",
+    ),
 ]
 ANY_TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20)
 INTS = st.integers() | st.sampled_from([-1, 0, 1, 7, 4096, 10**6, 10**9, 2**31, 2**32, 10**30])

@@ -367,7 +367,7 @@ def test_too_many_in_a_row_stop_the_run(poisoned, tmp_path):
     [
         ("eps", "simple"),
         pytest.param("v", "simple", marks=slow),
-        pytest.param("x0", "bound", marks=slow),
+        pytest.param("x0", "vlb", marks=slow),
     ],
 )
 def test_constant_images_poison_nothing(config, tmp_path, prediction, loss):

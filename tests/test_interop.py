@@ -175,7 +175,7 @@ def test_predictions_survive(prediction):
             {"diffusion.prediction": "mean"},
             "diffusion.prediction='mean': diffusers has only eps, x0",
         ),
-        ({"diffusion.variance": "learned", "diffusion.loss": "bound"}, "'learned': diffusers has"),
+        ({"diffusion.variance": "learned", "diffusion.loss": "vlb"}, "'learned': diffusers has"),
         ({"data.num_classes": 10}, "data.num_classes=10: diffusers' pipelines need 0"),
     ],
 )

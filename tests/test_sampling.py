@@ -128,7 +128,7 @@ def test_spacings(spacing, total, steps):
 
 
 def test_spacings_of_song_et_al():
-    np.testing.assert_array_equal(schedules.uniform_spacing(1000, 50), np.arange(0, 1000, 20))
+    np.testing.assert_array_equal(schedules.leading_spacing(1000, 50), np.arange(0, 1000, 20))
     squares = schedules.quadratic_spacing(1000, 10)
     np.testing.assert_array_equal(squares, np.linspace(0, np.sqrt(800), 10).__pow__(2).astype(int))
 
@@ -136,7 +136,7 @@ def test_spacings_of_song_et_al():
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_a_shorter_chain_has_the_same_alpha_bars(name):
     """And the β's of Nichol & Dhariwal: 1 - ᾱ_τ / ᾱ_τ', which only agree with ᾱ if all do."""
-    taus = schedules.uniform_spacing(1000, 7)
+    taus = schedules.leading_spacing(1000, 7)
     long, short = (schedules.make_schedule(name, 1000, timesteps=t) for t in (None, taus))
     np.testing.assert_allclose(short.alpha_bars, long.alpha_bars[taus], rtol=1e-6)
     assert short.num_timesteps == 7
@@ -150,7 +150,7 @@ def test_going_to_noise_and_back_errs_less_with_more_steps():
     """Gaussian data, whose exact way there is known: x_T = x0 · √((ᾱ s² + 1 - ᾱ) / s²)."""
     x0, errors, ends = jnp.linspace(-1, 1, 128).reshape(2, 8, 8, 1), [], []
     for steps in (10, 50, 250, 1000):
-        taus = schedules.uniform_spacing(1000, steps)
+        taus = schedules.leading_spacing(1000, steps)
         short = schedules.make_schedule("linear", 1000, timesteps=taus)
         predict_fn = sampling.respaced(gaussian_predict(0.25, HO), taus)
 
@@ -254,9 +254,9 @@ def test_inpainting_gaussian_data():
         x0 = (along * gains[t][:, None, :]) @ vectors.T
         return diffusion.Prediction(x0[..., None], None)
 
-    taus = schedules.uniform_spacing(1000, 50)
+    taus = schedules.leading_spacing(1000, 50)
     short = schedules.make_schedule("linear", 1000, timesteps=taus)
-    known = jnp.broadcast_to(jnp.array([True, False]).reshape(1, 1, 2, 1), (1, 64, 2, 1))
+    known_mask = jnp.broadcast_to(jnp.array([True, False]).reshape(1, 1, 2, 1), (1, 64, 2, 1))
     x0 = jnp.full((1, 64, 2, 1), 0.8)
     errors = []
     for times in (1, 10):
@@ -269,7 +269,7 @@ def test_inpainting_gaussian_data():
                 guess = sampling.respaced(predict_fn, taus)
                 return sampling.ancestral_step(short, guess, x, t, eps[0], variance="fixed_small")
 
-            return sampling.inpaint_step(short, reverse, x, ts[n], ups[n], x0, known, eps[1])
+            return sampling.inpaint_step(short, reverse, x, ts[n], ups[n], x0, known_mask, eps[1])
 
         x = jax.random.normal(jax.random.key(1), x0.shape)
         plan = jnp.arange(len(ts))

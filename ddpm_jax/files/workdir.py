@@ -167,7 +167,8 @@ def load_config(workdir):
         return None
     fields = read_json(path)
     try:
-        return ml_collections.ConfigDict(configs.with_tuples(fields)).lock()
+        config = ml_collections.ConfigDict(configs.with_tuples(fields)).lock()
+        return configs.rename_old_values(config)
     except (AttributeError, RecursionError, ValueError) as error:
         raise UserError(f"{path}: is not a config ({one_line(error)})") from None
 

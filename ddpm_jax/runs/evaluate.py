@@ -343,7 +343,7 @@ def make_bound_rows(config, params, source):
         predict_fn = generate.unguided_predict(config, schedule, unet.net_fn(model, params))
         if batch.labels is not None:
             predict_fn = generate.labelled(predict_fn, batch.labels)
-        bound = likelihood.bound(
+        bound = likelihood.vlb(
             schedule,
             diffusion.clipped(predict_fn) if config.diffusion.clip_x0 else predict_fn,
             x0,

@@ -162,25 +162,25 @@ def make_sampler(
     classifier=None,
     finish=images.to_uint8,
 ):
-    """Builds the reverse process of a config; it compiles at the first call, and only then.
+    """Builds the sampler of a config; it compiles once, at the first call.
 
     Args:
       config: its model, data, diffusion and sample sections are used.
       label: the class of all images; None for all classes in turn.
-      frames_at: the task's steps after which to keep the images; K of them.
-      x0_at: and those whose x0_pred to keep; L of them. Frames are in the order of the steps.
+      frames_at, x0_at: K and L steps of the task, after which to keep x and x0_pred.
       task: (config, chain) to
-        start: (keys [B], inputs) to the x that the process starts from,
+        start: (keys [B], inputs) to the first x,
         step_of: (predict_fn, keys, inputs) to a step, (x, i) to (x, x0_pred),
-        steps: the i's in the order they are taken.
-      classifier: (model, params) whose gradient guides to the label; params are replicated.
-      finish: what is done with the last x.
+        steps: the i's in their order.
+      classifier: (model, params) for classifier guidance; params are replicated.
+      finish: applied to the last x.
 
     Returns:
-      sample(params, indices [N], inputs=None, stop=never, seed=None) → Generated, of the images
-      with these numbers. inputs is a tree of arrays [N, …] for the task. Image i depends on the
-      seed (by default sample.seed), i and its inputs only, up to rounding. params are replicated (see parallel.py). It raises a
-      UserError for images that are not finite, and signals.Stopped as soon as stop() is true.
+      sample(params, indices [N], inputs=None, stop=never, seed=None) → Generated, the images with
+      these indices; frames are in the order of the steps. params are replicated (see parallel.py);
+      inputs is a tree of arrays [N, …] for the task. Up to rounding, image i depends only on the
+      seed (by default sample.seed), i and its inputs. Raises a UserError for non-finite images, and
+      signals.Stopped when stop() is true.
     """
     chain = make_chain(config)
     start, step_of, steps = task(config, chain)
@@ -482,7 +482,7 @@ def settings(config, workdir):
         chain.variance: chain.variance != saved.diffusion.variance,
         f"clip{chain.clip_x0:d}": chain.clip_x0 != saved.diffusion.clip_x0,
         f"{wanted.sampler}{wanted.num_steps or ''}": wanted.sampler != "ancestral" or fewer,
-        wanted.spacing: wanted.spacing != "uniform" and fewer,
+        wanted.spacing: wanted.spacing != "leading" and fewer,
         f"eta{wanted.eta:g}": wanted.eta > 0,
         f"label{_in_a_name(wanted.label)}": wanted.label != "",
         f"guidance{wanted.guidance:g}": wanted.guidance != 1,

@@ -78,9 +78,9 @@ def make_loss(config, model, schedule):
     def simple(net_fn, x0, labels, t, eps):
         return diffusion.simple_loss(schedule, net_fn, x0, t, eps, section.prediction)
 
-    def bound(net_fn, x0, labels, t, eps):
+    def vlb(net_fn, x0, labels, t, eps):
         predict_fn = generate.unguided_predict(config, schedule, net_fn)
-        terms, _ = likelihood.bound_terms(schedule, predict_fn, x0, t, eps, variances=(variance,))
+        terms, _ = likelihood.vlb_terms(schedule, predict_fn, x0, t, eps, variances=(variance,))
         return terms[variance]
 
     def cross_entropy(net_fn, x0, labels, t, eps):
@@ -88,7 +88,7 @@ def make_loss(config, model, schedule):
         return -jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
 
     classifies = config.model.kind == "classifier"
-    loss_of = cross_entropy if classifies else {"simple": simple, "bound": bound}[section.loss]
+    loss_of = cross_entropy if classifies else {"simple": simple, "vlb": vlb}[section.loss]
 
     def loss(params, x0, labels, t, eps, dropout_keys=None):
         told = () if labels is None or classifies else (labels,)
