@@ -109,7 +109,7 @@ def no_computing(tmp_path_factory):
         patch.setattr(show, "show", enough)
         patch.setattr(checkpoint, "restore_params", restore_params)
         patch.setattr(generate, "make_sampler", make_sampler)
-        patch.setattr(evaluate, "make_bound_rows", enough)
+        patch.setattr(evaluate, "make_vlb_rows", enough)
         patch.setattr(inception, "load", lambda path: inception.Weights({}, None, "0"))
         patch.setattr(features, "make_extractor", lambda *_: enough)
         patch.setattr(interop, "diffusers_tensors", enough)

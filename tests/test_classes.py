@@ -65,7 +65,7 @@ def test_labels_are_dropped_at_the_rate_that_is_asked_for(conditional):
     batch = data.Batch(np.zeros((4096, 8, 8, 1), np.uint8), labels)
     one = jax.devices()[:1]
     run = parallel.pmap(step, in_axes=(None, 0), out_axes=(None, None), devices=one)
-    jax.block_until_ready(run(parallel.replicate(state, one), parallel.split(batch, 1)))
+    jax.block_until_ready(run(parallel.replicate(state, one), parallel.shard(batch, 1)))
     jax.effects_barrier()
     found = seen[0].reshape(-1)
     dropped = found == 10

@@ -62,7 +62,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, err
-    assert "to go on, run again: python" in err and "--config.model.channels=8" in err
+    assert "to resume, run: python" in err and "--config.model.channels=8" in err
     (saved,) = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
     assert saved > 0
     last = json.loads(metrics.read_text().splitlines()[-1])["step"]
@@ -90,7 +90,7 @@ def test_a_signal_or_an_error_while_the_report_is_drawn(tmp_path, monkeypatch, c
     finally:
         signal.signal(signal.SIGTERM, before)
     assert caught == [True, True] and drawn == [tmp_path, tmp_path]
-    assert caplog.text.count("the report failed, and was left out: RuntimeError('no luck')") == 2
+    assert caplog.text.count("the report failed, and was skipped: RuntimeError('no luck')") == 2
 
 
 def test_helpshort(tmp_path):

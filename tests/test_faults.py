@@ -279,7 +279,7 @@ def test_a_full_disk(small_disk):
 
 # The command line on a disk that seems to have room.
 BLIND = "from ddpm_jax import cli; from ddpm_jax.files import checkpoint; "
-BLIND += "checkpoint.ROOM = -(2**40); cli.main()"
+BLIND += "checkpoint.RESERVE = -(2**40); cli.main()"
 
 
 @slow
@@ -356,7 +356,7 @@ def test_too_many_in_a_row_stop_the_run(poisoned, tmp_path):
         shutil.copy(pathlib.Path(config.data.path) / "0.png", f"{config.data.path}/{i}.png")
     config.train.update(checkpoint_every=1, log_every=5)
     with pytest.raises(
-        UserError, match=r"not finite at step 3, and optim\.max_skipped=2 before it"
+        UserError, match=r"not finite at step 3, and at the optim\.max_skipped=2 steps"
     ):
         train.train(config, tmp_path / "run")
     assert checkpoint.latest_step(tmp_path / "run") is None

@@ -282,18 +282,18 @@ def test_inpainting_gaussian_data():
 
 
 @pytest.mark.parametrize("num_timesteps", [1, 7, 20, 97, 200, 1000, 4000])
-def test_parts_of_the_reverse_process(num_timesteps):
-    """Of two lengths at most, so that two programs are compiled; frames are where they belong."""
+def test_segments_of_the_reverse_process(num_timesteps):
+    """At most two lengths, so that two programs are compiled; each frame is in its segment."""
     kept = {0, num_timesteps // 2, num_timesteps - 1}
     for one_by_one in (False, True):
-        parts = generate.split_steps(np.arange(num_timesteps)[::-1], kept, one_by_one)
-        steps = np.concatenate([part.steps for part in parts])
+        segments = generate.split_steps(np.arange(num_timesteps)[::-1], kept, one_by_one)
+        steps = np.concatenate([segment.steps for segment in segments])
         np.testing.assert_array_equal(steps, np.arange(num_timesteps)[::-1])
-        assert len({len(part.steps) for part in parts}) <= 2
-        assert len(parts) == (num_timesteps if one_by_one else min(20, num_timesteps))
-        assert sorted(step for part in parts for step in part.kept) == sorted(kept)
-        assert len({len(part.slots) for part in parts}) == 1
-        assert all(set(part.kept) <= set(part.steps.tolist()) for part in parts)
+        assert len({len(segment.steps) for segment in segments}) <= 2
+        assert len(segments) == (num_timesteps if one_by_one else min(20, num_timesteps))
+        assert sorted(step for s in segments for step in s.frames_at) == sorted(kept)
+        assert len({len(segment.padded_frames_at) for segment in segments}) == 1
+        assert all(set(s.frames_at) <= set(s.steps.tolist()) for s in segments)
 
 
 def some_params(config):
@@ -359,4 +359,4 @@ def test_a_chain_that_does_not_start_in_noise_is_reported(config, caplog, steps,
     config.diffusion.num_timesteps = 200
     config.sample.num_steps = steps
     generate.warn_of_chain(config)
-    assert ("are not noise yet" in caplog.text) == warns
+    assert ("is not yet noise" in caplog.text) == warns
