@@ -91,13 +91,13 @@ def ours(cell):
 
         def work():
             nonlocal state
-            state, _ = jax.block_until_ready(step(state, parallel.split(batch)))
+            state, _ = jax.block_until_ready(step(state, parallel.shard(batch)))
 
     elif cell.task == "forward":
         apply = parallel.pmap(
             lambda params, x, t: unet.net_fn(model, params)(x, t), in_axes=(None, 0, 0)
         )
-        inputs = parallel.split((jnp.asarray(images, jnp.float32), jnp.arange(cell.size)))
+        inputs = parallel.shard((jnp.asarray(images, jnp.float32), jnp.arange(cell.size)))
         params = parallel.replicate(state.params)
 
         def work():

@@ -30,7 +30,7 @@ def main(_):
     found = []
     for field in ("eval_split", "split"):
         source = data.open_source(config.data, field)
-        found.append(evaluate.reference(config, field, source, extract, how).statistics)
+        found.append(evaluate.reference_features(config, field, source, extract, how).statistics)
         print(f"{config.data.name} {config.data[field]}: {found[-1].count} images", flush=True)
     print(f"FID {distances.frechet_distance(*found):.4f}")
 

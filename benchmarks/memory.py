@@ -52,17 +52,17 @@ def measure(config, plan_only):
     step = train.make_train_step(config, model, configs.make_schedule(config), optimizer)
     state = jax.eval_shape(lambda: states.create_state(model, optimizer, shape, 0))
     batch = data.Batch(np.zeros((size, *shape), np.uint8), None)
-    memory = step.lower(state, parallel.split(batch)).compile().memory_analysis()
+    memory = step.lower(state, parallel.shard(batch)).compile().memory_analysis()
     planned = [memory.argument_size_in_bytes, memory.temp_size_in_bytes]
     cells = [f"{number / 2**20:,.0f}" for number in planned]
     if not plan_only:
         state = parallel.replicate(states.create_state(model, optimizer, shape, 0))
-        state, _ = jax.block_until_ready(step(state, parallel.split(batch)))  # compiles once more
+        state, _ = jax.block_until_ready(step(state, parallel.shard(batch)))  # compiles once more
         before, seconds = resident(), []
         pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak was that of compiling
         for _ in range(STEPS):
             start = time.perf_counter()
-            state, values = step(state, parallel.split(batch))
+            state, values = step(state, parallel.shard(batch))
             jax.block_until_ready(values)
             seconds.append(time.perf_counter() - start)
         cells += [f"{peak() - before:,.0f}", f"{min(seconds):.2f}"]

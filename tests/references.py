@@ -84,7 +84,7 @@ def cost_of_fixed_large():
         return sampling.noise(keys, t, (2, 2, 1))
 
     predict_fn = diffusion.predictor(s, net_fn)
-    found = likelihood.bound(s, predict_fn, jnp.zeros((1, 2, 2, 1)), noise)
+    found = likelihood.vlb(s, predict_fn, jnp.zeros((1, 2, 2, 1)), noise)
     return np.float64(found.terms["fixed_large"][1:]).sum()
 
 
@@ -105,7 +105,7 @@ def gaussian_outcome(data_variance, step_fn, num_steps=1000):
       step_fn: one of sampling's, with its options.
       num_steps: of 1000, uniformly spaced.
     """
-    taus = schedules.SPACINGS["uniform"](1000, num_steps)
+    taus = schedules.SPACINGS["leading"](1000, num_steps)
     s = schedules.make_schedule("linear", 1000, timesteps=taus)
     predict_fn = sampling.respaced(gaussian_predict(data_variance, schedule()), taus)
 

@@ -109,7 +109,7 @@ def no_computing(tmp_path_factory):
         patch.setattr(show, "show", enough)
         patch.setattr(checkpoint, "restore_params", restore_params)
         patch.setattr(generate, "make_sampler", make_sampler)
-        patch.setattr(evaluate, "make_bound_rows", enough)
+        patch.setattr(evaluate, "make_vlb_rows", enough)
         patch.setattr(inception, "load", lambda path: inception.Weights({}, None, "0"))
         patch.setattr(features, "make_extractor", lambda *_: enough)
         patch.setattr(interop, "diffusers_tensors", enough)
@@ -215,7 +215,19 @@ WORDS = [
     *("../../x", "/", "/dev/zero", "~", "~nosuchuser/x", "x" * 300, "x" * 5000, "-", "--", "="),
     *("train[:", "train[5%:3%]", "train[:101%]", "train[99:]", "train[:1]", "train+train", "all"),
     *("train[:" + "9" * 30 + "]", "train[:²%]", "a/b", "a:b", "a/b/c:1.2.3", "huggingface:x"),
-    *("digits", "folder", "1_000", "0x10", "1,2", "ddim", "learned", "bound", "cosine", "run"),
+    *(
+        "digits",
+        "folder",
+        "1_000",
+        "0x10",
+        "1,2",
+        "ddim",
+        "learned",
+        "vlb",
+        "bound",
+        "cosine",
+        "run",
+    ),
 ]
 ANY_TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20)
 INTS = st.integers() | st.sampled_from([-1, 0, 1, 7, 4096, 10**6, 10**9, 2**31, 2**32, 10**30])

@@ -62,7 +62,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, monkeypatch, capl
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, err
-    assert "to go on, run again: python" in err and "--config.model.channels=8" in err
+    assert "to resume, run: python" in err and "--config.model.channels=8" in err
     (saved,) = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
     assert saved > 0
     last = json.loads(metrics.read_text().splitlines()[-1])["step"]
@@ -93,7 +93,7 @@ def test_a_signal_or_an_error_while_the_report_is_drawn(tmp_path, monkeypatch, c
     finally:
         signal.signal(signal.SIGTERM, before)
     assert caught == [True, True] and drawn == [tmp_path, tmp_path]
-    assert caplog.text.count("the report failed, and was left out: RuntimeError('no luck')") == 2
+    assert caplog.text.count("the report failed, and was skipped: RuntimeError('no luck')") == 2
 
 
 def test_helpshort(capsys):
@@ -143,7 +143,7 @@ BAD = {
     "--config.diffusion.variance=big": "diffusion.variance='big'",
     "--config.diffusion.prediction=noise": "diffusion.prediction='noise'",
     "--config.diffusion.loss=l1": "diffusion.loss='l1'",
-    "--config.diffusion.variance=learned": "needs diffusion.loss='bound'",
+    "--config.diffusion.variance=learned": "needs diffusion.loss='vlb'",
     "--config.data.num_classes=9": "data.num_classes=9: digits has 10 classes: 0, 1, 2",
     "--config.model.kind=classifier": "data.num_classes=0: must be 2 or more for a classifier",
     "--config.train.label_dropout=1.5": "train.label_dropout=1.5: must lie in [0, 1]",
@@ -152,8 +152,8 @@ BAD = {
     "--config.sample.spacing=cubic": "sample.spacing='cubic'",
     "--config.sample.eta=1.5": "sample.eta=1.5: must lie in [0, 1]",
     "--config.sample.eta=-0.1": "sample.eta=-0.1: must lie in [0, 1]",
-    "--config.sample.label=7": "sample.label='7': this model knows no classes",
-    "--config.sample.guidance=2": "sample.guidance=2.0: this model knows no classes",
+    "--config.sample.label=7": "sample.label='7': this model is unconditional",
+    "--config.sample.guidance=2": "sample.guidance=2.0: this model is unconditional",
     "--config.sample.eta=0.5": "sample.eta=0.5: must be 0, unless sample.sampler='ddim'",
     "--config.sample.t=200": "sample.t=200: must be from 0 to 199, or -1",
     "--config.sample.classifier=nowhere": "sample.classifier='nowhere': holds no classifier",

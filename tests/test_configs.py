@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import inspect
+import json
 import pathlib
 import re
 import runpy
@@ -11,9 +12,10 @@ import shlex
 import jax
 import pytest
 
-from ddpm_jax import configs
+import ddpm_jax
+from ddpm_jax import cli, configs
 from ddpm_jax.core import likelihood, unet
-from ddpm_jax.files import workdir
+from ddpm_jax.files import checkpoint, workdir
 
 FILES = sorted((pathlib.Path(__file__).parent.parent / "configs").rglob("*.py"))
 PARAMETERS = {
@@ -94,6 +96,43 @@ def test_is_the_same_after_being_saved(path, tmp_path):
     config = load(path)
     workdir.save_config(config, tmp_path)
     assert workdir.load_config(tmp_path).to_dict() == config.to_dict()
+
+
+OLD_VALUES = ["--config.diffusion.loss=bound", "--config.sample.spacing=uniform"]
+
+
+def test_old_values_in_commands_and_config_files(tmp_path):
+    """Earlier versions called them so; what they mean has not changed."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from ddpm_jax.configs import named_config\n\ndef get_config():\n"
+        "    config = named_config('digits')\n    config.diffusion.loss = 'bound'\n"
+        "    config.sample.spacing = 'uniform'\n    return config\n"
+    )
+    from_flags = cli.parse(["main.py", "--config=digits", *OLD_VALUES]).config
+    for config in (from_flags, configs.named_config(path)):
+        assert (config.diffusion.loss, config.sample.spacing) == ("vlb", "leading")
+
+
+def test_a_run_that_was_saved_with_old_values(config, tmp_path):
+    """It is resumed, sampled, and its files are named as with the new values."""
+    config.diffusion.loss = "vlb"
+    ddpm_jax.train(config, tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    fields["diffusion"]["loss"], fields["sample"]["spacing"] = "bound", "uniform"
+    path.write_text(json.dumps(fields))
+    sample = ["main.py", "--mode=sample", f"--workdir={tmp_path}", "--config.sample.num_steps=5"]
+    cli.run(sample)
+    (first,) = (tmp_path / "samples").glob("sample_*.npz")
+    assert first.name == "sample_000004_n4_seed0_ancestral5.npz"
+    cli.run([*sample, OLD_VALUES[1]])
+    assert [*(tmp_path / "samples").glob("sample_*.npz")] == [first]
+    assert ddpm_jax.load(tmp_path).config.diffusion.loss == "vlb"
+    ddpm_jax.sample(tmp_path, 1, num_steps=5, spacing="uniform", batch_size=2)
+    config.train.num_steps = 5
+    ddpm_jax.train(config, tmp_path)
+    assert checkpoint.latest_step(tmp_path) == 5
 
 
 def test_every_field_has_a_comment_and_a_reader():

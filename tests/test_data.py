@@ -257,7 +257,7 @@ def test_labels_of_a_folder(folder, max_ram_gib):
         UserError, match=r"data\.num_classes=3: folder has 2 classes: class0, class1"
     ):
         data.open_source(folder_section(folder, num_classes=3))
-    with pytest.raises(UserError, match=r"0\.png is in no class's folder"):
+    with pytest.raises(UserError, match=r"0\.png is not in the folder of a class"):
         data.open_source(folder_section(folder / "class0", num_classes=2))
 
 
@@ -310,9 +310,9 @@ def test_what_a_user_might_not_expect_is_said_once(folder, caplog):
     for field in ("split", "eval_split"):
         data.open_source(folder_section(folder, eval_split="train[:5]"), field)
     start = rf"data\.path='{folder}': "
-    left_out = f"{start}left out, as they are no images: 1 .txt"
+    skipped = f"{start}skipped files that are not images: 1 .txt"
     few = f"{start}the images use only the levels"
-    assert [len(re.findall(text, caplog.text)) for text in (left_out, few)] == [1, 1]
+    assert [len(re.findall(text, caplog.text)) for text in (skipped, few)] == [1, 1]
 
 
 def test_links_to_folders_are_classes(folder, tmp_path_factory):

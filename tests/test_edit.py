@@ -114,7 +114,9 @@ def test_the_same_images_that_begin_and_end(run, pictures):
 def test_resampling_needs_more_steps_than_a_jump(run, pictures, tmp_path):
     Image.new("L", (8, 8), 255).save(tmp_path / "mask.png")
     more = ["--config.sample.resamplings=2", "--config.sample.num_steps=10"]
-    with pytest.raises(UserError, match=r"sample\.jump_length=10: must be below the 10 steps"):
+    with pytest.raises(
+        UserError, match=r"sample\.jump_length=10: must be below the 10 sampling steps"
+    ):
         edit("inpaint", run, pictures[0], f"--mask={tmp_path / 'mask.png'}", *more)
 
 
@@ -156,9 +158,9 @@ def test_images_that_do_not_fit(run, pictures, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "level, paints", [(0, "nothing"), (1, "nothing"), (255, "everything"), (None, "everything")]
+    "level, pixels", [(0, "no pixel"), (1, "no pixel"), (255, "all pixels"), (None, "all pixels")]
 )
-def test_a_mask_of_one_kind_is_said_before_it_is_painted(run, tmp_path, caplog, level, paints):
+def test_a_mask_of_one_kind_is_named_in_a_warning(run, tmp_path, caplog, level, pixels):
     """Zeros and ones rather than zeros and 255; white on what is transparent."""
     mask = np.zeros((8, 8, 4), np.uint8)
     mask[2:5, 2:5] = 255 if level is None else (level, level, level, 255)
@@ -169,8 +171,8 @@ def test_a_mask_of_one_kind_is_said_before_it_is_painted(run, tmp_path, caplog, 
     config = run_files.load_config(run)
     edit_module.read_mask(config, str(tmp_path / "mask.png"), 1)
     highest = 255 if level is None else level
-    lowest = {"nothing": 0, "everything": 255}[paints]
-    text = f"its values are {lowest} to {highest} of 255, so it paints {paints}"
+    lowest = {"no pixel": 0, "all pixels": 255}[pixels]
+    text = f"its values are {lowest} to {highest} of 255, so {pixels}"
     assert text in caplog.text
     caplog.clear()
     Image.fromarray(np.eye(8, dtype=bool)).save(tmp_path / "mask.png")

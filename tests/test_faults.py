@@ -117,10 +117,10 @@ def test_what_orbax_needs_counts_as_damage_where_no_digest_tells(run, caplog, it
     for step in (run / "checkpoints").iterdir():
         (step / "sha256.json").unlink()
     folder = run / "checkpoints"
-    assert checkpoint._newest_whole(folder) == 4
+    assert checkpoint._newest_undamaged(folder) == 4
     path = folder / "4" / item / needed
     path.rename(run / needed)
-    assert checkpoint._newest_whole(folder) == 2
+    assert checkpoint._newest_undamaged(folder) == 2
     assert f"the checkpoint of step 4 is damaged: {item}/{needed} is missing" in caplog.text
 
 
@@ -278,7 +278,7 @@ def test_a_full_disk(small_disk):
 
 # The command line on a disk that seems to have room.
 BLIND = "from ddpm_jax import cli; from ddpm_jax.files import checkpoint; "
-BLIND += "checkpoint.ROOM = -(2**40); cli.main()"
+BLIND += "checkpoint.RESERVE = -(2**40); cli.main()"
 
 
 @slow
@@ -355,7 +355,7 @@ def test_too_many_in_a_row_stop_the_run(poisoned, tmp_path):
         shutil.copy(pathlib.Path(config.data.path) / "0.png", f"{config.data.path}/{i}.png")
     config.train.update(checkpoint_every=1, log_every=5)
     with pytest.raises(
-        UserError, match=r"not finite at step 3, and optim\.max_skipped=2 before it"
+        UserError, match=r"not finite at step 3, and at the optim\.max_skipped=2 steps"
     ):
         train.train(config, tmp_path / "run")
     assert checkpoint.latest_step(tmp_path / "run") is None
@@ -366,7 +366,7 @@ def test_too_many_in_a_row_stop_the_run(poisoned, tmp_path):
     [
         ("eps", "simple"),
         pytest.param("v", "simple", marks=slow),
-        pytest.param("x0", "bound", marks=slow),
+        pytest.param("x0", "vlb", marks=slow),
     ],
 )
 def test_constant_images_poison_nothing(config, tmp_path, prediction, loss):

@@ -24,7 +24,7 @@ def gaussian_bound(variance, count=64):
         return sampling.noise(keys, t, x0.shape[1:])
 
     def bound(x0):
-        return likelihood.bound(HO, gaussian_predict(variance, HO), x0, noise)
+        return likelihood.vlb(HO, gaussian_predict(variance, HO), x0, noise)
 
     return x0, jax.jit(bound)(x0)
 

@@ -49,7 +49,7 @@ def run(config, num_devices, num_steps, count_traces=None):
     batches = data.batches(source, batch_size=8, seed=0, first_step=0, random_flip=False)
     losses = []
     for _ in range(num_steps):
-        state, values = step(state, parallel.split(next(batches), num_devices))
+        state, values = step(state, parallel.shard(next(batches), num_devices))
         losses.append(float(values["loss"]))
     return jax.tree.map(np.array, state), losses
 
@@ -87,7 +87,7 @@ def test_first_loss_and_zero_first_update(config):
     step, state = setup(config, 4)
     before = jax.tree.map(np.array, state.params)
     batch = data.open_source(config.data).read(np.arange(8))
-    state, values = step(state, parallel.split(batch))
+    state, values = step(state, parallel.shard(batch))
     assert float(values["loss"]) == pytest.approx(1.0, abs=0.15)
     jax.tree.map(np.testing.assert_array_equal, before, state.params)
 
@@ -200,7 +200,7 @@ def test_a_chain_that_does_not_end_in_noise_is_named(config, caplog, schedule, n
     source = data.open_source(config.data)
     _, state = setup(config, 1)
     train.describe(config, state, configs.make_schedule(config), source, source)
-    assert ("does not end in noise (a prior KL of 0.0" in caplog.text) == named
+    assert ("does not end in noise (prior KL 0.0" in caplog.text) == named
 
 
 def test_an_epoch_shorter_than_a_step(config, tmp_path):
@@ -365,7 +365,7 @@ def test_one_copy_of_the_state_a_device(config):
     """And what it was before the step is gone."""
     step, before = setup(config, 4)
     batch = data.open_source(config.data).read(np.arange(8))
-    after, _ = step(before, parallel.split(batch))
+    after, _ = step(before, parallel.shard(batch))
     for leaf in jax.tree.leaves(after):
         shards = leaf.addressable_shards
         assert len(shards) == len({shard.device for shard in shards}) == 4
@@ -377,7 +377,7 @@ def test_the_step_is_compiled_once(config, caplog):
     """For the estimate of its memory, and for all steps."""
     step, state = setup(config, 4)
     source = data.open_source(config.data)
-    batch = parallel.split(source.read(np.arange(8)))
+    batch = parallel.shard(source.read(np.arange(8)))
     caplog.set_level("INFO", logger="ddpm_jax")
     with jax.log_compiles():
         train.describe_memory(step, state, source, 8)
@@ -386,12 +386,12 @@ def test_the_step_is_compiled_once(config, caplog):
             state, _ = step(state, batch)
     again = [record for record in caplog.records if "Compiling" in record.getMessage()]
     assert len(compiled) == 1 == len(again)
-    assert "GiB a device of" in caplog.text
+    assert "memory per device: " in caplog.text
 
 
 def test_memory_that_is_not_there_is_warned_of(config, caplog, monkeypatch):
     step, state = setup(config, 4)
-    monkeypatch.setattr(parallel, "memory_of_a_device", lambda: 1000)
+    monkeypatch.setattr(parallel, "device_memory", lambda: 1000)
     train.describe_memory(step, state, data.open_source(config.data), 8)
     for cure in ("train.batch_size", "optim.accumulate", "model.remat", "more devices"):
         assert cure in caplog.text
@@ -420,7 +420,7 @@ def test_what_only_shows_how_training_goes_does_not_end_it(
     assert train.train(config, tmp_path) == 0
     assert checkpoint.latest_step(tmp_path) == 4
     assert saved_before == [[2], [2, 4]]
-    assert caplog.text.count(r"was left out: RuntimeError('no\nluck')") == 2
+    assert caplog.text.count(r"was skipped: RuntimeError('no\nluck')") == 2
 
 
 def folder_of_images(path, names, size=(8, 8)):
@@ -496,10 +496,10 @@ NAMES = [f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(5)]
 @pytest.mark.parametrize(
     "change, message",
     [
-        ("rename a class", "other classes: cat, dog -> aardvark, cat; use those again"),
+        ("rename a class", "other classes: cat, dog -> aardvark, cat; use the same data"),
         ("add an image", "other data: 6 images -> 7; use"),
-        ("rename an image", r"other data: as many images \(6\), but other files"),
-        ("replace an image", r"other data: as many images \(6\), but other files"),
+        ("rename an image", r"other data: the same number of images \(6\), but other files"),
+        ("replace an image", r"other data: the same number of images \(6\), but other files"),
     ],
 )
 def test_other_data_are_refused(config, tmp_path, change, message):
