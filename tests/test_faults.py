@@ -1,4 +1,4 @@
-"""What goes wrong while a run lasts: damaged files, full disks, numbers that are not finite."""
+"""Faults during a run: damaged files, full disks, non-finite numbers."""
 
 import contextlib
 import json
@@ -68,7 +68,7 @@ def delete(folder):
 
 
 def flip(folder):
-    """Bits in the middle of the parameters' values, which Orbax reads without a word."""
+    """Flips bits in the middle of the parameters' values, which Orbax does not detect."""
     path = largest_file(folder / "params" / "ocdbt.process_0" / "d")
     content = bytearray(path.read_bytes())
     for place in range(len(content) // 3, 2 * len(content) // 3):
@@ -83,7 +83,7 @@ slow = pytest.mark.slow
     "damage", [pytest.param(truncate, marks=slow), pytest.param(delete, marks=slow), flip]
 )
 def test_a_damaged_checkpoint_is_passed_over(config, run, caplog, damage):
-    """And the steps since the one before it are done again, to the same end, bit for bit."""
+    """The steps after the previous checkpoint are repeated, with the same result, bit for bit."""
     _, before = params_of(config, run)
     damage(run / "checkpoints" / "4")
     files = {p: p.stat().st_size for p in (run / "checkpoints" / "4").rglob("*") if p.is_file()}
@@ -106,7 +106,7 @@ def test_a_damaged_checkpoint_is_passed_over(config, run, caplog, damage):
 
 @pytest.mark.parametrize("missing", ["manifest.ocdbt", "_METADATA", "d"])
 def test_a_checkpoint_that_cannot_be_read_is_not_whole(config, run, caplog, missing):
-    """Though its digests, of the files that were written, are right."""
+    """Even if the digests of its files are correct."""
     item = run / "checkpoints" / "4" / "ema_params"
     remove = shutil.rmtree if missing == "d" else os.remove
     remove(item / missing)
@@ -120,7 +120,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_whole(config, run, caplog, miss
 
 
 def test_characters_of_patterns_in_a_path(config, run, tmp_path):
-    """Train, go on and sample as anywhere else; and a run that has been moved there goes on."""
+    """Training, resuming and sampling work; so does resuming a run that was moved there."""
     _, expected = params_of(config, run)
     moved = pathlib.Path(shutil.copytree(run, tmp_path / "moved [1]"))
     shutil.rmtree(moved / "checkpoints" / "4")
@@ -153,7 +153,7 @@ def test_only_damaged_checkpoints(config, run):
 
 @pytest.mark.slow
 def test_random_damage_is_never_read(config, run):
-    """Whatever is done to a file: the parameters are those that were saved, or it is noticed."""
+    """For any damage of a file: it is detected, or the parameters are those that were saved."""
     whole = {step: params_of(config, run) for step in (4,)}
     (run / "checkpoints" / "2").rename(run / "2")
     _, two = params_of_step(config, run, "2")
@@ -284,7 +284,7 @@ BLIND += "checkpoint.RESERVE = -(2**40); cli.main()"
 
 @slow
 def test_a_disk_that_fills_while_a_checkpoint_is_written(small_disk, tmp_path):
-    """As when another program takes the room; the checkpoints before it can be read."""
+    """As if another program used the space; the previous checkpoints can be read."""
     run = small_disk / "run"
     arguments = [DIGITS, *TINY, f"--workdir={run}", "--config.train.checkpoint_every=2"]
     keep = ["--config.train.keep_checkpoints=100", "--config.train.sample_every=1000"]
@@ -386,7 +386,7 @@ def test_constant_images_poison_nothing(config, tmp_path, prediction, loss):
 
 
 def test_an_image_of_floats_is_named(config, tmp_path):
-    """A TIFF may hold NaNs; what it means by its numbers is not known either."""
+    """A TIFF may hold NaNs, and the range of its numbers is unknown."""
     x = np.full((8, 8), np.nan, np.float32)
     Image.fromarray(x).save(tmp_path / "bad.tiff")
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "good.png")
