@@ -1,4 +1,4 @@
-"""Malformed input of every kind, thrown at the command line.
+"""Malformed input of every kind for the command line.
 
 Each example calls cli.main() as a user would, up to where the computing would begin. It is
 answered in one line with exit code 2, and then no file has changed; or it works. Never a traceback,
@@ -69,7 +69,7 @@ class Hang(BaseException):
 
 
 def thrown(name):
-    """How many examples, always the same."""
+    """The number of examples, with a fixed seed."""
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
     return settings(
         max_examples=EXAMPLES[name],
@@ -86,7 +86,7 @@ def enough(*_, **__):
 
 @pytest.fixture(scope="module", autouse=True)
 def no_computing(tmp_path_factory):
-    """Where the computing would begin, an example ends; and main's logging with this module."""
+    """Stops each example where the computation would begin; restores logging after this module."""
 
     def small_state(model, optimizer, image_shape, seed):
         params = {"kernel": np.zeros(2, np.float32)}

@@ -37,7 +37,7 @@ def some_params(config, seed=0):
 
 
 def test_the_network_is_told_the_class(conditional):
-    """Each label's output is another one; no label is the last label."""
+    """The output depends on the label; no label is the same as the last label."""
     model, params = configs.make_model(conditional), some_params(conditional)
     net_fn = jax.jit(unet.net_fn(model, params))
     x, t = jnp.ones((11, 8, 8, 1)), jnp.full(11, 3)
@@ -47,7 +47,7 @@ def test_the_network_is_told_the_class(conditional):
 
 
 def test_labels_are_dropped_at_the_rate_that_is_asked_for(conditional):
-    """Over 4,096 examples; those that are kept are the batch's own."""
+    """Over 4,096 examples; labels that are not dropped do not change."""
     optimizer = states.make_optimizer(conditional.optim, 10)
     labels = np.arange(4096) % 10
     seen = []
@@ -115,9 +115,7 @@ def test_bad_labels_and_weights_are_known_before_anything_is_written(conditional
     assert not list(tmp_path.iterdir())
     conditional.train.label_dropout = 0.0
     conditional.sample.guidance = 2.0
-    with pytest.raises(
-        UserError, match=r"sample\.guidance=2\.0: must be 1: .* without label dropout"
-    ):
+    with pytest.raises(UserError, match=r"sample\.guidance=2\.0: must be 1: .* label dropout"):
         configs.check(conditional)
 
 
@@ -145,7 +143,7 @@ def test_numbers_do_where_names_are_lost(conditional, tmp_path):
     ],
 )
 def test_a_number_is_a_name_where_there_are_such_names(label, names, number):
-    """Folders 0, 1, 10, 11, 2: the class 3 is not folder 11, which comes fourth."""
+    """Folders 0, 1, 10, 11, 2: class 3 does not exist; it is not the fourth folder, 11."""
     if number is None:
         with pytest.raises(UserError, match=rf"sample\.label='{label}': choose from {names[0]}, "):
             generate.label_number(label, tuple(names))
@@ -154,7 +152,7 @@ def test_a_number_is_a_name_where_there_are_such_names(label, names, number):
 
 
 def test_guidance_in_the_sampler(conditional):
-    """Weight 0 takes no notice of the class, 1 does; in turn, image i is of class i mod K."""
+    """Scale 0 ignores the class, 1 does not; with all classes, image i has class i mod K."""
     config = conditional
     config.sample.update(num_samples=4, batch_size=4)
     params = parallel.replicate(some_params(config))
@@ -243,7 +241,7 @@ def test_asking_for_a_seven(tmp_path):
 
 
 def test_the_bound_as_a_loss_is_the_bound(config):
-    """A term of it for each t, in bits/dim, as likelihood.vlb has them."""
+    """The loss at t is the term of likelihood.vlb at t, in bits/dim."""
     config.diffusion.update(prediction="mean", loss="vlb", variance="learned")
     model, schedule = configs.make_model(config), configs.make_schedule(config)
     params = some_params(config)

@@ -46,7 +46,7 @@ TUTORIALS = ("cifar10_t1000", "flowers_t1000", "mnist28_t1000", "mnist28_t200", 
 
 @pytest.mark.parametrize("name", TUTORIALS)
 def test_chains_of_tutorials(name):
-    """C and D end in something else than noise; rescaled, they do not (KL of the prior)."""
+    """C and D do not end in noise; rescaled, they do (prior KL)."""
     config = load(FILES[0].parent / "tutorials" / f"{name}.py")
     diffusion = config.diffusion
     kl = likelihood.prior_kl(configs.make_schedule(config), 1 / 3)
@@ -58,7 +58,7 @@ def test_chains_of_tutorials(name):
 
 
 def overrides_in_docstrings():
-    """(path, flags): what a docstring says may be added, together if they stand together."""
+    """(path, flags) of the overrides in a docstring; adjacent flags belong together."""
     for name in TUTORIALS:
         path = FILES[0].parent / "tutorials" / f"{name}.py"
         text = ast.get_docstring(ast.parse(path.read_text())).replace("\\\n", "\n")
@@ -102,7 +102,7 @@ OLD_VALUES = ["--config.diffusion.loss=bound", "--config.sample.spacing=uniform"
 
 
 def test_old_values_in_commands_and_config_files(tmp_path):
-    """Earlier versions called them so; what they mean has not changed."""
+    """Names of earlier versions still work."""
     path = tmp_path / "mine.py"
     path.write_text(
         "from ddpm_jax.configs import named_config\n\ndef get_config():\n"
@@ -115,7 +115,7 @@ def test_old_values_in_commands_and_config_files(tmp_path):
 
 
 def test_a_run_that_was_saved_with_old_values(config, tmp_path):
-    """It is resumed, sampled, and its files are named as with the new values."""
+    """It can be sampled and resumed; file names are those of the new values."""
     config.diffusion.loss = "vlb"
     ddpm_jax.train(config, tmp_path)
     path = tmp_path / "config.json"

@@ -91,7 +91,7 @@ def test_interpolation_begins_and_ends_at_the_images(run, pictures):
 
 
 def test_to_noise_and_back(run, pictures, caplog):
-    """The more steps, the closer; the noise alone is enough to come back."""
+    """DDIM inversion: more steps give a smaller error; the noise alone reproduces the image."""
     folder, given = pictures
     caplog.set_level("INFO")
     errors = []
@@ -104,7 +104,7 @@ def test_to_noise_and_back(run, pictures, caplog):
 
 
 def test_the_same_images_that_begin_and_end(run, pictures):
-    """Both ends of a pair of equal images differ in their noise only, and stay near the image."""
+    """For two equal images, λ = 0 and 1 differ only in the noise, and stay near the image."""
     folder, given = pictures
     run_files.write_npz(folder.parent / "twice.npz", images=given[[0, 0]])
     found = edit("interpolate", run, folder.parent / "twice.npz", "--config.sample.t=0")["images"]

@@ -1,4 +1,4 @@
-"""A run measured end to end; Inception with random weights, to see the plumbing."""
+"""Evaluation of a run, end to end, with random Inception weights."""
 
 import hashlib
 import json
@@ -373,7 +373,7 @@ def test_four_channels_are_not_for_inception(config):
 
 
 def test_runs_that_are_older_than_some_fields(run):
-    """They can be used, and trained further, with what those fields were before they existed."""
+    """They can be used and resumed, with the values that the fields had before they existed."""
     workdir, config = run
     fields = json.loads((workdir / "config.json").read_text())
     for section, name in (field.split(".") for field in configs.ADDED):

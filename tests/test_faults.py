@@ -1,4 +1,4 @@
-"""What goes wrong while a run lasts: damaged files, full disks, numbers that are not finite."""
+"""Faults during a run: damaged files, full disks, non-finite numbers."""
 
 import json
 import logging
@@ -66,7 +66,7 @@ def delete(folder):
 
 
 def flip(folder):
-    """Bits in the middle of the parameters' values, which Orbax reads without a word."""
+    """Flips bits in the middle of the parameters' values, which Orbax does not detect."""
     path = largest_file(folder / "params" / "ocdbt.process_0" / "d")
     content = bytearray(path.read_bytes())
     for place in range(len(content) // 3, 2 * len(content) // 3):
@@ -89,7 +89,7 @@ slow = pytest.mark.slow
     "damage", [*(pytest.param(d, marks=slow) for d in (truncate, delete, unlist)), flip]
 )
 def test_a_damaged_checkpoint_is_passed_over(config, run, caplog, damage):
-    """And the steps since the one before it are done again, to the same end, bit for bit."""
+    """The steps after the previous checkpoint are repeated, with the same result, bit for bit."""
     _, before = params_of(config, run)
     damage(run / "checkpoints" / "4")
     files = {p: p.stat().st_size for p in (run / "checkpoints" / "4").rglob("*") if p.is_file()}
@@ -113,7 +113,7 @@ def test_a_damaged_checkpoint_is_passed_over(config, run, caplog, damage):
 @pytest.mark.parametrize("needed", ["_METADATA", "manifest.ocdbt", "d"])
 @pytest.mark.parametrize("item", ["params", "ema_params", "opt_state"])
 def test_what_orbax_needs_counts_as_damage_where_no_digest_tells(run, caplog, item, needed):
-    """The runs of older versions have none."""
+    """Runs of older versions have no digests."""
     for step in (run / "checkpoints").iterdir():
         (step / "sha256.json").unlink()
     folder = run / "checkpoints"
@@ -136,7 +136,7 @@ def test_only_damaged_checkpoints(config, run):
 
 @pytest.mark.slow
 def test_random_damage_is_never_read(config, run):
-    """Whatever is done to a file: the parameters are those that were saved, or it is noticed."""
+    """For any damage of a file: it is detected, or the parameters are those that were saved."""
     whole = {step: params_of(config, run) for step in (4,)}
     (run / "checkpoints" / "2").rename(run / "2")
     _, two = params_of_step(config, run, "2")
@@ -283,7 +283,7 @@ BLIND += "checkpoint.RESERVE = -(2**40); cli.main()"
 
 @slow
 def test_a_disk_that_fills_while_a_checkpoint_is_written(small_disk, tmp_path):
-    """As when another program takes the room; the checkpoints before it can be read."""
+    """As if another program used the space; the previous checkpoints can be read."""
     run = small_disk / "run"
     arguments = [DIGITS, *TINY, f"--workdir={run}", "--config.train.checkpoint_every=2"]
     keep = ["--config.train.keep_checkpoints=100", "--config.train.sample_every=1000"]
@@ -385,7 +385,7 @@ def test_constant_images_poison_nothing(config, tmp_path, prediction, loss):
 
 
 def test_an_image_of_floats_is_named(config, tmp_path):
-    """A TIFF may hold NaNs; what it means by its numbers is not known either."""
+    """A TIFF may hold NaNs, and the range of its numbers is unknown."""
     x = np.full((8, 8), np.nan, np.float32)
     Image.fromarray(x).save(tmp_path / "bad.tiff")
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "good.png")

@@ -1,4 +1,4 @@
-"""Weights that diffusers wrote: in, used, trained further, out again, and every bad folder."""
+"""Import, use, further training and export of diffusers' weights; and every invalid folder."""
 
 import json
 import pathlib
@@ -42,7 +42,7 @@ def test_gradient_of_each_tensor():
 
 @pytest.mark.usefixtures("no_report")
 def test_import_sample_train_and_export(tmp_path, weights):
-    """The run is like any other; raw and averaged weights go out with the bits they came with."""
+    """The run works like any other; raw and EMA weights are exported without change of a bit."""
     workdir, out = f"--workdir={tmp_path / 'run'}", tmp_path / "out"
     run("import", workdir, f"--weights={weights}")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoints", "config.json"]
@@ -73,7 +73,7 @@ def test_import_sample_train_and_export(tmp_path, weights):
 
 @pytest.mark.parametrize("name", ["cifar10", "celebahq256"])
 def test_the_published_networks_are_the_paper_s(name):
-    """google/ddpm-cifar10-32 and -celebahq-256 say this, and nothing else that counts."""
+    """The relevant fields of google/ddpm-cifar10-32 and -celebahq-256."""
     config = configs.named_config(name)
     cifar = name == "cifar10"
     fields = {
@@ -248,7 +248,7 @@ MISFITS = [
 
 
 def refused(tmp_path, weights, match, *arguments):
-    """Importing says one line that holds `match`, and writes nothing."""
+    """Importing raises one line that matches `match`, and writes nothing."""
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError) as error:
         run("import", f"--workdir={tmp_path / 'run'}", f"--weights={weights}", *arguments)

@@ -70,7 +70,7 @@ def relative_error(ours, theirs):
 
 
 def swapped(gradient, name):
-    """What read_params does to a network with its cosines first."""
+    """Swaps the halves of a time embedding, as read_params does if the cosines are first."""
     return np.roll(gradient, gradient.shape[1] // 2, 1) if "linear_1.weight" in name else gradient
 
 

@@ -91,7 +91,7 @@ def chain(step_fn, predict_fn, ts, schedule=HO, x=None):
 
 
 def curved(x_t, t):
-    """Some network that is not linear."""
+    """A nonlinear network."""
     return jnp.tanh(2 * x_t) + 0.1
 
 
@@ -244,7 +244,7 @@ def test_classifier_guidance_is_bayes_rule():
 
 @pytest.mark.parametrize("steps, jump, times", [(7, 1, 1), (7, 10, 3), (20, 5, 3), (250, 10, 10)])
 def test_inpaint_plan(steps, jump, times):
-    """Each step goes on where the one before ended, from x_T to x_0."""
+    """Each step starts where the previous one ended, from x_T to x_0."""
     ts, ups = sampling.inpaint_plan(steps, jump, times)
     level = steps - 1  # x_t, from which a step down starts
     for t, up in zip(ts, ups, strict=True):
@@ -278,7 +278,7 @@ def test_inpainting_gaussian_data():
     """Correlated pixels: painting one, given the other, has the conditional's mean and variance.
 
     The pair is N(0, [[1, r], [r, 1]]), whose optimal predictor is exact; with RePaint's resampling
-    the painted one comes closer to r · known than straight down.
+    the painted one is closer to r · known than without.
     """
     r = 0.9
     covariance = np.array([[1, r], [r, 1]])
@@ -382,7 +382,7 @@ def test_images_do_not_depend_on_their_batch(config, batch_size):
 
 
 def test_frames(config):
-    """The frame after t = 0 is the image, and what is taken for it; N need not fill the batches."""
+    """The frame after t = 0 is the image, and its x0; N need not fill the batches."""
     x, frames, x0_frames = sample(config, 4, 6, frames_at=(15, 0), x0_at=(12, 3, 0))
     assert frames.shape == (2, 6, 8, 8, 1) and x0_frames.shape == (3, 6, 8, 8, 1)
     assert frames.dtype == x0_frames.dtype == np.uint8

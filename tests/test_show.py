@@ -1,4 +1,4 @@
-"""Every picture of a config and of a run, and the page that holds them."""
+"""All visualizations of a config and of a run, and the report."""
 
 import html.parser
 import re

@@ -182,8 +182,8 @@ def sample_quality(config, workdir, provenance, params, guidance, weights, train
         for field, source in (("split", train), ("eval_split", test))
     )
 
-    kept = {"images": "kept"} if section.keep_images else {}
-    folder = _folder(workdir / "evaluation", {**provenance, **inputs, **kept})
+    with_images = {"images": "kept"} if section.keep_images else {}
+    folder = _folder(workdir / "evaluation", {**provenance, **inputs, **with_images})
     sample = generate.make_sampler(config, **guidance)
 
     def features_of_samples(first, last):

@@ -186,21 +186,23 @@ def make_sampler(
     start, step_of, steps = task(config, chain)
     model, classifier_params = classifier or (None, None)
     classes = model.num_classes if model else config.data.num_classes
-    wanted = set(frames_at), set(x0_at)
-    segments = split_steps(steps, wanted[0] | wanted[1], one_by_one=model and cpu.is_used())
+    steps_of_frames = set(frames_at), set(x0_at)
+    one_by_one = model and cpu.is_used()
+    segments = split_steps(steps, steps_of_frames[0] | steps_of_frames[1], one_by_one)
     begin, run, end = pmapped_task(config, chain, start, step_of, model, finish)
 
     def sample_batch(params, seed, indices, inputs, bar, stop):
         keys, labels = sampling.image_keys(seed, indices), labels_of(indices, label, classes)
         arrays = parallel.shard(parallel.local_shard((keys, labels, inputs)))
         x, shape = begin(arrays[0], arrays[2]), (len(indices), *configs.image_shape(config))
-        stacks = [np.empty((len(steps), *shape), np.uint8) for steps in wanted]
+        stacks = [np.empty((len(ts), *shape), np.uint8) for ts in steps_of_frames]
         empty_frames = [iter(stack) for stack in stacks]
         for segment in segments:
             scan = segment.steps, segment.padded_frames_at
             x, frames = run(params, classifier_params, x, *arrays, *scan)
             if segment.frames_at:  # frames leave the device after each segment
-                store_frames(empty_frames, wanted, segment.frames_at, parallel.gather(frames))
+                frames = parallel.gather(frames)
+                store_frames(empty_frames, steps_of_frames, segment.frames_at, frames)
             jax.block_until_ready(x)
             bar.update(len(segment.steps))
             signals.check(stop)

@@ -313,8 +313,8 @@ def _check_network(fields, origin):
         unused = name.startswith("downsample") and len(widths) == 1
         require(same or unused, name, f"our U-Net has {_json(ours)}")
     for name in sorted(fields):
-        known = name in FIXED or name in DEFAULTS or name.startswith("_") or fields[name] is None
-        require(known, name, "is not supported by our U-Net")
+        supported = name in FIXED or name in DEFAULTS or name.startswith("_")
+        require(supported or fields[name] is None, name, "is not supported by our U-Net")
 
     factor = 2 ** (len(widths) - 1)
     fits = _are_sizes(size) and len(size) == 2 and all(side % factor == 0 for side in size)
