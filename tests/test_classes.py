@@ -125,9 +125,10 @@ def test_numbers_do_where_names_are_lost(conditional, tmp_path):
     conditional.sample.update(label="9", num_samples=4)
     generate.sample(conditional, tmp_path)
     assert (tmp_path / "samples" / "sample_000000_n4_seed0_label9.npz").exists()
-    (tmp_path / "labels.json").write_text("[")
-    with pytest.raises(UserError, match=r"labels\.json: not valid JSON"):
-        generate.sample(conditional, tmp_path)
+    for text, message in (("[", "not valid JSON"), ("[1, 2]", "is not a list of names")):
+        (tmp_path / "labels.json").write_text(text)
+        with pytest.raises(UserError, match=rf"labels\.json: {message}"):
+            generate.sample(conditional, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +168,89 @@ def test_guidance_in_the_sampler(conditional):
     in_turn = sample(1.0, None, (13, 3, 8, 0))
     np.testing.assert_allclose(in_turn[:2], sample(1.0, 3, (13, 3, 3, 3))[:2], atol=1)
     np.testing.assert_allclose(in_turn[2], sample(1.0, 8, (8, 8, 8, 8))[0], atol=1)
+
+
+def of_label(model, params):
+    """In place of a network: ε = (1 + label) / 10; a classifier's log p is label · Σ x_t."""
+
+    def eps(x_t, t, labels=None):
+        labels = jnp.full(len(x_t), 10) if labels is None else labels  # 10 is none
+        return jnp.broadcast_to((1 + labels.reshape(-1, 1, 1, 1)) / 10, x_t.shape)
+
+    def log_p(x_t, t):
+        return jnp.outer(x_t.sum((1, 2, 3)), jnp.arange(10))
+
+    return log_p if params == "p" else eps
+
+
+@pytest.mark.parametrize("kind", ["free", "classifier"])
+def test_guidance_by_hand(conditional, monkeypatch, kind):
+    """On a chain of 5 of 20 steps; ᾱ is that of the network's step τ_3 = 12.
+
+    Classifier-free: ε_u + g (ε_c - ε_u). By a classifier: ε_c - √(1 - ᾱ) · g · ∇ log p.
+    """
+    monkeypatch.setattr(unet, "net_fn", of_label)
+    conditional.diffusion.update(schedule="linear", beta_end=0.4, clip_x0=False)
+    conditional.sample.update(num_steps=5, guidance=3.0)
+    classifier = ("model", "p") if kind == "classifier" else None
+    a = np.cumprod(1 - np.linspace(1e-4, 0.4, 20))[12]
+    labels, x_t = jnp.array([2, 0, 9]), jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
+    chain = generate.make_chain(conditional)
+    predict_fn = generate.guided_predict(conditional, chain, {}, labels, classifier)
+    given = (1 + np.array([2, 0, 9])) / 10
+    eps = 1.1 + 3 * (given - 1.1)
+    if classifier:
+        eps = given - np.sqrt(1 - a) * 3 * np.array([2, 0, 9])
+    expected = (x_t - np.sqrt(1 - a) * eps.reshape(3, 1, 1, 1)) / np.sqrt(a)
+    np.testing.assert_allclose(predict_fn(x_t, jnp.full(3, 3)).x0, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "label, in_turn, expected", [("", True, None), ("", False, 10), ("3", True, 3), ("3", False, 3)]
+)
+def test_images_to_edit_are_of_no_class_unless_one_is_given(
+    conditional, tmp_path, monkeypatch, label, in_turn, expected
+):
+    asked = []
+    monkeypatch.setattr(checkpoint, "restore_params", lambda *_: (5, {}))
+    monkeypatch.setattr(
+        generate, "make_sampler", lambda config, **options: asked.append(options) or max
+    )
+    conditional.sample.label = label
+    generate.restore_sampler(conditional, tmp_path, cycle_labels=in_turn)
+    assert asked == [{"label": expected, "classifier": None}]
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("diffusion.num_timesteps", 10),
+        ("diffusion.schedule", "linear"),
+        ("diffusion.beta_end", 0.1),
+        ("data.image_size", (16, 16)),
+        ("data.channels", 3),
+        ("model.kind", "unet"),
+    ],
+)
+def test_a_classifier_of_other_images_or_another_chain(config, tmp_path, name, value):
+    config.sample.classifier = str(tmp_path)
+    saved = config.copy_and_resolve_references()
+    saved.update_from_flattened_dict({"model.kind": "classifier", "data.num_classes": 10})
+    saved.update_from_flattened_dict({name: value})
+    run_files.save_config(saved, tmp_path)
+    message = "holds no classifier" if name == "model.kind" else f"its {name} is .*, this run's"
+    with pytest.raises(UserError, match=rf"sample\.classifier=.*: {message}"):
+        generate.load_classifier(config)
+
+
+def test_a_classifier_has_to_know_the_run_s_classes(conditional, monkeypatch):
+    conditional.sample.label = "dog"
+    monkeypatch.setattr(generate, "load_classifier", lambda _: ("model", "p", ("cat", "dog")))
+    for names in ((), ("cat", "dog")):
+        found = generate.guidance_for(conditional, names)
+        assert found == {"label": 1, "classifier": ("model", "p")}
+    with pytest.raises(UserError, match=r"sample\.classifier=.*: knows other classes: cat, dog"):
+        generate.guidance_for(conditional, ("dog", "cat"))
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import pytest
 import ddpm_jax
 from ddpm_jax import cli, configs
 from ddpm_jax.core import likelihood, unet
+from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, workdir
 
 FILES = sorted((pathlib.Path(__file__).parent.parent / "configs").rglob("*.py"))
@@ -163,3 +164,51 @@ def test_papers_settings():
         large = load(FILES[0].parent / f"{name}.py")
         assert large.train.batch_size == 64 and large.optim.learning_rate == 2e-5
         assert large.model.dropout == 0 and large.diffusion.variance == "fixed_small"
+
+
+def test_a_learned_variance_is_of_all_steps(config):
+    config.diffusion.update(loss="vlb", variance="learned")
+    for num_steps in (0, 20):
+        config.sample.num_steps = num_steps
+        configs.check(config, "sample")
+    config.sample.num_steps = 10
+    with pytest.raises(UserError, match=r"sample\.num_steps=10: a learned variance is one of all"):
+        configs.check(config, "sample")
+    config.sample.sampler = "ddim"
+    configs.check(config, "sample")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("data.image_size", (16, 16)),
+        ("data.channels", 3),
+        ("data.num_classes", 10),
+        ("diffusion.schedule", "linear"),
+        ("diffusion.num_timesteps", 10),
+        ("diffusion.beta_end", 0.01),
+        ("diffusion.prediction", "v"),
+        ("model.norm_groups", 2),
+    ],
+)
+def test_a_run_is_not_used_with_another_network_or_chain(config, name, value):
+    saved = config.copy_and_resolve_references()
+    config.update_from_flattened_dict({name: value})
+    with pytest.raises(UserError, match=rf"workdir=runs/x: .*{name} "):
+        configs.check_same_run(saved, config, "runs/x", "use")
+
+
+def test_a_run_is_used_with_another_dropout_seed_or_sampler(config):
+    saved = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(
+        {
+            "seed": 3,
+            "data.split": "train[:7]",
+            "diffusion.clip_x0": False,
+            "model.dropout": 0.3,
+            "model.dtype": "bfloat16",
+            "sample.sampler": "ddim",
+            "train.batch_size": 4,
+        }
+    )
+    configs.check_same_run(saved, config, "runs/x", "use")

@@ -62,6 +62,18 @@ def test_kernel_distance_and_its_error():
     assert 0.4 < np.std(off) < 2.5
 
 
+def test_kernel_distance_draws_from_all_of_both_sets():
+    """D = 1: five 0s against five 0s and 45 1s, in this order.
+
+    k(1, 1) = 8, else 1. Of two others a pair is both 1 in 45 · 44 of 50 · 49 cases, so the squared
+    MMD is 1 + (1 + 7 · 45 · 44 / (50 · 49)) - 2.
+    """
+    few, many = np.zeros((5, 1)), np.repeat([[0.0], [1.0]], (5, 45), axis=0)
+    for pair in ((few, many), (many, few)):
+        found = distances.kernel_distance(*pair, subsets=400)
+        assert found.value == pytest.approx(7 * 45 * 44 / (50 * 49), abs=0.5)
+
+
 def test_precision_and_recall_by_the_definition():
     def covered(points, centres, k):
         found = 0

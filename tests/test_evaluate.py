@@ -43,12 +43,16 @@ def random_inception(monkeypatch):
     monkeypatch.setattr(inception, "load", lambda path: weights)
 
 
-@pytest.fixture
-def run(config, tmp_path):
-    """A run that was not trained: (its folder, its config)."""
+def of_few_images(config, tmp_path):
     config.data.split, config.data.eval_split = "train[:12]", "train[1790:]"
     config.evaluate.update(num_samples=6, bits_per_dim_images=5, max_features=10)
     config.evaluate.cache_dir = str(tmp_path / "cache")
+
+
+@pytest.fixture
+def run(config, tmp_path):
+    """A run that was not trained: (its folder, its config)."""
+    of_few_images(config, tmp_path)
     model = configs.make_model(config)
     x = np.zeros((1, *configs.image_shape(config)), np.float32)
     params = model.init(jax.random.key(0), x, np.zeros(1, int))["params"]
@@ -140,8 +144,22 @@ def linear(images):
 
 
 @pytest.fixture
-def drawn(run, monkeypatch):
-    """Sample i is DRAWN[i], its features are linear: (folder, config, options of the sampler)."""
+def idle(config, tmp_path, monkeypatch):
+    """A run whose network does nothing: (its folder, its config, {use_ema: parameters})."""
+    of_few_images(config, tmp_path)
+    trees = {ema: [np.zeros(2), np.full(2, float(ema))] for ema in (True, False)}
+
+    def restore_params(config, workdir):
+        return 0, trees[config.sample.use_ema]
+
+    monkeypatch.setattr(checkpoint, "restore_params", restore_params)
+    run_files.save_config(config, tmp_path / "run")
+    return tmp_path / "run", config, trees
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Sample i is DRAWN[i], and features are linear: a list of the options of each sampler."""
     asked = []
 
     def make_sampler(config, **options):
@@ -151,14 +169,14 @@ def drawn(run, monkeypatch):
     monkeypatch.setattr(inception, "load", lambda path: inception.Weights({}, None, "linear"))
     monkeypatch.setattr(features, "make_extractor", lambda *_: linear)
     monkeypatch.setattr(generate, "make_sampler", make_sampler)
-    workdir, config = run
-    config.evaluate.update(num_samples=10, bits_per_dim_images=0, max_features=7)
-    return workdir, config, asked
+    return asked
 
 
-def test_scores_are_of_the_images_that_they_name(drawn):
+@pytest.mark.usefixtures("asked")
+def test_scores_are_of_the_images_that_they_name(idle):
     """Ten samples in batches of 4, against both splits; the first 7 for what is not FID."""
-    workdir, config, _ = drawn
+    workdir, config, _ = idle
+    config.evaluate.update(num_samples=10, bits_per_dim_images=0, max_features=7)
     found = evaluate.evaluate(config, workdir)
     sources = [data.open_source(config.data, field) for field in ("split", "eval_split")]
     splits = [source.read(np.arange(source.size)).images for source in sources]
@@ -174,15 +192,13 @@ def test_scores_are_of_the_images_that_they_name(drawn):
     assert found["scored_features"] == [7, 7]
 
 
-def test_what_the_samples_depend_on_is_not_mixed(drawn, monkeypatch):
+def test_what_the_samples_depend_on_is_not_mixed(idle, asked):
     """Each change is another evaluation with a folder of its own, and the same one again is not."""
-    workdir, config, asked = drawn
+    workdir, config, trees = idle
     config.data.num_classes = 10
-    trees = {ema: [np.zeros(2), np.full(2, float(ema))] for ema in (True, False)}
-    restore_params = lambda config, _: (0, trees[config.sample.use_ema])  # noqa: E731
-    monkeypatch.setattr(checkpoint, "restore_params", restore_params)
+    config.evaluate.bits_per_dim_images = 0
     changes = {
-        "evaluate.num_samples": 10,  # none yet
+        "evaluate.num_samples": 6,  # none yet
         "sample.seed": 1,
         "sample.sampler": "ddim",
         "sample.eta": 0.5,
@@ -209,9 +225,39 @@ def test_what_the_samples_depend_on_is_not_mixed(drawn, monkeypatch):
     assert len(list(cache.iterdir())) == 4  # two splits, resized in two ways
 
 
-def test_bits_per_dim_by_hand(run, monkeypatch):
+def test_what_the_bound_depends_on_is_not_mixed(idle, monkeypatch):
+    """Each of the first changes is another bound; how images are sampled is not."""
+    workdir, config, _ = idle
+    rows = np.ones((5, 1 + 3 * 20))
+    monkeypatch.setattr(evaluate, "make_bound_rows", lambda *_: lambda a, b: rows[a:b])
+    for drawing in ("draw_progressive", "draw_curves"):
+        monkeypatch.setattr(evaluate, drawing, lambda *_: None)
+    config.evaluate.num_samples = 0
+    bounds = {
+        "evaluate.num_samples": 0,  # none yet
+        "sample.seed": 1,
+        "sample.use_ema": False,
+        "diffusion.clip_x0": False,
+        "model.dtype": "bfloat16",
+        "data.eval_split": "train[1780:]",
+    }
+    sampling = {
+        "diffusion.variance": "fixed_large",
+        "sample.sampler": "ddim",
+        "sample.num_steps": 5,
+        "sample.eta": 0.5,
+        "sample.spacing": "quadratic",
+    }
+    for count, (name, value) in enumerate((bounds | sampling).items(), 1):
+        config.update_from_flattened_dict({name: value})
+        evaluate.evaluate(config, workdir)
+        expected = min(count, len(bounds))
+        assert len(list((workdir / "evaluation").iterdir())) == expected, name
+
+
+def test_bits_per_dim_by_hand(idle, monkeypatch):
     """Two images and T = 2: L_T, then L_0 and L_1 of both variances, then the errors of x0."""
-    workdir, config = run
+    workdir, config, _ = idle
     rows = np.array([[0.5, 3, 1, 4, 2, 0.01, 0.04], [0.25, 5, 1, 7, 2, 0.03, 0.12]])
     monkeypatch.setattr(evaluate, "make_bound_rows", lambda *_: lambda a, b: rows[a:b])
     monkeypatch.setattr(evaluate, "draw_progressive", lambda *_: None)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.metrics import inception, torch_files
+from ddpm_jax.metrics import features, inception, torch_files
 
 
 def test_network_is_the_fid_s():
@@ -80,6 +80,21 @@ def test_gray_is_repeated():
     image = np.random.default_rng(0).integers(0, 256, (2, 6, 6, 1)).astype(np.uint8)
     gray = inception.preprocess(image, "torch")
     np.testing.assert_array_equal(gray, inception.preprocess(image.repeat(3, -1), "torch"))
+
+
+def test_a_batch_that_is_not_full_has_no_more_features(monkeypatch):
+    """Of six images, four at a time; in place of the network a mean."""
+
+    class Mean:
+        def apply(self, variables, x):
+            return x.mean(axis=(1, 2))
+
+    monkeypatch.setattr(inception, "Inception", Mean)
+    levels = np.arange(0, 60, 10, dtype=np.uint8)
+    images = np.broadcast_to(levels.reshape(6, 1, 1, 1), (6, 4, 4, 1))
+    found = features.make_extractor({}, "tf1", 4)(images)
+    expected = np.repeat((np.float32(levels)[:, None] - 128) / 128, 3, axis=1)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 class Evil:
@@ -170,7 +185,7 @@ def test_weights_that_are_missing_or_others(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"evaluate\.inception_weights=.*no such file"):
         inception.load(tmp_path / "nothing.pth")
     (tmp_path / "other.pth").write_bytes(b"other")
-    with pytest.raises(UserError, match=r"sha256 d9298a10…, which is neither"):
+    with pytest.raises(UserError, match=r"sha256 d9298a10…, which is not that of"):
         inception.load(tmp_path / "other.pth")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"requirements-eval\.txt"):

@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import references
@@ -11,9 +12,12 @@ import safetensors.numpy
 from references import FIXTURES
 
 from ddpm_jax import cli, configs
+from ddpm_jax.core import unet
 from ddpm_jax.errors import UserError
+from ddpm_jax.files import checkpoint
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.runs import interop
+from ddpm_jax.runs import state as states
 
 TENSORS = f"unet/{interop.TENSORS}"
 
@@ -158,6 +162,62 @@ def test_schedules_survive(name):
     betas = [references.configs.make_schedule(c).betas for c in (config, again)]
     np.testing.assert_allclose(*betas, rtol=1e-6)
     assert (again.diffusion.variance, again.diffusion.clip_x0) == ("fixed_small", True)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize("clip", [True, False])
+def test_variance_and_clipping_survive(config, variance, clip):
+    config.diffusion.update(variance=variance, clip_x0=clip)
+    fields = interop.diffusion_fields(interop.diffusers_scheduler(config), "f")
+    assert (fields["diffusion.variance"], fields["diffusion.clip_x0"]) == (variance, clip)
+
+
+def test_a_scheduler_that_says_nothing():
+    """DDPMScheduler's own defaults; and its other name of β̃, whose logarithm it takes first."""
+    expected = {
+        "diffusion.schedule": "linear",
+        "diffusion.num_timesteps": 1000,
+        "diffusion.beta_start": 1e-4,
+        "diffusion.beta_end": 0.02,
+        "diffusion.prediction": "eps",
+        "diffusion.variance": "fixed_small",
+        "diffusion.clip_x0": True,
+    }
+    for more in ({}, {"variance_type": "fixed_small_log"}):
+        assert interop.diffusion_fields({"_class_name": "DDPMScheduler", **more}, "f") == expected
+
+
+def test_a_network_survives(config):
+    """Not square, with attention and dropout; heights are the first of each pair in both."""
+    config.data.update(image_size=(16, 24), channels=3)
+    config.model.update(channel_mults=(1, 2), attention_resolutions=(8,), dropout=0.3)
+    fields = interop.network_fields(interop.diffusers_network(config), "f")
+    expected = configs.flatten(config)
+    assert fields == {name: expected[name] for name in fields}
+    assert fields["model.dropout"] == 0.3 and fields["data.image_size"] == (16, 24)
+
+
+def test_cosines_first_is_what_diffusers_means_by_nothing(tmp_path, weights):
+    edit(weights / "unet/config.json", flip_sin_to_cos="away")
+    run("import", f"--workdir={tmp_path / 'run'}", f"--weights={weights}")
+    config = run_files.load_config(tmp_path / "run")
+    _, params = checkpoint.restore_params(config, tmp_path / "run")
+    kernel = safetensors.numpy.load_file(weights / TENSORS)["time_embedding.linear_1.weight"].T
+    turned = kernel[[4, 5, 6, 7, 0, 1, 2, 3]]
+    np.testing.assert_array_equal(params["temb1"]["kernel"], turned)
+
+
+def test_raw_or_averaged_weights_go_out(config, tmp_path):
+    shapes = unet.param_shapes(configs.make_model(config), configs.image_shape(config))
+    trees = [jax.tree.map(lambda s, v=v: np.full(s.shape, v, s.dtype), shapes) for v in (1, 2)]
+    with checkpoint.open_manager(tmp_path / "run", config.train) as manager:
+        state = states.TrainState(np.int32(3), *trees, {"count": np.int32(3)})
+        checkpoint.save(manager, 3, state)
+    for use_ema, value in ((False, 1), (True, 2)):
+        config.sample.use_ema = use_ema
+        interop.export_run(config, tmp_path / "run", tmp_path / str(use_ema))
+        tensors = safetensors.numpy.load_file(tmp_path / str(use_ema) / TENSORS)
+        assert all((tensor == value).all() for tensor in tensors.values())
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])

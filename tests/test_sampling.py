@@ -10,6 +10,7 @@ from references import gaussian_predict
 
 from ddpm_jax import configs, parallel
 from ddpm_jax.core import diffusion, sampling, schedules, unet
+from ddpm_jax.files import workdir as run_files
 from ddpm_jax.runs import generate, state
 
 HO = schedules.make_schedule("linear", 1000, 1e-4, 0.02)
@@ -259,7 +260,7 @@ def test_inpaint_plan(steps, jump, times):
 
 def test_inpainting_s_way_up_is_the_forward_process():
     """x_{t-1} ~ N(√ᾱ_{t-1} x0, 1 - ᾱ_{t-1}) becomes N(√ᾱ_t x0, 1 - ᾱ_t), Eq. (4), on any chain."""
-    taus = schedules.uniform_spacing(1000, 50)
+    taus = schedules.leading_spacing(1000, 50)
     short = schedules.make_schedule("linear", 1000, timesteps=taus)
     a = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[taus]
     zeros, ones = jnp.zeros((1, 1, 1, 1)), jnp.ones((1, 1, 1, 1))
@@ -389,6 +390,65 @@ def test_frames(config):
     np.testing.assert_array_equal(x0_frames[2], x)
     np.testing.assert_array_equal(frames[1], x)
     assert (frames[0] != x).mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    "changes, sigma2",
+    [
+        ({"diffusion.variance": "fixed_small"}, lambda beta, posterior: posterior),
+        ({"diffusion.variance": "fixed_large"}, lambda beta, posterior: beta),
+        ({"sample.sampler": "ddim", "sample.eta": 0.5}, lambda beta, posterior: posterior / 4),
+    ],
+    ids=["fixed_small", "fixed_large", "ddim"],
+)
+def test_the_noise_of_a_config_s_step(config, changes, sigma2):
+    """What is left of x_t = 0 where x0 is taken for 0; on a chain of 5 of 20 steps."""
+    config.diffusion.update(schedule="linear", beta_end=0.4)
+    config.sample.num_steps = 5
+    config.update_from_flattened_dict(changes)
+    a = np.cumprod(1 - np.linspace(1e-4, 0.4, 20))[::4]
+    keys, zeros = sampling.image_keys(0, jnp.arange(256)), jnp.zeros((256, 8, 8, 1))
+    step = generate.make_step(
+        config, generate.make_chain(config), lambda *_: diffusion.Prediction(zeros, None), keys
+    )
+    beta = 1 - a[3] / a[2]
+    expected = sigma2(beta, beta * (1 - a[2]) / (1 - a[3]))
+    # The standard error of a variance from 16,384 values is 1.1 %.
+    assert float(step(zeros, 3)[0].var()) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_x0_is_clipped_where_the_config_says_so(config, monkeypatch, clip):
+    """A network that sees no noise in x_t takes x_t / √ᾱ_t for x0."""
+    config.diffusion.update(schedule="linear", beta_end=0.4, clip_x0=clip)
+    monkeypatch.setattr(unet, "net_fn", lambda *_: lambda x_t, t: jnp.zeros_like(x_t))
+    predict_fn = generate.guided_predict(config, generate.make_chain(config), {}, None)
+    x_t = jnp.linspace(-2, 2, 64).reshape(1, 8, 8, 1)
+    expected = x_t / np.sqrt(np.prod(1 - np.linspace(1e-4, 0.4, 20)))
+    expected = np.clip(expected, -1, 1) if clip else expected
+    np.testing.assert_allclose(predict_fn(x_t, jnp.array([19])).x0, expected, rtol=1e-5)
+
+
+def test_samples_of_other_settings_have_other_names(config, tmp_path):
+    run_files.save_config(config, tmp_path)
+    names = [generate.settings(config, tmp_path)]
+    changes = {
+        "sample.seed": 1,
+        "sample.use_ema": False,
+        "sample.sampler": "ddim",
+        "sample.num_steps": 5,
+        "sample.spacing": "quadratic",
+        "sample.eta": 0.5,
+        "sample.label": "3",
+        "sample.guidance": 2.0,
+        "sample.classifier": "runs/other",
+        "diffusion.variance": "fixed_large",
+        "diffusion.clip_x0": False,
+    }
+    for name, value in changes.items():
+        config.update_from_flattened_dict({name: value})
+        names.append(generate.settings(config, tmp_path))
+    assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("steps, warns", [(1, True), (2, True), (50, False), (200, False)])

@@ -304,6 +304,7 @@ def test_metrics_of_lost_steps_are_dropped(config, tmp_path):
         ("diffusion.num_timesteps", 30),
         ("data.split", "train[:700]"),
         ("seed", 3),
+        ("train.batch_size", 16),
     ],
 )
 def test_another_config_is_refused(config, tmp_path, field, value):
