@@ -249,7 +249,7 @@ def test_a_classifier_has_to_know_the_run_s_classes(conditional, monkeypatch):
     for names in ((), ("cat", "dog")):
         found = generate.guidance_for(conditional, names)
         assert found == {"label": 1, "classifier": ("model", "p")}
-    with pytest.raises(UserError, match=r"sample\.classifier=.*: knows other classes: cat, dog"):
+    with pytest.raises(UserError, match=r"sample\.classifier=.*: has other classes: cat, dog"):
         generate.guidance_for(conditional, ("dog", "cat"))
 
 

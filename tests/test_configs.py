@@ -172,7 +172,7 @@ def test_a_learned_variance_is_of_all_steps(config):
         config.sample.num_steps = num_steps
         configs.check(config, "sample")
     config.sample.num_steps = 10
-    with pytest.raises(UserError, match=r"sample\.num_steps=10: a learned variance is one of all"):
+    with pytest.raises(UserError, match=r"sample\.num_steps=10: a learned variance needs all 20"):
         configs.check(config, "sample")
     config.sample.sampler = "ddim"
     configs.check(config, "sample")
