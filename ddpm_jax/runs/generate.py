@@ -167,7 +167,8 @@ def make_sampler(
     Args:
       config: its model, data, diffusion and sample sections are used.
       label: the class of all images; None for all classes in turn.
-      frames_at, x0_at: K and L steps of the task, after which to keep x and x0_pred.
+      frames_at: K steps of the task after which x is kept.
+      x0_at: L steps of the task after which x0_pred is kept.
       task: (config, chain) to
         start: (keys [B], inputs) to the first x,
         step_of: (predict_fn, keys, inputs) to a step, (x, i) to (x, x0_pred),
