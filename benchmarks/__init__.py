@@ -1,1 +1,1 @@
-"""Measurements: they print figures and assert nothing."""
+"""Benchmarks: they print measurements; they are not tests."""

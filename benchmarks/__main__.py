@@ -1,14 +1,14 @@
-"""This project beside what a user would install instead: in one run, on one machine.
+"""Compares the speed of this project with its alternatives, in one run on one machine.
 
     pip install -r requirements-parity.txt && pip install --no-deps -r requirements-peers.txt
     python -m benchmarks            # the headline: CIFAR-10's network; ten minutes on 2 cores
-    python -m benchmarks --full     # every cell; hours; what is measured already it keeps
-    python -m benchmarks --smoke    # one small cell of each kind, to see that all of it works
+    python -m benchmarks --full     # every cell; hours; reuses earlier measurements
+    python -m benchmarks --smoke    # one small cell of each kind, to test the benchmark
 
-A contestant is a process of its own, which warms up (compiles, runs twice) and waits. Then they
-take turns of at least a second, in an order that is reversed every time; a row has the median of
-the rates, the lowest and the highest. What counts is the ratio to the fastest peer: rates differ
-between machines, and hours.
+Each contestant runs in its own process, which warms up (compiles, runs twice) and waits. Then the
+contestants take turns of at least a second; each round reverses their order. A row has the median
+of the rates, the lowest and the highest. The relevant number is the ratio to the fastest peer,
+since rates differ between machines and change over time.
 """
 
 import argparse
@@ -52,35 +52,35 @@ def full_cells(on_gpu):
     """Every cell."""
     sizes = {"digits": 64, "mnist": 64, "cifar10": 128 if on_gpu else 8}
     chains = {"digits": 200, "mnist": 1000, "cifar10": 1000}
-    most = {"digits": 512, "mnist": 512, "cifar10": 512 if on_gpu else 32}
+    largest = {"digits": 512, "mnist": 512, "cifar10": 512 if on_gpu else 32}
     cells = list(HEADLINE_GPU if on_gpu else HEADLINE)
     for network, size in sizes.items():
-        part = chains[network] if on_gpu or network == "digits" else 5
+        steps = chains[network] if on_gpu or network == "digits" else 5
         cells += [Cell(task, network, size) for task in ("forward", "train")]
-        cells.append(Cell("ancestral", network, size, part, chains[network]))
-        cells.append(Cell("ddim", network, size, min(part, 50), 50))
-        for number in (1, 8, 64, most[network]):
-            if number <= most[network]:
+        cells.append(Cell("ancestral", network, size, steps, chains[network]))
+        cells.append(Cell("ddim", network, size, min(steps, 50), 50))
+        for number in (1, 8, 64, largest[network]):
+            if number <= largest[network]:
                 cells.append(Cell("train", network, number))
-                cells.append(Cell("ddim", network, number, min(part, 50), 50))
+                cells.append(Cell("ddim", network, number, min(steps, 50), 50))
     if not on_gpu:
         cells += [Cell("train", "mnist", 64, devices=devices) for devices in (1, 2, 4, 8)]
     return list(dict.fromkeys(cells))
 
 
 def versions():
-    """What is installed of what is compared."""
-    found = {}
+    """The installed versions of the compared packages; None if one is missing."""
+    installed = {}
     for name in ("jax", "torch", "diffusers", OTHER):
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            installed[name] = None
+    return installed
 
 
 def device_name():
-    """The GPU's; or the CPU's, with whether it has AVX-512, by which the ratios differ."""
+    """The name of the GPU, or of the CPU and whether it has AVX-512, on which ratios depend."""
     kind, text = jax.devices()[0].device_kind, cpu.cpuinfo()
     if kind != "cpu" or not text:
         return kind
@@ -89,7 +89,7 @@ def device_name():
 
 
 def find_peers(installed, modes):
-    """The peers that can be run; says which ones cannot."""
+    """The peers that can run; prints the others."""
     if not installed["torch"] or not installed["diffusers"]:
         print("torch, diffusers: not run (pip install -r requirements-parity.txt)")
         return []
@@ -103,7 +103,7 @@ def measure(cell, peers):
     """{contestant: {parameters, gmac, rates, peak, warm}} of one cell."""
     names = ["ours", *(() if cell.devices else peers)]
     context = multiprocessing.get_context("spawn")
-    pipes, processes, found = {}, [], {}
+    pipes, processes, results = {}, [], {}
     try:
         for name in names:
             pipes[name], other = context.Pipe()
@@ -112,27 +112,27 @@ def measure(cell, peers):
             processes.append(process)
             other.close()
             parameters, gmac, warm = pipes[name].recv()
-            found[name] = {"parameters": parameters, "gmac": gmac, "rates": [], "warm": warm}
-        if len({f["parameters"] for f in found.values() if not f["gmac"]}) > 1:
-            raise AssertionError(f"{cell}: different networks: {found}")
+            results[name] = {"parameters": parameters, "gmac": gmac, "rates": [], "warm": warm}
+        if len({result["parameters"] for result in results.values() if not result["gmac"]}) > 1:
+            raise AssertionError(f"{cell}: different networks: {results}")
         for turn in range(cell.rounds):
             for name in names if turn % 2 else names[::-1]:
-                time.sleep(0.5)  # the threads of the one before wait busily at first
+                time.sleep(0.5)  # the threads of the previous contestant spin for a while
                 pipes[name].send(True)
                 rate = cell.images_per_second(pipes[name].recv())
-                found[name]["rates"].append(rate)
+                results[name]["rates"].append(rate)
         for name in names:
             pipes[name].send(False)
-            found[name]["peak"] = pipes[name].recv()
+            results[name]["peak"] = pipes[name].recv()
     finally:
         for process in processes:
             process.join(10)
-            process.kill()  # PyTorch's compiler has started some that do not end
-    return found
+            process.kill()  # PyTorch's compiler starts processes that do not end
+    return results
 
 
 def seconds_to_first_step(cache):
-    """Seconds from the start of main.py until it has loaded its data and compiled the step."""
+    """Seconds from the start of main.py until its data is loaded and the step compiled."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(MAIN), f"--config={MAIN.parent}/configs/cifar10.py"]
         command += [f"--workdir={folder}/run", "--config.data.name=digits"]
@@ -158,32 +158,32 @@ def seconds_to_first_step(cache):
 
 
 def spread(rates):
-    """Median (lowest to highest), each with three significant figures or as a whole number."""
-    three = statistics.median(rates), min(rates), max(rates)
-    texts = (f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}" for rate in three)
+    """Median (lowest to highest), with three significant figures or as whole numbers."""
+    numbers = statistics.median(rates), min(rates), max(rates)
+    texts = (f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}" for rate in numbers)
     return "{} ({} to {})".format(*texts)
 
 
-def describe(cell, found, names):
+def describe(cell, results, names):
     """The line of a cell in the table, with a column for each of the names."""
     chain = f", {cell.steps} of {cell.chain:,} steps" if cell.chain > 1 else ""
     devices = f", {cell.devices} devices" if cell.devices else ""
     columns = [f"{cell.task}, {cell.network}, {cell.size} at once{chain}{devices}"]
-    columns += [spread(found[name]["rates"]) if name in found else "" for name in names]
-    middle = {name: statistics.median(one["rates"]) for name, one in found.items()}
-    peers = [name for name in found if name != "ours"]
-    fastest = [max(peers, key=middle.get)] if peers else []
-    columns.append("".join(f"{middle['ours'] / middle[name]:.2f}" for name in fastest))
-    beside = ["ours", *fastest]
-    peaks = (found[name]["peak"] for name in beside)
+    columns += [spread(results[name]["rates"]) if name in results else "" for name in names]
+    medians = {name: statistics.median(result["rates"]) for name, result in results.items()}
+    peers = [name for name in results if name != "ours"]
+    fastest = [max(peers, key=medians.get)] if peers else []
+    columns.append("".join(f"{medians['ours'] / medians[name]:.2f}" for name in fastest))
+    compared = ["ours", *fastest]
+    peaks = (results[name]["peak"] for name in compared)
     columns.append("; ".join(f"{peak:,.0f}" for peak in peaks if peak))
-    columns.append("; ".join(f"{found[name]['warm']:.0f}" for name in beside))
+    columns.append("; ".join(f"{results[name]['warm']:.0f}" for name in compared))
     return f"| {' | '.join(columns)} |"
 
 
-def of_a_gpu(cell, found, flops):
-    """What a GPU's rates mean for the paper's CIFAR-10 model (6.222 GMAC a forward pass)."""
-    rate = statistics.median(found["ours"]["rates"])
+def gpu_note(cell, results, flops):
+    """The FLOP/s or hours of the paper's CIFAR-10 model (6.222 GMAC per forward pass) on a GPU."""
+    rate = statistics.median(results["ours"]["rates"])
     if cell.task == "train":
         share = 3 * 2 * 6.222e9 * rate / flops
         hours = 800_000 * 128 / rate / 3600
@@ -192,7 +192,7 @@ def of_a_gpu(cell, found, flops):
 
 
 def run_cells(cells, peers, path, environment):
-    """Measures what is not in the file yet, and yields (cell, found) of all."""
+    """Measures the cells that are not in the file yet; yields (cell, results) of all cells."""
     lines = path.read_text().splitlines() if path and path.exists() else []
     done = {tuple(row["cell"]): row for row in map(json.loads, lines)}
     with progress.bar(len(cells), "benchmarks", "cell") as bar:
@@ -215,11 +215,11 @@ def run():
     which.add_argument("--full", action="store_true", help="every cell")
     which.add_argument("--smoke", action="store_true", help="one small cell of each kind")
     parser.add_argument(
-        "--out", default="runs/benchmarks.jsonl", help="where --full keeps its results"
+        "--out", default="runs/benchmarks.jsonl", help="the file for the results of --full"
     )
     flags = parser.parse_args()
-    os.environ["TQDM_DISABLE"] = "1"  # no bars of the contestants
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # they share a GPU's memory
+    os.environ["TQDM_DISABLE"] = "1"  # the contestants show no progress bars
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the contestants share a GPU's memory
     on_gpu = jax.default_backend() == "gpu"
     flops = contestants.matrix_rate() if on_gpu else None
     installed = versions()
@@ -234,20 +234,21 @@ def run():
     print("images/s; peak memory of the process and seconds to warm up: ours; the fastest peer's")
     print("| what |", *(f"{name} |" for name in names), "ours / fastest | host MiB | s to warm |")
     print("|---" * (len(names) + 4) + "|")
-    trains, notes = None, []
-    for cell, found in run_cells(cells, peers, path, environment):
-        print(describe(cell, found, names), flush=True)
-        if OTHER in found:
-            size, gmac = found[OTHER]["parameters"] / 1e6, found[OTHER]["gmac"]
-            notes.append(f"{OTHER} beside {cell.network}: {size:.1f} M, {gmac:.2f} GMAC")
-        if cell.task == "train" and trains is None:
-            trains = statistics.median(found["ours"]["rates"])
+    training_rate, notes = None, []
+    for cell, results in run_cells(cells, peers, path, environment):
+        print(describe(cell, results, names), flush=True)
+        if OTHER in results:
+            size, gmac = results[OTHER]["parameters"] / 1e6, results[OTHER]["gmac"]
+            notes.append(f"{OTHER} for {cell.network}: {size:.1f} M, {gmac:.2f} GMAC")
+        if cell.task == "train" and training_rate is None:
+            training_rate = statistics.median(results["ours"]["rates"])
         if on_gpu and cell.network == "cifar10" and cell.task in ("train", "ancestral"):
-            notes.append(of_a_gpu(cell, found, flops))
+            notes.append(gpu_note(cell, results, flops))
     print(*dict.fromkeys(notes), sep="\n")
     seconds = 0.2 if flags.smoke else 5
     rate = pipeline.images_from_memory(seconds)
-    print(f"\ninput pipeline, 32x32 from memory: {rate:,.0f} images/s; {rate / trains:,.0f} times")
+    times = f"{rate / training_rate:,.0f} times the rate of training"
+    print(f"\ninput pipeline, 32x32 from memory: {rate:,.0f} images/s; {times}")
     if not flags.smoke:
         with tempfile.TemporaryDirectory() as cache:
             cold, warm = (seconds_to_first_step(cache) for _ in range(2))

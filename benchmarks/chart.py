@@ -1,4 +1,4 @@
-"""Draws the table of `python -m benchmarks --full`: rates relative to the fastest peer's.
+"""Draws the table of `python -m benchmarks --full`: rates relative to the fastest peer.
 
     python -m benchmarks.chart docs/speed.csv docs/assets/speed.png
 

@@ -1,8 +1,8 @@
-"""What `python -m benchmarks` measures: the same work by this project and by its peers.
+"""The contestants of `python -m benchmarks`: the same work by this project and by its peers.
 
-Each of `ours`, `diffusers`, and `lucidrains` takes a Cell and returns (work, parameters, GMAC):
-work() does it once and comes back when it is done; the others are the network's, the multiply-adds
-of an image in billions only for a network that differs from ours.
+`ours`, `diffusers` and `lucidrains` take a Cell and return (work, parameters, GMAC). work() does
+the work once and waits for its end. `parameters` is the network's number of parameters. GMAC is the
+network's multiply-adds per image in billions, or None if the network is the same as ours.
 """
 
 import importlib
@@ -23,7 +23,7 @@ from ddpm_jax.files import data
 from ddpm_jax.runs import generate, interop, train
 from ddpm_jax.runs import state as states
 
-DIFFUSERS = ("eager", "channels_last", "compile")  # its modes
+DIFFUSERS = ("eager", "channels_last", "compile")  # modes of diffusers
 OTHER = "denoising-diffusion-pytorch"
 TURN = 1.0  # seconds; after a pause, steps of 20 ms take up to twice as long at first
 
@@ -35,10 +35,10 @@ class Cell(NamedTuple):
       task: "forward", "train" (loss, backward, clip, Adam, EMA), "ancestral" or "ddim".
       network: the name of a config.
       size: images at once.
-      steps: of the reverse process that are measured.
-      chain: steps that an image takes, by which images/s are reckoned.
-      devices: of a CPU, virtual ones; 0 for as many as main.py makes.
-      rounds: turns that each contestant gets.
+      steps: measured steps of the reverse process.
+      chain: steps per image, to compute images/s.
+      devices: virtual devices of a CPU; 0 for the number that main.py uses.
+      rounds: turns of each contestant.
     """
 
     task: str
@@ -50,12 +50,12 @@ class Cell(NamedTuple):
     rounds: int = 5
 
     def images_per_second(self, seconds):
-        """Of one turn."""
+        """Images/s of one turn."""
         return self.size / seconds * self.steps / self.chain
 
 
 def get_config(cell):
-    """The network's config, without dropout, and of this chain."""
+    """The network's config, without dropout, with the cell's steps and sampler."""
     config = importlib.import_module(f"configs.{cell.network}").get_config()
     config.model.dropout = 0.0
     config.train.batch_size = cell.size
@@ -71,7 +71,7 @@ def random_images(config, size):
 
 
 def ours(cell):
-    """This project, as main.py sets it up."""
+    """This project, with main.py's setup."""
     cpu.prepare(trains=cell.task == "train")
     if cell.devices:
         jax.config.update("jax_num_cpu_devices", cell.devices)
@@ -91,13 +91,13 @@ def ours(cell):
 
         def work():
             nonlocal state
-            state, _ = jax.block_until_ready(step(state, parallel.split(batch)))
+            state, _ = jax.block_until_ready(step(state, parallel.shard(batch)))
 
     elif cell.task == "forward":
         apply = parallel.pmap(
             lambda params, x, t: unet.net_fn(model, params)(x, t), in_axes=(None, 0, 0)
         )
-        inputs = parallel.split((jnp.asarray(images, jnp.float32), jnp.arange(cell.size)))
+        inputs = parallel.shard((jnp.asarray(images, jnp.float32), jnp.arange(cell.size)))
         params = parallel.replicate(state.params)
 
         def work():
@@ -121,7 +121,7 @@ def torch_device():
 
 
 def synchronized(work):
-    """work, then waiting for the GPU."""
+    """Returns work followed by waiting for the GPU."""
     import torch
 
     def call():
@@ -133,7 +133,7 @@ def synchronized(work):
 
 
 def torch_train_step(network, optim, loss):
-    """What train.train_step does, of loss()."""
+    """The equivalent of train.train_step, for loss()."""
     import torch
 
     weights = list(network.parameters())
@@ -152,7 +152,7 @@ def torch_train_step(network, optim, loss):
 
 
 def diffusers(cell, mode):
-    """diffusers' UNet2DModel and pipelines with PyTorch, in one of its modes."""
+    """diffusers' UNet2DModel and pipelines with PyTorch, in one of the modes DIFFUSERS."""
     import torch
     from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 
@@ -200,7 +200,7 @@ def diffusers(cell, mode):
 
 
 def multiply_adds(network, shape):
-    """Of one image, counted by PyTorch on its meta device."""
+    """Multiply-adds per image, counted by PyTorch on its meta device."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -211,11 +211,11 @@ def multiply_adds(network, shape):
 
 
 def lucidrains(cell):
-    """denoising-diffusion-pytorch: its own network, of the width nearest to ours in GMAC."""
+    """denoising-diffusion-pytorch: its own network; the width is that with the nearest GMAC."""
     import torch
     from diffusers import UNet2DModel
 
-    # Its Trainer alone uses torchvision, which does not load beside a CPU-only PyTorch.
+    # Only its Trainer uses torchvision, which cannot be imported with a CPU-only PyTorch.
     sys.modules["torchvision"] = types.SimpleNamespace(transforms=None, utils=None)
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 
@@ -224,8 +224,8 @@ def lucidrains(cell):
     options = {"dim_mults": tuple(config.model.channel_mults), "channels": shape[-1]}
     with torch.device("meta"):
         target = multiply_adds(UNet2DModel.from_config(interop.diffusers_network(config)), shape)
-        found = {dim: multiply_adds(Unet(dim, **options), shape) for dim in range(8, 257, 8)}
-    dim = min(found, key=lambda dim: abs(found[dim] - target))
+        by_dim = {dim: multiply_adds(Unet(dim, **options), shape) for dim in range(8, 257, 8)}
+    dim = min(by_dim, key=lambda dim: abs(by_dim[dim] - target))
     network = Unet(dim, **options).to(device)
     chain = {"image_size": shape[:2], "objective": "pred_noise", "timesteps": cell.steps}
     if cell.task == "ddim":
@@ -255,21 +255,22 @@ def lucidrains(cell):
             with autocast:
                 diffusion.sample(batch_size=cell.size)
 
-    return synchronized(work), sum(p.numel() for p in network.parameters()), found[dim] / 1e9
+    return synchronized(work), sum(p.numel() for p in network.parameters()), by_dim[dim] / 1e9
 
 
 def make(name, cell):
-    """What a contestant returns."""
+    """(work, parameters, GMAC) of a contestant."""
     if name == "ours":
         return ours(cell)
     return lucidrains(cell) if name == OTHER else diffusers(cell, name)
 
 
 def serve(pipe, name, cell):
-    """In a process of its own: warms up, then does the work whenever it is asked; says how long.
+    """The main function of a contestant's process: warms up, then does the work on request.
 
-    Sends (parameters, GMAC, seconds until warm), then the seconds that the work took on average in
-    each turn of at least TURN seconds, and when asked for no more the peak memory in MiB (Linux).
+    Sends (parameters, GMAC, seconds until warm). For each True that it receives, it works for at
+    least TURN seconds and sends the mean seconds. After a False it sends the peak memory in MiB
+    (Linux) and ends.
     """
     start = time.perf_counter()
     work, parameters, gmac = make(name, cell)
@@ -285,7 +286,7 @@ def serve(pipe, name, cell):
 
 
 def matrix_rate(size=8192, repeats=20):
-    """FLOP/s of the device, by a bfloat16 product of square matrices."""
+    """FLOP/s of the device, measured with a bfloat16 product of square matrices."""
     a = jnp.ones((size, size), jnp.bfloat16)
     product = jax.jit(lambda a: a @ a)
     product(a).block_until_ready()

@@ -1,9 +1,9 @@
-"""Images a second out of the input pipeline.
+"""Images/s of the input pipeline.
 
     python -m benchmarks.data
 
 Prints the rate of `data.batches` for images in memory, for PNG and JPEG files of a folder that are
-decoded as they are needed, and, where CIFAR-10 is prepared, for TFDS from memory and from disk.
+decoded on demand, and, if CIFAR-10 is prepared, for TFDS from memory and from disk.
 """
 
 import pathlib
@@ -17,12 +17,12 @@ from PIL import Image
 from ddpm_jax import configs
 from ddpm_jax.files import data
 
-SECONDS = 5  # measured, for each row
+SECONDS = 5  # per row
 BATCH_SIZE = 128
 
 
 def rate(section, seconds=SECONDS):
-    """Images a second, after the first two batches."""
+    """Images/s, after the first two batches."""
     source = data.open_source(section)
     options = {"batch_size": BATCH_SIZE, "seed": 0, "first_step": 0, "random_flip": True}
     batches = data.batches(source, **options)
@@ -41,7 +41,7 @@ def section(**changes):
 
 
 def write_images(folder, suffix, size):
-    """Writes 256 images of smoothed noise (which compresses about as photographs do)."""
+    """Writes 256 images of smoothed noise, which compress about as well as photographs."""
     rng = np.random.default_rng(0)
     for i in range(256):
         small = rng.integers(0, 255, (size // 8, size // 8, 3), np.uint8)
@@ -50,7 +50,7 @@ def write_images(folder, suffix, size):
 
 
 def images_from_memory(seconds):
-    """The rate of a folder of 32×32 images that is held in memory."""
+    """The rate for a folder of 32×32 images in memory."""
     with tempfile.TemporaryDirectory() as folder:
         write_images(folder, "png", 32)
         return rate(section(name="folder", path=folder, image_size=(32, 32)), seconds)

@@ -1,10 +1,10 @@
-"""The FID between the two splits of a dataset, measured by this code: what a perfect model gets.
+"""The FID between the two splits of a dataset, measured by this code: that of a perfect model.
 
     python -m benchmarks.dataset_fid
     python -m benchmarks.dataset_fid --config=configs/digits.py
 
-Features are computed in files and cached as `--mode=evaluate` does, so it goes on after a kill, and
-evaluating finds them done.
+It caches features in files, as `--mode=evaluate` does. So an interrupted run resumes, and a later
+evaluation reuses the features.
 """
 
 import runpy
@@ -24,15 +24,16 @@ def main(_):
     config = runpy.run_path(CONFIG.value)["get_config"]()
     cpu.use_cores(config.sample.batch_size)
     weights = inception.load(config.evaluate.inception_weights)
-    how = {"resize": config.evaluate.resize, "weights_sha256": weights.sha256}
+    provenance = {"resize": config.evaluate.resize, "weights_sha256": weights.sha256}
     size = config.sample.batch_size
     extract = features.make_extractor(weights.params, config.evaluate.resize, size)
-    found = []
+    statistics = []
     for field in ("eval_split", "split"):
         source = data.open_source(config.data, field)
-        found.append(evaluate.reference(config, field, source, extract, how).statistics)
-        print(f"{config.data.name} {config.data[field]}: {found[-1].count} images", flush=True)
-    print(f"FID {distances.frechet_distance(*found):.4f}")
+        reference = evaluate.reference_features(config, field, source, extract, provenance)
+        statistics.append(reference.statistics)
+        print(f"{config.data.name} {config.data[field]}: {source.size} images", flush=True)
+    print(f"FID {distances.frechet_distance(*statistics):.4f}")
 
 
 if __name__ == "__main__":

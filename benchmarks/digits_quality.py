@@ -1,10 +1,10 @@
-"""How many generated digits a classifier of real ones is sure about.
+"""The fraction of generated digits about which a classifier of real digits is confident.
 
     python main.py --mode=sample --workdir=runs/digits --config.sample.num_samples=512
     python -m benchmarks.digits_quality runs/digits/samples/sample_*.npz
 
-A support vector machine (C = 10) is trained on 1,200 of the 1,797 real digits, scaled to [0, 1].
-The figure is the fraction of images to one of whose classes it gives a probability above 0.9.
+A support vector machine (C = 10) is trained on 1,200 of the 1,797 real digits, scaled to [0, 1]. It
+is confident about an image if the largest class probability is above 0.9.
 """
 
 import argparse
@@ -16,22 +16,23 @@ from sklearn.svm import SVC
 
 
 def main():
-    """Prints the figure for the rest of the real digits and for each file."""
+    """Prints the fraction for the other real digits and for each file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("npz", nargs="+", help="files written by --mode=sample")
     files = parser.parse_args().npz
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
     x, y = digits.data[order] / 16, digits.target[order]
-    # The successor, CalibratedClassifierCV, is sure of more: of 0.88 of the real ones, not 0.85.
+    # CalibratedClassifierCV, which replaces it, is confident about 0.88 of the real digits, not
+    # 0.85.
     warnings.filterwarnings("ignore", "The `probability` parameter", FutureWarning)
     classifier = SVC(C=10, probability=True, random_state=0).fit(x[:1200], y[:1200])
 
     def report(name, images):
         probabilities = classifier.predict_proba(images.reshape(len(images), -1))
-        sure = (probabilities.max(1) > 0.9).mean()
+        confident = (probabilities.max(1) > 0.9).mean()
         counts = np.bincount(probabilities.argmax(1), minlength=10)
-        print(f"{name}: {sure:.3f} of {len(images)}; of each class {counts}")
+        print(f"{name}: {confident:.3f} of {len(images)}; images per class {counts}")
 
     report("real, held out", x[1200:])
     for file in files:

@@ -1,9 +1,9 @@
-"""How much of an evaluation is not sampling: Inception's time beside the reverse process's.
+"""The overhead of an evaluation: Inception's time relative to sampling.
 
     python -m benchmarks.evaluation
     python -m benchmarks.evaluation --config=configs/celebahq256.py --batch_size=16
 
-The network has random weights, which take as long as any. A few steps are timed, and multiplied.
+The network is untrained, which does not affect its speed. A few steps are timed, and extrapolated.
 """
 
 import runpy
@@ -32,7 +32,7 @@ def seconds(run):
 
 
 def main(_):
-    """Prints the time of each for a batch."""
+    """Prints the time of sampling and of Inception for one batch."""
     config = runpy.run_path(CONFIG.value)["get_config"]()
     num_timesteps, size = config.diffusion.num_timesteps, BATCH_SIZE.value
     config.diffusion.update(num_timesteps=STEPS, schedule="cosine")

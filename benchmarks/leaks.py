@@ -1,17 +1,18 @@
-"""Does memory grow in a long run?
+"""Checks that memory does not grow in a long run.
 
     python -m benchmarks.leaks
 
-Training with a held-out loss and a grid of samples every 100 steps and a checkpoint every 500, in a
-process that has done all of it once; sampling; evaluation of bits/dim. What is resident on the
-host, and in use on a device that says it, MiB; the least of ten readings over the 200 steps after
-step 200, and over the 200 until step 2,000: while a grid is drawn or a checkpoint written, some 4
-MiB more are in use. Of every checkpoint Orbax keeps 0.16 MiB, so that as many of them as of grids
-would hide what else grows; and one of them leaves 5 to 8 MiB, once, in two runs of three. It takes
-some three minutes. Exit code 1 if anything grew by more than 12 MiB.
+It trains, samples, and evaluates bits/dim. Training computes a held-out loss and a grid of samples
+every 100 steps, and a checkpoint every 500, after one warm-up of all of these in the same process.
+It prints the resident memory of the host, and the used memory of a device that reports it, in MiB:
+the minimum of ten readings in the 200 steps after step 200, and of ten in the 200 steps until step
+2,000. The minimum is used because drawing a grid or writing a checkpoint takes about 4 MiB for a
+while. Orbax keeps 0.16 MiB per checkpoint, so more frequent checkpoints would hide other leaks; in
+two of three runs, one checkpoint leaves another 5 to 8 MiB. It takes about three minutes. Exit code
+1 if anything grew by more than 12 MiB.
 
-What glibc's malloc holds on to without use is not counted: it hands that back before a reading, and
-gets one arena, but not the rest of cpu.prepare, with which it can hand back less.
+Memory that glibc's malloc keeps unused is not counted: malloc returns it before each reading. For
+this, malloc has only one arena, and the other settings of cpu.prepare are not used.
 """
 
 import contextlib
@@ -28,18 +29,18 @@ from benchmarks.memory import resident
 from ddpm_jax import configs, cpu, progress
 from ddpm_jax.runs import evaluate, generate, train
 
-FIRST, LAST, WINDOW, MOST = 200, 2000, 200, 12
+FIRST, LAST, WINDOW, MAX_GROWTH = 200, 2000, 200, 12  # steps; MiB
 BATCH_SIZE, NUM_TIMESTEPS = 16, 20
 
 
 def memory():
-    """(host, device) in MiB; of a device that does not say, 0."""
+    """(host, device) in MiB; 0 for a device that does not report it."""
     stats = jax.local_devices()[0].memory_stats() or {"bytes_in_use": 0}
     return resident(), stats["bytes_in_use"] / 2**20
 
 
-def watch(task, description, steps_a_unit):
-    """Runs a task, and returns memory after FIRST and before LAST of the steps its bar counts."""
+def watch(task, description, steps_per_unit):
+    """Runs a task; returns the memory after FIRST and before LAST, steps of its progress bar."""
     windows = {FIRST: [], LAST - WINDOW: []}
     original = progress.bar
 
@@ -49,7 +50,7 @@ def watch(task, description, steps_a_unit):
             update = bar.update
 
             def watched(n=1):
-                before, now = bar.n * steps_a_unit, (bar.n + n) * steps_a_unit
+                before, now = bar.n * steps_per_unit, (bar.n + n) * steps_per_unit
                 update(n)
                 for start, readings in windows.items():
                     inside = start < now <= start + WINDOW
@@ -83,7 +84,7 @@ def run():
     """Prints the table."""
     if "MALLOC_ARENA_MAX" not in os.environ or "TQDM_DISABLE" in os.environ:
         os.environ["MALLOC_ARENA_MAX"] = "1"
-        os.environ.pop("TQDM_DISABLE", None)  # the bars are what counts the steps
+        os.environ.pop("TQDM_DISABLE", None)  # the progress bars count the steps
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.leaks"])
     logging.disable(logging.WARNING)
     cpu.use_cores(BATCH_SIZE)
@@ -104,7 +105,7 @@ def run():
             cells = (f"{b:.1f} | {a:.1f}" for b, a in zip(before, after, strict=True))
             print(f"| {description} | {' | '.join(cells)} |", flush=True)
             grew.append(max(a - b for b, a in zip(before, after, strict=True)))
-    sys.exit(1 if max(grew) > MOST else 0)
+    sys.exit(1 if max(grew) > MAX_GROWTH else 0)
 
 
 if __name__ == "__main__":

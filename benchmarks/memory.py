@@ -1,11 +1,11 @@
-"""Memory of a train step: as the compiler plans it, and as the process takes it.
+"""Memory of a train step: planned by the compiler, and measured in the process.
 
     python -m benchmarks.memory
     python -m benchmarks.memory --config=configs/celebahq256.py --batch_size=8 --plan_only
 
-Each row is a process of its own: optim.accumulate and model.remat, the bytes of a step on one
-device by XLA's plan (parameters, optimizer and batch, and what is temporary), the largest resident
-size above that between steps (Linux), and the seconds of a step.
+Each row is measured in its own process. It has optim.accumulate and model.remat; the bytes of a
+step on one device in XLA's plan (parameters, optimizer and batch; temporary buffers); the peak
+resident size during steps above that between steps (Linux); and the seconds per step.
 """
 
 import argparse
@@ -31,7 +31,7 @@ STEPS = 3
 
 
 def resident():
-    """MiB that the process holds, without what malloc has free, which it is told to hand back."""
+    """The resident memory of the process in MiB, after malloc has returned its free memory."""
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
@@ -39,10 +39,10 @@ def resident():
 
 
 def peak():
-    """The most that was resident, MiB; None where the system does not say it as Linux does."""
+    """The peak resident memory in MiB; None if the system is not Linux."""
     status = pathlib.Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) / 1024 if found else None
+    match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(match[1]) / 1024 if match else None
 
 
 def measure(config, plan_only):
@@ -52,17 +52,17 @@ def measure(config, plan_only):
     step = train.make_train_step(config, model, configs.make_schedule(config), optimizer)
     state = jax.eval_shape(lambda: states.create_state(model, optimizer, shape, 0))
     batch = data.Batch(np.zeros((size, *shape), np.uint8), None)
-    memory = step.lower(state, parallel.split(batch)).compile().memory_analysis()
+    memory = step.lower(state, parallel.shard(batch)).compile().memory_analysis()
     planned = [memory.argument_size_in_bytes, memory.temp_size_in_bytes]
     cells = [f"{number / 2**20:,.0f}" for number in planned]
     if not plan_only:
         state = parallel.replicate(states.create_state(model, optimizer, shape, 0))
-        state, _ = jax.block_until_ready(step(state, parallel.split(batch)))  # compiles once more
+        state, _ = jax.block_until_ready(step(state, parallel.shard(batch)))  # compiles once more
         before, seconds = resident(), []
-        pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak was that of compiling
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak of compiling
         for _ in range(STEPS):
             start = time.perf_counter()
-            state, values = step(state, parallel.split(batch))
+            state, values = step(state, parallel.shard(batch))
             jax.block_until_ready(values)
             seconds.append(time.perf_counter() - start)
         cells += [f"{peak() - before:,.0f}", f"{min(seconds):.2f}"]

@@ -1,12 +1,12 @@
-"""Digits by sampler: how good, how long; of a conditional run by weight: how often of the class.
+"""Quality and time of samplers on the digits; for a conditional run, the effect of guidance.
 
     python -m benchmarks.samplers --workdir=runs/digits
     python -m benchmarks.samplers --workdir=runs/digits_conditional
 
 Quality is the Fréchet distance between 2,000 samples and the 1,500 images of the training split, on
-the 64 hidden units of a classifier that was trained on that split (scikit-learn's MLPClassifier, on
-pixels in [0, 1]). For a conditional run, another one, trained on the other 297 images, says of how
-many samples it recognises the class. Times are those of a batch after others: nothing compiles.
+the 64 hidden units of a classifier trained on this split (scikit-learn's MLPClassifier, on pixels
+in [0, 1]). For a conditional run, a second classifier, trained on the other 297 images, measures
+the fraction of samples whose class it recognizes. Times do not include compilation.
 """
 
 import time
@@ -56,7 +56,7 @@ def statistics(classifier, images):
 
 
 def main(_):
-    """Prints a table of samplers, or for a conditional run one of weights."""
+    """Prints a table of samplers, or of guidance scales for a conditional run."""
     cpu.use_cores(BATCH_SIZE)
     config = run_files.saved_config(WORKDIR.value)
     config.sample.batch_size = BATCH_SIZE
@@ -67,22 +67,22 @@ def main(_):
         for field, count in (("split", 1500), ("eval_split", 297))
     )
     classifier, judge = train_classifier(real), train_classifier(rest)
-    of_real, labels = statistics(classifier, real.images), np.arange(SAMPLES) % 10
+    reference, labels = statistics(classifier, real.images), np.arange(SAMPLES) % 10
 
     def distance(images):
-        return distances.frechet_distance(of_real, statistics(classifier, images))
+        return distances.frechet_distance(reference, statistics(classifier, images))
 
     print(f"classifier: {classifier.score(pixels(rest.images), rest.labels):.3f} of the 297")
     print(f"judge: {judge.score(pixels(real.images), real.labels):.3f} of the 1,500")
     print(f"the 297 real ones: distance {distance(rest.images):.3f}")
     if config.data.num_classes:
-        print("| guidance | recognised | distance |\n|---|---|---|")
+        print("| guidance | recognized | distance |\n|---|---|---|")
         for weight in WEIGHTS:
             config.sample.guidance = float(weight)
             _, sample = generate.restore_sampler(config, WORKDIR.value)
             images = sample(np.arange(SAMPLES)).x
-            right = judge.score(pixels(images), labels)
-            print(f"| {weight} | {right:.3f} | {distance(images):.3f} |", flush=True)
+            accuracy = judge.score(pixels(images), labels)
+            print(f"| {weight} | {accuracy:.3f} | {distance(images):.3f} |", flush=True)
         return
     print(f"| sampler | steps | distance | seconds for {BATCH_SIZE} |\n|---|---|---|---|")
     for sampler, steps in SAMPLERS:

@@ -2,9 +2,9 @@
 
     python main.py --config=configs/celebahq256.py --config.data.path=FOLDER
 
-FOLDER holds the 30,000 images of CelebA-HQ (Karras et al. 2018), which TFDS cannot fetch by itself:
-its authors publish them as differences from CelebA, and ready-made copies at 256×256 are common.
-On smaller devices the batch needs --config.optim.accumulate=8, say, and --config.model.remat=true.
+FOLDER holds the 30,000 images of CelebA-HQ (Karras et al. 2018). TFDS cannot download them: the
+authors publish only differences from CelebA, but copies at 256×256 are common. Devices with less
+memory need --config.model.remat=true and, for example, --config.optim.accumulate=8.
 """
 
 from ddpm_jax.configs import default_config

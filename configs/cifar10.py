@@ -9,7 +9,7 @@ from ddpm_jax.configs import default_config
 
 
 def get_config():
-    """The defaults are this model's; its images are mirrored."""
+    """The defaults, with random flips."""
     config = default_config()
     config.data.random_flip = True
     return config

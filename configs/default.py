@@ -1,4 +1,4 @@
-"""The defaults, ddpm_jax/configs.py, for config files that import them from here."""
+"""The defaults of ddpm_jax/configs.py, for config files that import this module."""
 
 from ddpm_jax.configs import default_config as get_config
 

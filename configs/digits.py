@@ -1,16 +1,17 @@
-"""scikit-learn's 1,797 digits, 8×8 gray: the whole of diffusion in two minutes on a CPU.
+"""scikit-learn's 1,797 digits, 8×8 gray: a complete diffusion model in two minutes on a CPU.
 
     python main.py --config=configs/digits.py
 
-On 2 CPU cores: 109 s in all, 1,590 to 1,930 images/s; held-out loss 0.142. A classifier of real
-digits is sure of 0.78 of 512 samples, and of 0.85 of real ones (benchmarks/digits_quality.py).
+On 2 CPU cores: 109 s in total, 1,590 to 1,930 images/s; held-out loss 0.142. A classifier of real
+digits is confident about 0.78 of 512 samples, and about 0.85 of real digits
+(benchmarks/digits_quality.py).
 """
 
 from ddpm_jax.configs import default_config
 
 
 def get_config():
-    """A cosine schedule: at 8×8 the linear one destroys the digits too early (0.53, not 0.66)."""
+    """A cosine schedule: at 8×8, a linear one destroys the digits too early (0.53, not 0.66)."""
     config = default_config()
     config.data.update(
         name="digits",

@@ -1,4 +1,4 @@
-"""A classifier of noisy digits, whose gradient guides configs/digits.py to a class.
+"""A classifier of noisy digits, for classifier guidance of configs/digits.py.
 
     python main.py --config=configs/digits_classifier.py
     python main.py --mode=sample --workdir=runs/digits --config.sample.label=7 \
@@ -11,7 +11,7 @@ from ddpm_jax.configs import named_config
 
 
 def get_config():
-    """The chain of digits.py, on which it has to know its way; the loss is the cross-entropy."""
+    """The schedule of digits.py, which guidance requires; the loss is the cross-entropy."""
     config = named_config("digits")
     config.data.num_classes = 10
     config.model.update(kind="classifier", dropout=0.1)

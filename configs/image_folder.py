@@ -2,8 +2,8 @@
 
     python main.py --config=configs/image_folder.py --config.data.path=FOLDER
 
-Images of every size and kind are found below FOLDER, cropped to a square and scaled; one in twenty
-is held out. For a folder of a few hundred images, a higher model.dropout helps.
+All images below FOLDER, of any size and format, are cropped to squares and scaled; 5 % are held
+out. For a folder of a few hundred images, a higher model.dropout helps.
 """
 
 from ddpm_jax.configs import default_config

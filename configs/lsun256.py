@@ -3,16 +3,16 @@
     python main.py --config=configs/lsun256.py --config.data.path=FOLDER
 
 FOLDER holds the images of one category (bedroom, church or cat), exported from the database files
-that LSUN's authors publish; TFDS cannot fetch them by itself. Images of another size are cropped
-and scaled. The paper trained bedroom for 2.4 M steps, cat for 1.8 M and church for 1.2 M, and did
-not mirror bedrooms (--config.data.random_flip=false).
+of LSUN's authors; TFDS cannot download them. Images of another size are cropped and scaled. The
+paper trained bedroom for 2.4 M steps, cat for 1.8 M and church for 1.2 M, without random flips for
+bedroom (--config.data.random_flip=false).
 """
 
 from ddpm_jax.configs import named_config
 
 
 def get_config():
-    """CelebA-HQ's settings for longer."""
+    """CelebA-HQ's settings with more steps."""
     config = named_config("celebahq256")
     config.train.num_steps = 1_200_000
     return config

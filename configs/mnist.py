@@ -1,4 +1,4 @@
-"""MNIST, 28×28 gray, with the paper's chain on a network small enough for a CPU.
+"""MNIST, 28×28 gray, with the paper's schedule and a network small enough for a CPU.
 
     python main.py --config=configs/mnist.py
 
@@ -10,7 +10,7 @@ from ddpm_jax.configs import default_config
 
 
 def get_config():
-    """The chain of Ho et al.; 32 channels in place of their 128."""
+    """Ho et al.'s schedule, but 32 channels instead of 128."""
     config = default_config()
     config.data.update(name="mnist", image_size=(28, 28), channels=1)
     config.model.update(

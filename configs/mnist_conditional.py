@@ -9,7 +9,7 @@ from ddpm_jax.configs import named_config
 
 
 def get_config():
-    """mnist.py, told the class of nine images in ten; samples come in a column for each class."""
+    """mnist.py, class-conditional; a column of samples for each class."""
     config = named_config("mnist")
     config.data.num_classes = 10
     config.sample.num_samples = 60

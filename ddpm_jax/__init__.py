@@ -5,7 +5,7 @@
     run = ddpm_jax.load("runs/digits")
     images = run.sample(16, sampler="ddim", num_steps=20)  # uint8 [16, 8, 8, 1]
 
-These functions are what the command line does, too; README.md and docs/ say more.
+The command line does the same; see README.md and docs/.
 """
 
 from ddpm_jax.errors import UserError

@@ -1,4 +1,4 @@
-"""Trains a diffusion model, samples from it, measures it, or exchanges its weights with diffusers.
+"""Trains, samples and evaluates diffusion models, and exchanges weights with diffusers.
 
   python main.py --config=configs/digits.py
   python main.py --config=configs/cifar10.py --config.train.batch_size=64
@@ -42,10 +42,11 @@ EDITS = {
     "invert": edit.invert,
 }
 MODES = ("train", "sample", *EDITS, "show", "evaluate", "compare", "import", "export")
-# Flags that some modes need, and the others do not take.
-NEEDED = {"weights": ("import", "export"), "images": tuple(EDITS), "mask": ("inpaint",)}
+# Flags that these modes require, and the others do not accept.
+REQUIRED = {"weights": ("import", "export"), "images": tuple(EDITS), "mask": ("inpaint",)}
 PATHS = ("config", "workdir", "weights", "images", "mask")  # flags that name files and folders
-LONG = {"sample": generate.sample, "evaluate": evaluate.evaluate}  # what a signal may end
+INTERRUPTIBLE = {"sample": generate.sample, "evaluate": evaluate.evaluate}
+# The folders in workdir that a mode writes to.
 WRITES = {
     "train": ("",),
     "sample": ("samples",),
@@ -53,47 +54,48 @@ WRITES = {
     "show": ("show",),
     **dict.fromkeys(EDITS, ("samples",)),
 }
-DISTRIBUTED = ("train", "sample", "evaluate")  # what several processes can do together
+DISTRIBUTED = ("train", "sample", "evaluate")  # modes for several processes
 log = logging.getLogger(__name__)
 
 
 class Command(NamedTuple):
-    """What a command line asks for."""
+    """A parsed command line."""
 
     mode: str
-    config: ConfigDict  # with its overrides
-    overrides: tuple  # their names
+    config: ConfigDict  # with the overrides applied
+    overrides: tuple  # names of the overridden fields
     workdir: pathlib.Path | None
     weights: str | None
     workdirs: tuple = ()
     images: tuple = ()
     mask: str | None = None
-    processes: tuple | None = None  # what parallel.connected takes, if there are several
+    processes: tuple | None = None  # the arguments of parallel.connected, if there are several
 
 
 def define_flags():
-    """Every flag but the overrides of the config."""
+    """All flags except the overrides of the config."""
     values = flags.FlagValues()
-    flags.DEFINE_enum("mode", "train", MODES, "what to do", flag_values=values)
-    text = "a config file, or the name of one of ours; without one, the run's own"
+    text = "what to do; show visualizes a run in a report, invert is DDIM inversion"
+    flags.DEFINE_enum("mode", "train", MODES, text, flag_values=values)
+    text = "a config file, or the name of one in configs/; by default the run's own config"
     flags.DEFINE_string("config", None, text, flag_values=values)
     text = "the run's folder; runs/<config name> by default"
     flags.DEFINE_string("workdir", None, text, flag_values=values)
-    text = "the runs' folders, which compare shows side by side"
+    text = "the runs' folders for --mode=compare"
     flags.DEFINE_list("workdirs", [], text, flag_values=values)
-    text = "a folder of diffusers, which import reads and export writes"
+    text = "a folder in diffusers' format, which import reads and export writes"
     flags.DEFINE_string("weights", None, text, flag_values=values)
-    text = "what img2img, interpolate, inpaint and invert read: files, folders, .npz of sample"
+    text = "inputs of img2img, interpolate, inpaint and invert: files, folders, .npz of sample"
     flags.DEFINE_list("images", [], text, flag_values=values)
-    text = "a file of the images' size; inpaint paints where it is white"
+    text = "an image file of the images' size; inpaint generates the white pixels"
     flags.DEFINE_string("mask", None, text, flag_values=values)
-    text = "whether this is one of several processes; Slurm, Kubernetes or Open MPI say which"
+    text = "run in several processes, started by Slurm, Kubernetes or Open MPI"
     flags.DEFINE_boolean("distributed", False, text, flag_values=values)
-    text = "where they do not: host:port of process 0"
+    text = "for processes started otherwise: host:port of process 0"
     flags.DEFINE_string("coordinator", None, text, flag_values=values)
-    text = "and the number of processes"
+    text = "for processes started otherwise: the number of processes"
     flags.DEFINE_integer("num_processes", None, text, lower_bound=1, flag_values=values)
-    text = "and the number of this one, from 0"
+    text = "for processes started otherwise: the number of this process, from 0"
     flags.DEFINE_integer("process_id", None, text, lower_bound=0, flag_values=values)
     flags.DEFINE_boolean("helpshort", False, "explain the flags", flag_values=values)
     flags.DEFINE_alias("help", "helpshort", flag_values=values)
@@ -104,15 +106,15 @@ def parse(argv):
     """Reads the command line.
 
     Returns:
-      A Command, or None when help was asked for.
+      A Command, or None after printing the help.
 
     Raises:
-      UserError: for what is not understood.
+      UserError: for invalid arguments.
     """
     values = define_flags()
     try:
         _, *rest = values(argv, known_only=True)
-    except (flags.Error, UnicodeDecodeError) as error:  # the latter of a --flagfile
+    except (flags.Error, UnicodeDecodeError) as error:  # a --flagfile may not be UTF-8
         raise UserError(one_line(error)) from None
     if values.helpshort:
         print(__doc__, values.get_help(include_special_flags=False), sep="\n")
@@ -124,7 +126,7 @@ def parse(argv):
         return Command(values.mode, None, (), None, None, workdirs)
     if not (values.config or values.workdir):
         raise UserError("--config: is missing, as in --config=configs/digits.py")
-    for flag, modes in NEEDED.items():
+    for flag, modes in REQUIRED.items():
         if (values.mode in modes) != bool(values[flag].value):
             text = "is missing; needed by" if values.mode in modes else "is only for"
             raise UserError(f"--{flag}: {text} --mode={', '.join(modes)}")
@@ -143,7 +145,7 @@ def parse(argv):
     overrides = tuple(re.sub(r"--(no)?config\.|=.*", "", argument) for argument in rest)
     return Command(
         values.mode,
-        configs.with_home(override(config, rest)),
+        configs.normalize(override(config, rest)),
         overrides,
         workdir,
         values.weights,
@@ -154,7 +156,7 @@ def parse(argv):
 
 
 def at_home(flag, value):
-    """A flag's path, or list of them, with the user's home in place of ~."""
+    """Expands ~ in a flag's path, or in each path of a list."""
     if isinstance(value, list):
         return [at_home(flag, path) for path in value]
     path = os.path.expanduser(value or "")
@@ -164,10 +166,10 @@ def at_home(flag, value):
 
 
 def check_processes(values):
-    """What the flags say of other processes: (coordinator, number, this one's), or None."""
-    given = (values.coordinator, values.num_processes, values.process_id)
-    if given == (None, None, None):
-        processes = given if values.distributed else None
+    """The arguments of parallel.connected from the flags, or None for a single process."""
+    processes = (values.coordinator, values.num_processes, values.process_id)
+    if processes == (None, None, None):
+        processes = processes if values.distributed else None
     else:
         for name in ("coordinator", "num_processes", "process_id"):
             if values[name].value is None:
@@ -178,7 +180,6 @@ def check_processes(values):
         if values.process_id >= values.num_processes:
             allowed = f"must be below --num_processes={values.num_processes}"
             raise UserError(f"--process_id={values.process_id}: {allowed}")
-        processes = given
     if processes and values.mode not in DISTRIBUTED:
         raise UserError(f"--distributed: is only for --mode={', '.join(DISTRIBUTED)}")
     return processes
@@ -208,10 +209,10 @@ def override(config, arguments):
 
 
 def run(argv):
-    """Does what the command line says.
+    """Runs a command line.
 
     Returns:
-      The exit code: 128 + the signal's number when one ended the training early.
+      The exit code: 0, or 128 + the number of the signal that stopped the training.
     """
     command = parse(argv)
     if command is None:
@@ -229,13 +230,13 @@ def run(argv):
         parallel.check_devices()
         if not parallel.is_first():
             logging.getLogger("ddpm_jax").setLevel(logging.ERROR)
-        return act(command, argv)
+        return execute(command, argv)
 
 
-def act(command, argv):
-    """Does what a command says; returns the exit code."""
+def execute(command, argv):
+    """Executes a parsed command; returns the exit code."""
     mode, config, workdir, weights = command.mode, command.config, command.workdir, command.weights
-    if mode == "import":  # checks the config when the weights have said their part of it
+    if mode == "import":  # checks the config itself, with the fields from the weights
         interop.import_run(config, weights, workdir, command.overrides)
         return 0
     configs.check(config, mode)
@@ -244,7 +245,7 @@ def act(command, argv):
     if mode == "train":
         caught = train.train(config, workdir)
         if caught:
-            log.info("stopped; to go on, run again: %s", again(argv))
+            log.info("stopped; to resume, run: %s", shell_command(argv))
             return 128 + caught
         if not (workdir / "report.html").exists():
             train.attempt("the report", lambda: show.show(config, workdir))
@@ -252,9 +253,9 @@ def act(command, argv):
     else:
         if mode != "show" or run_files.load_config(workdir) is not None:
             configs.check_same_run(run_files.saved_config(workdir), config, workdir, "use")
-        if mode in LONG:
+        if mode in INTERRUPTIBLE:
             with signals.catch() if command.processes else nullcontext(signals.never) as stop:
-                LONG[mode](config, workdir, stop)
+                INTERRUPTIBLE[mode](config, workdir, stop)
         elif mode == "show":
             show.show(config, workdir)
         elif mode in EDITS:
@@ -265,16 +266,16 @@ def act(command, argv):
     return 0
 
 
-def again(argv):
-    """The command that runs the same again."""
+def shell_command(argv):
+    """The shell command of these arguments."""
     start = ["python"] if argv[0].endswith(".py") else []
     return shlex.join([*start, *argv])
 
 
 def main():
-    """Runs, and turns what a user got wrong into one line and exit code 2."""
+    """Runs the command line; a user's mistake is one line and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
-    for name in ("absl", "asyncio"):  # Orbax logs, at length, what it raises
+    for name in ("absl", "asyncio"):  # Orbax logs long versions of the errors that it raises
         logging.getLogger(name).setLevel(logging.CRITICAL)
     logging.getLogger("ddpm_jax").setLevel(logging.INFO)
     try:
@@ -285,27 +286,27 @@ def main():
         print(f"error: {printable(error)}", file=sys.stderr)
         code = 2
     except signals.Stopped as error:
-        print(f"{error}; what was finished is kept, the same command goes on", file=sys.stderr)
+        print(f"{error}; finished parts are kept; the same command resumes", file=sys.stderr)
         code = 128 + error.number
-    except BrokenPipeError:  # nobody reads on, as of `| head -1`
+    except BrokenPipeError:  # the reader is closed, as in `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     except OSError as error:
-        if not (is_disk_full(error) or error.filename):  # a path that the user has named
+        if not (is_disk_full(error) or error.filename):  # a path from the user
             raise
         print(f"error: {printable(error)}", file=sys.stderr)
         code = 2
     except jax.errors.JaxRuntimeError as error:
-        if not (text := parallel.explanation(error)):
+        if not (text := parallel.explain(error)):
             raise
         print(f"error: {text} ({one_line(error)[:200]})", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
-        print("interrupted; nothing was lost, the same command starts again", file=sys.stderr)
+        print("interrupted; nothing was lost, run the same command again", file=sys.stderr)
         code = 130
     else:
         sys.exit(code)
-    parallel.leave(code)
+    parallel.exit_process(code)
 
 
 if __name__ == "__main__":

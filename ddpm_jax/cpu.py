@@ -1,13 +1,13 @@
-"""All that one kind of processor, the CPU, needs: flags, devices, and wide convolutions.
+"""Everything specific to CPUs: flags, devices, and a faster algorithm for wide convolutions.
 
-Wide 3×3 convolutions are computed by Winograd's method (Winograd 1980; Lavin & Gray 2016). Two
-neighbouring outputs y of a kernel of three, F(2, 3), are linear in four inputs d and three weights
-g, with four products instead of six:
+Wide 3×3 convolutions use Winograd's algorithm (Winograd 1980; Lavin & Gray 2016). F(2, 3) computes
+two neighbouring outputs y of a kernel of size three from four inputs d and three weights g, with
+four multiplications instead of six:
 
     m = (Bᵀ d) · (G g),  y = Aᵀ m
 
-Along both axes that makes 16 products instead of 36 for a 2×2 tile of y. Over all tiles of a
-feature map, each of the 16 is a matrix product over the channels, which a CPU does best.
+Along both axes, a 2×2 tile of y takes 16 multiplications instead of 36. Over all tiles of a feature
+map, each of the 16 is a matrix product over the channels, for which CPUs are fast.
 """
 
 import ctypes
@@ -23,61 +23,62 @@ import jax.numpy as jnp
 
 
 def is_used():
-    """Whether computations run on CPUs, where a gradient inside a loop takes a dozen times as long
-    as one that is unrolled."""
+    """Whether JAX computes on CPUs, where a gradient inside a `lax` loop takes about 12 times as
+    long as in an unrolled loop."""
     return jax.default_backend() == "cpu"
 
 
 def cpuinfo():
-    """What Linux says of the CPUs; elsewhere nothing."""
+    """The text of /proc/cpuinfo; empty if the system is not Linux."""
     path = pathlib.Path("/proc/cpuinfo")
     return path.read_text() if path.exists() else ""
 
 
 def prepare(trains):
-    """Sets what XLA and glibc should do otherwise where no accelerator is; before JAX is used.
+    """Sets XLA and glibc options if there is no accelerator; call it before JAX is used.
 
-    XLA takes what keeps the parts of model.remat and optim.accumulate apart for superfluous on a
-    CPU, before it plans the memory. It leaves convolutions to YNNPACK, which without AVX-512 is
-    slower than XLA itself, by up to 30 times for the gradients of the weights: with XLA's own,
-    MNIST's network trains 1.8 times as fast, that of the 8×8 digits 1.3 times; CIFAR-10's, whose
-    3×3 convolutions are mostly Winograd's, as before. Of YNNPACK's sums, a step gains (without
-    them: MNIST 0.76, CIFAR-10 0.85, digits 0.97) and sampling loses (1.05 to 1.2 times as fast
-    without). Flags in XLA_FLAGS have precedence.
+    On a CPU, XLA removes the optimization barriers of model.remat and optim.accumulate before it
+    plans the memory, so this pass is disabled. XLA uses YNNPACK for convolutions. Without AVX-512
+    this is slower than XLA's own code, by up to 30 times for weight gradients. With XLA's own code,
+    MNIST's network trains 1.8 times as fast and that of the 8×8 digits 1.3 times; CIFAR-10's speed
+    does not change, since most of its 3×3 convolutions use Winograd's algorithm. YNNPACK's
+    reductions make training faster (without them the speed is 0.76 times for MNIST, 0.85 for
+    CIFAR-10, 0.97 for the digits) but sampling slower (1.05 to 1.2 times as fast without them).
+    Flags in XLA_FLAGS have precedence.
 
-    And glibc is to keep what a step has freed for the next one: to hand it back, and get it again
-    full of zeros, takes 5 to 10 % of a step of CIFAR-10's network.
+    glibc is told to keep freed memory for the next step: returning it to the system, and getting it
+    back filled with zeros, takes 5 to 10 % of a step of CIFAR-10's network.
 
     Args:
-      trains: bool, whether the program is to train.
+      trains: bool, whether the program trains.
     """
     if entry_points(group="jax_plugins"):
         return
-    wanted = {"--xla_disable_hlo_passes": "cse_barrier_expander"}
+    flags = {"--xla_disable_hlo_passes": "cse_barrier_expander"}
     cpu = cpuinfo()
     if platform.machine() == "x86_64" and cpu and "avx512f" not in cpu:
-        sums = ",LIBRARY_FUSION_TYPE_REDUCE" if trains else ""
-        left_to_ynnpack = f"LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT{sums}"
-        wanted["--xla_cpu_experimental_ynn_fusion_type"] = left_to_ynnpack
-    given = os.environ.get("XLA_FLAGS", "")
-    added = (f"{flag}={value}" for flag, value in wanted.items() if flag not in given)
-    os.environ["XLA_FLAGS"] = " ".join((given, *added))
+        reductions = ",LIBRARY_FUSION_TYPE_REDUCE" if trains else ""
+        for_ynnpack = f"LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT{reductions}"
+        flags["--xla_cpu_experimental_ynn_fusion_type"] = for_ynnpack
+    user_flags = os.environ.get("XLA_FLAGS", "")
+    added = (f"{flag}={value}" for flag, value in flags.items() if flag not in user_flags)
+    os.environ["XLA_FLAGS"] = " ".join((user_flags, *added))
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-8, 1)  # M_ARENA_MAX: only the first one can keep large blocks
-        mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
+        mallopt(-8, 1)  # M_ARENA_MAX: only the first arena can keep large blocks
+        mallopt(-4, 0)  # M_MMAP_MAX: do not map blocks one by one
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def use_cores(*batch_sizes):
-    """Makes several devices of a CPU's cores; call it before JAX is used.
+    """Makes each CPU core a device; call it before JAX is used.
 
-    XLA spreads only large operations over the cores. Data parallelism spreads all of them: training
-    on two cores was 1.4 to 1.5 times as fast (MNIST and digits networks). The environment variable
-    JAX_NUM_CPU_DEVICES has precedence.
+    XLA parallelizes only large operations. Data parallelism over the cores parallelizes everything:
+    on two cores, training was 1.4 to 1.5 times as fast (MNIST and digits networks). The environment
+    variable JAX_NUM_CPU_DEVICES has precedence.
 
     Args:
-      batch_sizes: as many cores are used as divide all of these, and leave 16 examples to each.
+      batch_sizes: the number of devices divides all of these, with at least 16 examples for each.
     """
     if jax.config.jax_num_cpu_devices > 0 or "device_count" in os.environ.get("XLA_FLAGS", ""):
         return
@@ -88,23 +89,24 @@ def use_cores(*batch_sizes):
 
 
 def convolve(x, kernel, strides, padding, **options):
-    """lax.conv_general_dilated of a 3×3 kernel; on a CPU by Winograd's method where that is faster.
+    """lax.conv_general_dilated of a 3×3 kernel; Winograd's algorithm on a CPU, where it is faster.
 
-    Measured on 2 cores: with 128 channels or more it takes CIFAR-10's network at batch 8 from 3.9
-    to 4.8 training images/s; with 64 it makes the forward pass of the digits' 1.13 times as fast,
-    but a training step slower (0.75), so that only what is not differentiated comes that way; with
-    32, or fewer than 256 places in a batch, it gains nothing.
+    Measured on 2 cores: with 128 channels or more, CIFAR-10's network at batch 8 trains on 4.8
+    instead of 3.9 images/s. With 64 channels, the forward pass of the digits' network is 1.13 times
+    as fast but a training step is slower (0.75 times), so only undifferentiated convolutions use
+    it. With 32 channels, or fewer than 256 positions in a batch, it is no faster.
     """
 
     def direct(x, kernel):
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
-    *places, channels = x.shape
-    tiles = strides == (1, 1) and places[1] % 2 == places[2] % 2 == 0 and math.prod(places) >= 256
-    width = min(channels, kernel.shape[-1])
-    if not tiles or width < 64 or x.dtype != jnp.float32 or not is_used():
+    *positions, channels = x.shape
+    height, width = positions[1:]
+    fits = strides == (1, 1) and height % 2 == width % 2 == 0 and math.prod(positions) >= 256
+    channels = min(channels, kernel.shape[-1])
+    if not fits or channels < 64 or x.dtype != jnp.float32 or not is_used():
         return direct(x, kernel)
-    if width >= 128:
+    if channels >= 128:
         return conv3x3_winograd(x, kernel)
     forward_only = jax.custom_vjp(conv3x3_winograd)
     forward_only.defvjp(functools.partial(jax.vjp, direct), lambda vjp, dy: vjp(dy))
@@ -112,7 +114,7 @@ def convolve(x, kernel, strides, padding, **options):
 
 
 def _split(x, axis):
-    """The even and the odd places of an axis."""
+    """The even and the odd positions along an axis."""
     shape = x.shape
     x = x.reshape(*shape[:axis], shape[axis] // 2, 2, *shape[axis + 1 :])
     return (jax.lax.index_in_dim(x, i, axis + 1, keepdims=False) for i in (0, 1))
@@ -125,14 +127,14 @@ def _join(even, odd, axis):
 
 
 def _shift(x, axis, by):
-    """x moved along an axis; zeros follow it."""
+    """x shifted along an axis and padded with zeros."""
     padding = [(0, 0, 0)] * x.ndim
     padding[axis] = (by, -by, 0)
     return jax.lax.pad(x, jnp.zeros((), x.dtype), padding)
 
 
 def _inputs(x, axis):
-    """Bᵀ d of every second place of a padded axis; a new first axis [4]."""
+    """Bᵀ d at every second position of a padded axis; a new first axis [4]."""
     even, odd = _split(x, axis)
     count = even.shape[axis] - 1
     d0, d2 = (jax.lax.slice_in_dim(even, i, i + count, axis=axis) for i in (0, 1))
@@ -141,7 +143,7 @@ def _inputs(x, axis):
 
 
 def _inputs_transposed(m, axis):
-    """The transpose of _inputs and of the padding by one place at either end."""
+    """The transpose of _inputs and of the padding by one position at both ends."""
     d0, d1, d2, d3 = m[0], m[1] - m[2] + m[3], m[1] + m[2] - m[0], -m[3]
     return _join(d1 + _shift(d3, axis, 1), d2 + _shift(d0, axis, -1), axis)
 
@@ -149,8 +151,8 @@ def _inputs_transposed(m, axis):
 @jax.custom_vjp
 def _tiles(x):
     """[B, H, W, C] → [4, 4, B, H/2, W/2, C]."""
-    # Zeros that are shifted in, as below, XLA would fuse with the sums, which then take 4 times as
-    # long.
+    # With zeros shifted in, as in _inputs_transposed, XLA fuses them into the sums, which then take
+    # 4 times as long.
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     return jnp.moveaxis(_inputs(_inputs(x, 1), 3), 0, 1)
 
@@ -159,12 +161,12 @@ def _tiles_transposed(_, m):
     return (_inputs_transposed(jax.vmap(lambda columns: _inputs_transposed(columns, 2))(m), 1),)
 
 
-# What JAX derives takes 5 % more of a train step: every slice becomes a padded array of its own.
+# With JAX's own gradient a train step takes 5 % longer: every slice becomes a padded array.
 _tiles.defvjp(lambda x: (_tiles(x), None), _tiles_transposed)
 
 
 def _weights(g, axis):
-    """G g; in place of an axis [3] one of [4]."""
+    """G g along an axis; its size becomes 4 instead of 3."""
     g0, g1, g2 = jnp.moveaxis(g, axis, 0)
     return jnp.stack([g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2], axis)
 
@@ -174,9 +176,9 @@ def _outputs(m, axis):
     return _join(m[0] + m[1] + m[2], m[1] - m[2] - m[3], axis)
 
 
-@jax.checkpoint  # what is made of x and the kernel takes 4 and 1.8 times their memory
+@jax.checkpoint  # the transformed x and kernel take 4 and 1.8 times their memory
 def conv3x3_winograd(x, kernel):
-    """A 3×3 convolution of stride 1 with SAME padding, with 2.25 times fewer multiplications.
+    """A 3×3 convolution with stride 1, SAME padding and 2.25 times fewer multiplications.
 
     Args:
       x: [B, H, W, C]; H and W are even.

@@ -1,24 +1,25 @@
-"""What a user can get wrong."""
+"""The error for users' mistakes, and texts of other errors."""
 
 import errno
 import os
 
 
 class UserError(ValueError):
-    """One line that names the field, its value and what is allowed; main.py prints only that."""
+    """A user's mistake. One line names the field, its value and what is allowed; the command line
+    prints only this."""
 
 
 def one_line(error):
-    """The text of another library's error, without its line breaks."""
+    """The text of a library's error, without line breaks."""
     return " ".join(str(error).split())
 
 
 def is_disk_full(error):
-    """Whether an error of the system, or of a library that only quotes it, means a full disk."""
+    """Whether an error of the system, or of a library that quotes one, means a full disk."""
     full = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in full or any(os.strerror(n) in str(error) for n in full)
 
 
 def printable(error):
-    """An error's text in one line: what is not printable, names of files may hold."""
+    """An error's text in one line, with unprintable characters (of file names) escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))

@@ -1,4 +1,4 @@
-"""The Python interface: a few functions that a notebook or another program needs."""
+"""The Python interface: functions for notebooks and other programs."""
 
 import functools
 import os
@@ -18,49 +18,49 @@ from ddpm_jax.files import workdir as run_files
 from ddpm_jax.runs import generate, interop
 from ddpm_jax.runs import train as training
 
-# Of the section `sample` of a config, what `sample` takes.
+# The fields of a config's section `sample` that the function `sample` takes.
 OPTIONS = ("seed label guidance classifier sampler num_steps spacing eta batch_size").split()
 
 
 class Run(NamedTuple):
-    """A trained network, and how it was trained."""
+    """A trained network and its config."""
 
     config: ConfigDict
-    step: int  # updates done; 0 for weights that were imported
-    params: Any  # of the network, a tree of float32 arrays: the averaged ones, or the raw ones
-    label_names: tuple[str, ...]  # of each class; empty where it knows none
+    step: int  # updates; 0 for imported weights
+    params: Any  # of the network, a tree of float32 arrays: their EMA or the raw ones
+    label_names: tuple[str, ...]  # of each class; empty if unconditional
 
     def sample(self, num_samples: int, **options) -> np.ndarray:
         """Generates images; see ddpm_jax.sample."""
         return sample(self, num_samples, **options)
 
     def predict(self, x_t, t, labels=None) -> tuple[jax.Array, jax.Array]:
-        """What the network predicts at x_t, for a sampler of one's own; may be jitted.
+        """The network's prediction at x_t, for custom samplers; may be jitted.
 
         Args:
-          x_t: [B, H, W, C] float32, an image that is diffused to step t (Eq. 4).
+          x_t: [B, H, W, C] float32, an image diffused to step t (Eq. 4).
           t: [B] or a scalar, int, in [0, T); 0 is the last denoising step.
-          labels: [B] int in [0, K), of a network that knows K classes; None: of no class.
+          labels: [B] int in [0, K), for a network with K classes; None: unconditional.
 
         Returns:
-          x0: [B, H, W, C], the image that is predicted; clipped to [-1, 1] if diffusion.clip_x0.
-          log_variance: of p(x_{t-1} | x_t), [B, 1, 1, 1], or of x0's shape where it is learned.
+          x0: [B, H, W, C], the predicted image; clipped to [-1, 1] if diffusion.clip_x0.
+          log_variance: of p(x_{t-1} | x_t), [B, 1, 1, 1], or of x0's shape if it is learned.
 
         Raises:
-          UserError: for arrays of other shapes, or labels of a network that knows none.
+          UserError: for arrays of other shapes, or labels for an unconditional network.
         """
-        shape, known = configs.image_shape(self.config), self.config.data.num_classes
+        shape, num_classes = configs.image_shape(self.config), self.config.data.num_classes
         if jnp.ndim(x_t) != 4 or jnp.shape(x_t)[1:] != shape:
             raise UserError(f"x_t: has shape {jnp.shape(x_t)}, not [B, {str(shape)[1:-1]}]")
-        if labels is not None and not known:
-            raise UserError("labels: this model knows no classes (data.num_classes=0)")
+        if labels is not None and not num_classes:
+            raise UserError("labels: this model is unconditional (data.num_classes=0)")
         schedule = configs.make_schedule(self.config)
         net_fn = unet.net_fn(configs.make_model(self.config), self.params)
         predict_fn = generate.unguided_predict(self.config, schedule, net_fn)
         t = jnp.broadcast_to(jnp.asarray(t, jnp.int32), jnp.shape(x_t)[:1])
-        if known:
-            labels = jnp.full(t.shape, known) if labels is None else jnp.asarray(labels)
-            predict_fn = generate.labelled(predict_fn, labels)
+        if num_classes:
+            labels = jnp.full(t.shape, num_classes) if labels is None else jnp.asarray(labels)
+            predict_fn = generate.with_labels(predict_fn, labels)
         if self.config.diffusion.clip_x0:
             predict_fn = diffusion.clipped(predict_fn)
         variance = self.config.diffusion.variance
@@ -69,11 +69,11 @@ class Run(NamedTuple):
 
 
 def config(name: str | None = None) -> ConfigDict:
-    """A config to train by: its fields may be set, and one that does not exist is an error.
+    """A config for training; set its fields as needed. A misspelt field is an error.
 
     Args:
-      name: a name of those that come with the package, as "digits", "mnist", "cifar10"; or the
-        path of a config file. None: the defaults, Ho et al.'s CIFAR-10 model.
+      name: the name of a config of this package, as "digits", "mnist", "cifar10"; or the path of a
+        config file. None: the defaults, Ho et al.'s CIFAR-10 model.
 
     Returns:
       A ConfigDict; ddpm_jax/configs.py has a comment for each field.
@@ -85,18 +85,18 @@ def config(name: str | None = None) -> ConfigDict:
 
 
 def load(path: str | os.PathLike, use_ema: bool = True) -> Run:
-    """Reads a run's newest checkpoint, or the weights in a folder of diffusers.
+    """Reads a run's newest checkpoint, or the weights in a folder in diffusers' format.
 
     Args:
-      path: the folder of a run; or one that holds a UNet2DModel or a pipeline around it, from which
-        nothing is copied on the disk.
-      use_ema: whether to read the averaged parameters rather than the raw ones.
+      path: the folder of a run; or one with diffusers' UNet2DModel, or with a pipeline that has
+        one.
+      use_ema: read the EMA of the parameters; False: the raw ones.
 
     Returns:
       A Run.
 
     Raises:
-      UserError: if it is neither, or cannot be read.
+      UserError: if the folder is neither, or cannot be read.
     """
     cpu.prepare(trains=False)
     path = pathlib.Path(path).expanduser()
@@ -114,17 +114,16 @@ def sample(run: Run | str | os.PathLike, num_samples: int, **options) -> np.ndar
     """Generates images.
 
     Args:
-      run: from `load`, or what that takes.
+      run: from `load`, or a path for it.
       num_samples: N.
-      **options: OPTIONS, the fields of the config's section `sample` that they are named after; a
-        label is a class, by name or number.
+      **options: OPTIONS, which are fields of the config's section `sample`; a label is a class, by
+        name or number.
 
     Returns:
-      uint8 [N, H, W, C]; image i depends on the seed and i only, up to rounding.
+      uint8 [N, H, W, C]; up to rounding, image i depends only on the seed and i.
 
     Raises:
-      UserError: for an option that there is not, or that cannot work; or for images that are not
-        finite.
+      UserError: for an unknown option or an invalid value; or for non-finite images.
     """
     run = run if isinstance(run, Run) else load(run)
     config, devices = run.config.copy_and_resolve_references(), jax.device_count()
@@ -136,18 +135,19 @@ def sample(run: Run | str | os.PathLike, num_samples: int, **options) -> np.ndar
         value = str(value) if name in ("label", "classifier") else value
         configs.check_kind(f"sample.{name}", value, type(config.sample[name]))
         config.sample[name] = value
+    config = configs.normalize(config)
     configs.check(config, "sample")
     seed = config.sample.seed
-    config.sample.update(num_samples=1, seed=0)  # what is compiled does not depend on them
+    config.sample.update(num_samples=1, seed=0)  # the compiled sampler does not depend on them
     sampler = _sampler(config.to_json_best_effort(), run.label_names)
     return sampler(run.params, np.arange(num_samples), seed=seed).x
 
 
 @functools.lru_cache(maxsize=8)
 def _sampler(text, label_names):
-    """A config's sampler, which is compiled once however often it is asked for."""
+    """A config's sampler; it is cached, so that it compiles once."""
     config = configs.from_json(text)
-    return generate.make_sampler(config, **generate.who_guides(config, label_names))
+    return generate.make_sampler(config, **generate.guidance_for(config, label_names))
 
 
 def train(
@@ -156,29 +156,29 @@ def train(
     images: np.ndarray | None = None,
     labels: np.ndarray | None = None,
 ) -> Run:
-    """Trains, or goes on with a run, as the command line does; without its report at the end.
+    """Trains a run or resumes it, as the command line does, but without the report at the end.
 
-    On a CPU JAX computes on one device, unless jax.config.update("jax_num_cpu_devices", 2), say,
-    was called before anything else: for small networks that is up to 1.5 times as fast.
+    On a CPU, JAX uses one device by default. For small networks, two devices are up to 1.5 times as
+    fast: call jax.config.update("jax_num_cpu_devices", 2) before anything else.
 
     Args:
-      config: what to train; with images, their shape and classes take the place of its own.
-      workdir: the run's folder; a run that is there goes on from its newest checkpoint.
-      images: uint8 [N, H, W, C] to train on, in place of the config's dataset. A tenth of them is
-        held out, unless config.data.name is "arrays" and its splits say otherwise.
+      config: the config; `images` and `labels` replace its image shape and number of classes.
+      workdir: the run's folder; a run in it is resumed from its newest checkpoint.
+      images: uint8 [N, H, W, C] to train on, instead of the config's dataset. A tenth of them is
+        held out, unless config.data.name is "arrays": then its splits decide.
       labels: [N] ints, the classes of the images, from 0.
 
     Returns:
       The trained Run.
 
     Raises:
-      UserError: for what cannot be trained; or if the folder has a run of another config, or of
-        other images.
-      KeyboardInterrupt: if a signal ended it early; what was trained is saved.
+      UserError: for an invalid config or invalid images; or if the folder has a run with another
+        config or other images.
+      KeyboardInterrupt: if a signal stopped the training; a checkpoint is saved first.
     """
     cpu.prepare(trains=True)
     workdir, arrays = pathlib.Path(workdir).expanduser(), None
-    config = configs.with_home(config)
+    config = configs.normalize(config)
     if images is not None:
         arrays = _as_batch(images, labels)
         config = _config_of_arrays(config, arrays)
@@ -189,23 +189,23 @@ def train(
 
 
 def _as_batch(images, labels):
-    """A user's arrays as a data.Batch, checked."""
+    """Checks a user's arrays; returns a data.Batch."""
     images = np.asarray(images)
     if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3, 4):
-        found = f"{images.dtype} {list(images.shape)}"
-        raise UserError(f"images: {found}, not uint8 [N, H, W, C] with C = 1, 3 or 4")
+        kind = f"{images.dtype} {list(images.shape)}"
+        raise UserError(f"images: {kind}, not uint8 [N, H, W, C] with C = 1, 3 or 4")
     if labels is None:
         return data.Batch(images, None)
     labels = np.asarray(labels)
     whole = labels.shape == images.shape[:1] and np.issubdtype(labels.dtype, np.integer)
     if not whole or (len(labels) and labels.min() < 0):
-        found = f"{labels.dtype} {list(labels.shape)}"
-        raise UserError(f"labels: {found}, not {len(images)} whole numbers from 0")
+        kind = f"{labels.dtype} {list(labels.shape)}"
+        raise UserError(f"labels: {kind}, not {len(images)} whole numbers from 0")
     return data.Batch(images, labels.astype(np.int32))
 
 
 def _config_of_arrays(config, arrays):
-    """A config with the shape and the classes of a user's arrays."""
+    """Sets a config's image shape and number of classes to those of a user's arrays."""
     if config.data.name != "arrays":
         config.data.update(name="arrays", split="train[:90%]", eval_split="train[90%:]")
     *size, channels = arrays.images.shape[1:]

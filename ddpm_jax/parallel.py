@@ -1,12 +1,12 @@
-"""Every line that knows about devices or processes: one batch axis, and functions pmapped over it.
+"""All code about devices and processes: one batch axis, and functions pmapped over it.
 
-Functions that run under `pmap` see one device's part of a batch, may average over the axis with
-`lax.pmean(…, AXIS)`, and learn which examples they hold from `example_indices`.
+A function under `pmap` gets one device's shard of a batch. It may average over the devices with
+`lax.pmean(…, AXIS)`, and `example_indices` gives the indices of its examples in the global batch.
 
-Several processes, on one machine or many, run the same program with the same arguments and do the
-same things in the same order. Each feeds its devices `part` of every global batch; all read the
-same folder, and (but for Orbax's checkpoints) only the first writes there. A lone process is the
-first of one.
+Several processes, on one machine or many, run the same program with the same arguments and make the
+same calls in the same order. Each process gives its devices the `local_shard` of every global
+batch. All read the same folder; only the first writes there (Orbax's checkpoints excepted). A
+single process is the first process.
 """
 
 import atexit
@@ -27,8 +27,8 @@ from ddpm_jax.errors import UserError, one_line
 
 AXIS = "batch"
 LOST = (
-    "a process was lost, or cannot be reached; start all of them again, and the run goes on from "
-    "its newest checkpoint"
+    "a process was lost, or cannot be reached; start all processes again to resume from the newest "
+    "checkpoint"
 )
 TOO_LARGE = (
     "not enough memory; use a smaller batch_size, or to train optim.accumulate and model.remat"
@@ -39,42 +39,42 @@ pmap = functools.partial(jax.pmap, axis_name=AXIS)
 
 @contextlib.contextmanager
 def connected(coordinator=None, num_processes=None, process_id=None):
-    """Joins the other processes, for as long as the context lasts; before JAX is used.
+    """Connects to the other processes while the context lasts; call it before JAX is used.
 
     Args:
-      coordinator: host:port of the first process; None, like the rest, where Slurm, Kubernetes or
-        Open MPI has started the processes and says it.
-      num_processes: how many there are.
-      process_id: this one's number, from 0.
+      coordinator: host:port of the first process. None, like the other arguments, if Slurm,
+        Kubernetes or Open MPI started the processes: JAX reads their variables.
+      num_processes: the number of processes.
+      process_id: the number of this process, from 0.
 
     Raises:
-      UserError: if they cannot be found.
+      UserError: if they cannot be reached.
     """
     jax.config.update("jax_enable_preemption_service", False)  # train.py catches SIGTERM itself
-    # When another process is lost, JAX ends this one from a thread of its own, with a stack trace
-    # and before Python can say anything. So a child does, unless it hears that all is well.
+    # When another process is lost, JAX's own thread ends this process with a stack trace, before
+    # Python can print a message. So a child process prints it, unless it reads "all is well".
     code = "import sys; sys.stdin.read() or print('error:', sys.argv[1], file=sys.stderr)"
     command = [sys.executable, "-c", code, LOST]
     witness = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, text=True)
     try:
         _initialize(coordinator, num_processes, process_id)
-        barrier()  # Gloo connects at the first meeting, and then waits for 30 seconds only
+        barrier()  # Gloo connects at the first collective, which times out after 30 seconds
         yield
     except Exception:
-        atexit.register(os._exit, 1)  # JAX's own way out would wait for the others
+        atexit.register(os._exit, 1)  # JAX's own exit would wait for the other processes
         raise
     finally:
         witness.communicate("all is well")
 
 
 def check_devices():
-    """Raises a UserError if JAX has none of the devices that it is asked for."""
+    """Raises a UserError if JAX cannot use the platform in JAX_PLATFORMS."""
     try:
         jax.devices()
     except (AssertionError, RuntimeError) as error:
-        wanted = os.environ.get("JAX_PLATFORMS", "")
+        platforms = os.environ.get("JAX_PLATFORMS", "")
         text = one_line(error)[:200] or "none is installed"
-        raise UserError(f"JAX_PLATFORMS={wanted}: no such device ({text}); or unset it") from None
+        raise UserError(f"JAX_PLATFORMS={platforms}: no such device ({text}); unset it") from None
 
 
 def _initialize(coordinator, num_processes, process_id):
@@ -91,16 +91,16 @@ def _initialize(coordinator, num_processes, process_id):
         raise UserError(f"--distributed: {one_line(error)[:300]}") from None
 
 
-def explanation(error):
-    """What a JaxRuntimeError means to the user; empty where that is not known."""
+def explain(error):
+    """A message for the user about a JaxRuntimeError; empty for an unexpected error."""
     if "RESOURCE_EXHAUSTED" in str(error):
         return TOO_LARGE
-    of_others = any(word in str(error) for word in ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE"))
-    return LOST if jax.distributed.is_initialized() and of_others else ""
+    network = any(word in str(error) for word in ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE"))
+    return LOST if jax.distributed.is_initialized() and network else ""
 
 
-def leave(code):
-    """Ends this process, which failed; the others, who count on it, need not be waited for."""
+def exit_process(code):
+    """Ends this process after a failure, without waiting for the other processes."""
     if jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -109,12 +109,12 @@ def leave(code):
 
 
 def is_first():
-    """Whether this process is the one that writes files and talks to the user."""
+    """Whether this is the first process, which writes files and prints."""
     return jax.process_index() == 0
 
 
-def _together(function, *args, **options):
-    """Calls a function of multihost_utils, which says ValueError when a process is lost."""
+def _collective(function, *args, **options):
+    """Calls a function of multihost_utils; it raises a ValueError when a process is lost."""
     try:
         return function(*args, **options)
     except (ValueError, jax.errors.JaxRuntimeError) as error:
@@ -122,13 +122,13 @@ def _together(function, *args, **options):
 
 
 def barrier():
-    """Waits until all processes are here."""
-    _together(multihost_utils.sync_global_devices, "barrier")
+    """Waits until all processes call it."""
+    _collective(multihost_utils.sync_global_devices, "barrier")
 
 
 @contextlib.contextmanager
-def first_goes_first():
-    """What is done inside, the first process has done before the others begin."""
+def first_process_first():
+    """The first process runs the context's body; then the other processes do."""
     if not is_first():
         barrier()
     yield
@@ -136,36 +136,35 @@ def first_goes_first():
         barrier()
 
 
-def of_first(number):
-    """What the first process says, int, in all of them."""
-    return int(_together(multihost_utils.broadcast_one_to_all, np.int32(number)))
+def broadcast_from_first(number):
+    """Returns the first process's int in all processes."""
+    return int(_collective(multihost_utils.broadcast_one_to_all, np.int32(number)))
 
 
-_largest = pmap(lambda x: jax.lax.pmax(x, AXIS), out_axes=None)
+_pmax = pmap(lambda x: jax.lax.pmax(x, AXIS), out_axes=None)
 
 
-def largest(number):
-    """The largest of what the processes say, an int32 scalar that is still being computed."""
-    return _largest(np.full(jax.local_device_count(), number, np.int32))
+def max_over_processes(number):
+    """The maximum of the processes' ints: an int32 scalar, computed asynchronously."""
+    return _pmax(np.full(jax.local_device_count(), number, np.int32))
 
 
-def check_batch_size(field, batch_size, parts=1):
+def check_batch_size(field, batch_size, microbatches=1):
     """Raises a UserError unless the global batch divides evenly over the devices.
 
     Args:
-      field: its name.
-      batch_size: its size.
-      parts: into which each device's part is cut again, optim.accumulate.
+      field: the name of its field.
+      batch_size: the global batch size.
+      microbatches: per device, optim.accumulate.
     """
     devices = jax.device_count()
-    if batch_size % (devices * parts):
-        times = f" times optim.accumulate={parts}" if parts > 1 else ""
+    if batch_size % (devices * microbatches):
+        times = f" times optim.accumulate={microbatches}" if microbatches > 1 else ""
         raise UserError(f"{field}={batch_size}: must be a multiple of the {devices} devices{times}")
 
 
-def memory_of_a_device():
-    """How many bytes it has in all; on a CPU, where they share, its part of what is free; 0 if it
-    does not say."""
+def device_memory():
+    """Bytes of a device's memory: on a CPU, its share of the free memory; 0 if unknown."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return psutil.virtual_memory().available // jax.local_device_count()
@@ -174,78 +173,76 @@ def memory_of_a_device():
 
 
 def replicated(devices=None):
-    """The sharding of an array that each of these devices, by default all of this process, has a
-    whole copy of."""
+    """The replicated sharding over these devices, by default all of this process."""
     return NamedSharding(Mesh(devices or jax.local_devices(), (AXIS,)), PartitionSpec())
 
 
 def replicate(tree, devices=None):
-    """Puts a whole copy of every array on each device.
+    """Puts a copy of every array on each device.
 
     Args:
       tree: a pytree of arrays.
-      devices: where to; all of this process by default.
+      devices: by default all of this process.
 
     Returns:
-      The tree, as arrays that pmap takes with in_axes=None as they are (uncommitted arrays would
-      make it compile a second time).
+      The tree, for pmap with in_axes=None (with uncommitted arrays it would compile twice).
     """
     return jax.device_put(tree, replicated(devices))
 
 
 def as_global(tree):
-    """Replicated arrays of each process's devices as ones of all devices, which Orbax wants."""
+    """Converts arrays replicated in each process to arrays replicated over all, for Orbax."""
     if jax.process_count() == 1:
         return tree
     everywhere = replicated(jax.devices())
 
-    def one(array):
+    def to_global(array):
         copies = [shard.data for shard in array.addressable_shards]
         return jax.make_array_from_single_device_arrays(array.shape, everywhere, copies)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(to_global, tree)
 
 
 def as_local(tree):
-    """The inverse of as_global, and what pmap wants."""
+    """The inverse of as_global, for pmap."""
     if jax.process_count() == 1:
         return tree
 
-    def one(array):
+    def to_local(array):
         copies = [shard.data for shard in array.addressable_shards]
         return jax.make_array_from_single_device_arrays(array.shape, replicated(), copies)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(to_local, tree)
 
 
-def part(tree):
-    """This process's examples of global batches [B, ...]: equally many, in the processes' order."""
+def local_shard(tree):
+    """This process's equal share of global batches [B, ...], in the order of the processes."""
     index, count = jax.process_index(), jax.process_count()
     if count == 1:
         return tree
     return jax.tree.map(lambda a: a[len(a) * index // count : len(a) * (index + 1) // count], tree)
 
 
-def split(tree, num_devices=None):
-    """This process's arrays [B, ...] to [devices, B / devices, ...], for pmap with in_axes=0."""
+def shard(tree, num_devices=None):
+    """Reshapes this process's arrays [B, ...] to [devices, B / devices, ...], for in_axes=0."""
     devices = num_devices or jax.local_device_count()
     return jax.tree.map(lambda array: array.reshape(devices, -1, *array.shape[1:]), tree)
 
 
-def merge(tree):
-    """What pmap gives back, [devices, B / devices, ...], as NumPy arrays [B, ...] of the whole
-    global batch, in every process."""
+def gather(tree):
+    """Converts pmap's outputs [devices, B / devices, ...] to NumPy arrays [B, ...] of the global
+    batch, in every process."""
 
-    def one(array):
+    def to_numpy(array):
         array = np.asarray(array)
         array = array.reshape(-1, *array.shape[2:])
         if jax.process_count() == 1:
             return array
-        return _together(multihost_utils.process_allgather, array, tiled=True)
+        return _collective(multihost_utils.process_allgather, array, tiled=True)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(to_numpy, tree)
 
 
 def example_indices(local_batch):
-    """Inside pmap: the places in the global batch, [local_batch], of this device's examples."""
+    """Inside pmap: the indices [local_batch] of this device's examples in the global batch."""
     return jax.lax.axis_index(AXIS) * local_batch + jnp.arange(local_batch)

@@ -1,4 +1,4 @@
-"""The bar that everything shows which takes more than a few seconds."""
+"""The progress bar of everything that takes more than a few seconds."""
 
 import sys
 
@@ -8,17 +8,17 @@ from ddpm_jax import parallel
 
 
 def bar(total, desc, unit, **options):
-    """A tqdm bar with the time left; of several processes, the first one shows it.
+    """A tqdm bar with the time left; only the first process shows it.
 
     Args:
-      total: units in the whole.
-      desc: what is being done.
-      unit: of what.
-      **options: more of tqdm's.
+      total: number of units.
+      desc: the text beside the bar.
+      unit: name of the unit.
+      **options: other options of tqdm.
     """
-    shown = {"leave": False, "dynamic_ncols": True}
-    if not parallel.is_first():  # else TQDM_DISABLE may still say so
-        shown["disable"] = True
-    # A log file need not hold ten lines a second.
-    shown["mininterval"] = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(total=total, desc=desc, unit=unit, **shown | options)
+    defaults = {"leave": False, "dynamic_ncols": True}
+    if not parallel.is_first():  # in the first process, TQDM_DISABLE decides
+        defaults["disable"] = True
+    # Ten lines a second are too many for a log file.
+    defaults["mininterval"] = 0.1 if sys.stderr.isatty() else 10
+    return tqdm(total=total, desc=desc, unit=unit, **defaults | options)

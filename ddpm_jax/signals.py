@@ -1,4 +1,4 @@
-"""Signals that ask a program to end: it saves first, and all its processes stop together."""
+"""Signals that stop the program: it saves first, and all its processes stop together."""
 
 import collections
 import contextlib
@@ -11,12 +11,12 @@ import jax
 
 from ddpm_jax import parallel
 
-# Ctrl-C, what schedulers send, and what a terminal sends that is closed.
+# Sent by Ctrl-C, by cluster schedulers, and by a terminal that is closed.
 CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(Exception):
-    """A signal ended what was being done."""
+    """A signal interrupted the program."""
 
     def __init__(self, number):
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -24,42 +24,42 @@ class Stopped(Exception):
 
 
 class Stop:
-    """stop() is the number of the signal that asks to stop, or 0.
+    """stop() returns the number of the signal that was caught, or 0.
 
-    All processes must ask equally often, and are answered alike. With `behind`, the answer is that
-    of so many calls ago, for which they need not wait.
+    All processes must call it equally often; it returns the same number in all of them.
+    stop(behind) returns the result of that many calls ago, for which the processes need not wait.
     """
 
     def __init__(self):
         self.caught, self.agreed = 0, 0
-        self._asked = collections.deque()
+        self._pending = collections.deque()
 
     def __call__(self, behind=0):
         if jax.process_count() == 1:
             self.agreed = self.caught
         elif not self.agreed:
-            self._asked.append(parallel.largest(self.caught))
-            while len(self._asked) > behind and not self.agreed:
-                self.agreed = int(self._asked.popleft())
+            self._pending.append(parallel.max_over_processes(self.caught))
+            while len(self._pending) > behind and not self.agreed:
+                self.agreed = int(self._pending.popleft())
         return self.agreed
 
 
 def never():
-    """A stop() of what no signal is caught for."""
+    """A stop() for code that catches no signal."""
     return 0
 
 
 def check(stop):
-    """Raises Stopped if stop() asks for it."""
+    """Raises Stopped if stop() is the number of a signal."""
     if number := stop():
         raise Stopped(number)
 
 
 @contextlib.contextmanager
 def catch():
-    """Yields a Stop that the first of CAUGHT sets; a second one acts as it would have without this.
+    """Yields a Stop, which records the first of the signals CAUGHT; a second one acts as usual.
 
-    A signal that is ignored already, as SIGHUP by nohup, stays so.
+    A signal that is already ignored, as SIGHUP under nohup, stays ignored.
     """
     stop = Stop()
     terminals = [stream for stream in (sys.stdout, sys.stderr) if stream and stream.isatty()]
@@ -68,7 +68,7 @@ def catch():
         stop.caught = number
         restore()
         for stream in terminals:
-            if not stream.isatty():  # it is closed; what would be written there raises an error
+            if not stream.isatty():  # the terminal is closed; writing to it would raise an error
                 with open(os.devnull, "w") as nowhere:
                     os.dup2(nowhere.fileno(), stream.fileno())
 
@@ -76,10 +76,10 @@ def catch():
         for number, handler in previous.items():
             signal.signal(number, handler)
 
-    wanted = [number for number in CAUGHT if signal.getsignal(number) is not signal.SIG_IGN]
+    numbers = [number for number in CAUGHT if signal.getsignal(number) is not signal.SIG_IGN]
     if threading.current_thread() is not threading.main_thread():
-        wanted = []  # Python lets no other thread catch them
-    previous = {number: signal.signal(number, handle) for number in wanted}
+        numbers = []  # only Python's main thread can catch signals
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield stop
     finally:

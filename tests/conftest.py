@@ -28,7 +28,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def pytest_configure(config):
-    """What runs for seconds is better compiled quickly than well; what is measured is not."""
+    """Tests need fast compilation more than fast code, except measurements."""
     if config.option.markexpr in config.getini("addopts"):  # the default run
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
@@ -36,7 +36,7 @@ def pytest_configure(config):
 
 @pytest.fixture
 def no_report(monkeypatch):
-    """Training ends without what test_show.py tests."""
+    """Training does not draw its report, which test_show.py tests."""
     from ddpm_jax import cli
 
     monkeypatch.setattr(cli.show, "show", lambda *_: None)

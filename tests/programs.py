@@ -34,7 +34,7 @@ def start(*arguments, cwd, devices=2):
 
 
 def result(process, seconds=300):
-    """(exit code, all that it said) of a process that ends by itself."""
+    """(exit code, output) of a process that ends by itself."""
     try:
         out, err = process.communicate(timeout=seconds)
     finally:
@@ -43,12 +43,12 @@ def result(process, seconds=300):
 
 
 def finish(*arguments, cwd, devices=2):
-    """Runs main.py: (exit code, all that it said)."""
+    """Runs main.py: (exit code, output)."""
     return result(start(*arguments, cwd=cwd, devices=devices))
 
 
 def start_several(*arguments, cwd, count=2, devices=2):
-    """Starts main.py as several processes that know of each other."""
+    """Starts main.py as several connected processes."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
@@ -60,6 +60,6 @@ def start_several(*arguments, cwd, count=2, devices=2):
 
 
 def finish_several(*arguments, cwd, count=2, devices=2):
-    """Runs them: a list of (exit code, all that it said)."""
+    """Runs main.py as several processes: a list of (exit code, output)."""
     processes = start_several(*arguments, cwd=cwd, count=count, devices=devices)
     return [result(process) for process in processes]

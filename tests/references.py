@@ -27,7 +27,7 @@ LARGE = dict(channel_mults=(1, 1, 2, 2, 4, 4), num_res_blocks=2, attention_resol
 
 
 class Reference(NamedTuple):
-    """A number or an array that we should get."""
+    """A reference value, a number or an array."""
 
     quantity: str
     source: str
@@ -73,7 +73,7 @@ def gaussian_loss(variance):
 
 
 def cost_of_fixed_large():
-    """Σ L_{t-1} of a chain with a perfect mean, as it is for an image that is known: 0."""
+    """Σ L_{t-1} of a chain with a perfect mean, which a known image of zeros has."""
     s = schedule()
     keys = sampling.image_keys(0, jnp.arange(1))
 
@@ -84,7 +84,7 @@ def cost_of_fixed_large():
         return sampling.noise(keys, t, (2, 2, 1))
 
     predict_fn = diffusion.predictor(s, net_fn)
-    found = likelihood.bound(s, predict_fn, jnp.zeros((1, 2, 2, 1)), noise)
+    found = likelihood.vlb(s, predict_fn, jnp.zeros((1, 2, 2, 1)), noise)
     return np.float64(found.terms["fixed_large"][1:]).sum()
 
 
@@ -103,9 +103,9 @@ def gaussian_outcome(data_variance, step_fn, num_steps=1000):
     Args:
       data_variance: s².
       step_fn: one of sampling's, with its options.
-      num_steps: of 1000, uniformly spaced.
+      num_steps: of 1000, evenly spaced.
     """
-    taus = schedules.SPACINGS["uniform"](1000, num_steps)
+    taus = schedules.SPACINGS["leading"](1000, num_steps)
     s = schedules.make_schedule("linear", 1000, timesteps=taus)
     predict_fn = sampling.respaced(gaussian_predict(data_variance, schedule()), taus)
 
@@ -121,7 +121,7 @@ def gaussian_outcome(data_variance, step_fn, num_steps=1000):
 
 
 def parameters(channels, layout, size):
-    """How many a network for size × size RGB images has."""
+    """Number of parameters of a network for size × size RGB images."""
     shapes = unet.param_shapes(unet.UNet(channels, **layout), (size, size, 3))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
@@ -210,7 +210,7 @@ def network_output(dtype=np.float32):
 
 
 def network_output_float64():
-    """The same in float64."""
+    """network_output in float64."""
     with jax.enable_x64(True):
         return network_output(np.float64)
 
@@ -245,7 +245,7 @@ def assert_same_gradients(ours, theirs):
 
 
 def all_gradients():
-    """Those gradients in one vector, in the order of the fixture."""
+    """All gradients in one vector, in the order of the fixture."""
     return flat({name: network_gradients()[name] for name in expected_gradients()})
 
 

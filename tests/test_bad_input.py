@@ -1,4 +1,4 @@
-"""Malformed input of every kind, thrown at the command line.
+"""Malformed input of every kind for the command line.
 
 Each example calls cli.main() as a user would, up to where the computing would begin. It is
 answered in one line with exit code 2, and then no file has changed; or it works. Never a traceback,
@@ -69,7 +69,7 @@ class Hang(BaseException):
 
 
 def thrown(name):
-    """How many examples, always the same."""
+    """The number of examples, with a fixed seed."""
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
     return settings(
         max_examples=EXAMPLES[name],
@@ -86,7 +86,7 @@ def enough(*_, **__):
 
 @pytest.fixture(scope="module", autouse=True)
 def no_computing(tmp_path_factory):
-    """Where the computing would begin, an example ends; and main's logging with this module."""
+    """Stops each example where the computation would begin; restores logging after this module."""
 
     def small_state(model, optimizer, image_shape, seed):
         params = {"kernel": np.zeros(2, np.float32)}
@@ -109,7 +109,7 @@ def no_computing(tmp_path_factory):
         patch.setattr(show, "show", enough)
         patch.setattr(checkpoint, "restore_params", restore_params)
         patch.setattr(generate, "make_sampler", make_sampler)
-        patch.setattr(evaluate, "make_bound_rows", enough)
+        patch.setattr(evaluate, "make_vlb_rows", enough)
         patch.setattr(inception, "load", lambda path: inception.Weights({}, None, "0"))
         patch.setattr(features, "make_extractor", lambda *_: enough)
         patch.setattr(interop, "diffusers_tensors", enough)
@@ -215,7 +215,19 @@ WORDS = [
     *("../../x", "/", "/dev/zero", "~", "~nosuchuser/x", "x" * 300, "x" * 5000, "-", "--", "="),
     *("train[:", "train[5%:3%]", "train[:101%]", "train[99:]", "train[:1]", "train+train", "all"),
     *("train[:" + "9" * 30 + "]", "train[:²%]", "a/b", "a:b", "a/b/c:1.2.3", "huggingface:x"),
-    *("digits", "folder", "1_000", "0x10", "1,2", "ddim", "learned", "bound", "cosine", "run"),
+    *(
+        "digits",
+        "folder",
+        "1_000",
+        "0x10",
+        "1,2",
+        "ddim",
+        "learned",
+        "vlb",
+        "bound",
+        "cosine",
+        "run",
+    ),
 ]
 ANY_TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20)
 INTS = st.integers() | st.sampled_from([-1, 0, 1, 7, 4096, 10**6, 10**9, 2**31, 2**32, 10**30])

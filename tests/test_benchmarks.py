@@ -1,4 +1,4 @@
-"""`python -m benchmarks` runs, beside its peers; no test looks at a time."""
+"""`python -m benchmarks` runs, with the peers; no test checks a time."""
 
 import csv
 import importlib.util

@@ -37,7 +37,7 @@ def some_params(config, seed=0):
 
 
 def test_the_network_is_told_the_class(conditional):
-    """Each label's output is another one; no label is the last label."""
+    """The output depends on the label; no label is the same as the last label."""
     model, params = configs.make_model(conditional), some_params(conditional)
     net_fn = jax.jit(unet.net_fn(model, params))
     x, t = jnp.ones((11, 8, 8, 1)), jnp.full(11, 3)
@@ -47,7 +47,7 @@ def test_the_network_is_told_the_class(conditional):
 
 
 def test_labels_are_dropped_at_the_rate_that_is_asked_for(conditional):
-    """Over 4,096 examples; those that are kept are the batch's own."""
+    """Over 4,096 examples; labels that are not dropped do not change."""
     optimizer = states.make_optimizer(conditional.optim, 10)
     labels = np.arange(4096) % 10
     seen = []
@@ -65,7 +65,7 @@ def test_labels_are_dropped_at_the_rate_that_is_asked_for(conditional):
     batch = data.Batch(np.zeros((4096, 8, 8, 1), np.uint8), labels)
     one = jax.devices()[:1]
     run = parallel.pmap(step, in_axes=(None, 0), out_axes=(None, None), devices=one)
-    jax.block_until_ready(run(parallel.replicate(state, one), parallel.split(batch, 1)))
+    jax.block_until_ready(run(parallel.replicate(state, one), parallel.shard(batch, 1)))
     jax.effects_barrier()
     found = seen[0].reshape(-1)
     dropped = found == 10
@@ -115,7 +115,7 @@ def test_bad_labels_and_weights_are_known_before_anything_is_written(conditional
     assert not list(tmp_path.iterdir())
     conditional.train.label_dropout = 0.0
     conditional.sample.guidance = 2.0
-    with pytest.raises(UserError, match=r"sample\.guidance=2\.0: must be 1: .* told the class"):
+    with pytest.raises(UserError, match=r"sample\.guidance=2\.0: must be 1: .* label dropout"):
         configs.check(conditional)
 
 
@@ -144,7 +144,7 @@ def test_numbers_do_where_names_are_lost(conditional, tmp_path):
     ],
 )
 def test_a_number_is_a_name_where_there_are_such_names(label, names, number):
-    """Folders 0, 1, 10, 11, 2: the class 3 is not folder 11, which comes fourth."""
+    """Folders 0, 1, 10, 11, 2: class 3 does not exist; it is not the fourth folder, 11."""
     if number is None:
         with pytest.raises(UserError, match=rf"sample\.label='{label}': choose from {names[0]}, "):
             generate.label_number(label, tuple(names))
@@ -153,7 +153,7 @@ def test_a_number_is_a_name_where_there_are_such_names(label, names, number):
 
 
 def test_guidance_in_the_sampler(conditional):
-    """Weight 0 takes no notice of the class, 1 does; in turn, image i is of class i mod K."""
+    """Scale 0 ignores the class, 1 does not; with all classes, image i has class i mod K."""
     config = conditional
     config.sample.update(num_samples=4, batch_size=4)
     params = parallel.replicate(some_params(config))
@@ -212,15 +212,12 @@ def test_images_to_edit_are_of_no_class_unless_one_is_given(
     conditional, tmp_path, monkeypatch, label, in_turn, expected
 ):
     asked = []
-
-    def make_sampler(config, **options):
-        asked.append(options)
-        return print
-
-    monkeypatch.setattr(checkpoint, "restore_params", lambda *_: (0, {}))
-    monkeypatch.setattr(generate, "make_sampler", make_sampler)
+    monkeypatch.setattr(checkpoint, "restore_params", lambda *_: (5, {}))
+    monkeypatch.setattr(
+        generate, "make_sampler", lambda config, **options: asked.append(options) or max
+    )
     conditional.sample.label = label
-    generate.restore_sampler(conditional, tmp_path, in_turn=in_turn)
+    generate.restore_sampler(conditional, tmp_path, cycle_labels=in_turn)
     assert asked == [{"label": expected, "classifier": None}]
 
 
@@ -250,10 +247,10 @@ def test_a_classifier_has_to_know_the_run_s_classes(conditional, monkeypatch):
     conditional.sample.label = "dog"
     monkeypatch.setattr(generate, "load_classifier", lambda _: ("model", "p", ("cat", "dog")))
     for names in ((), ("cat", "dog")):
-        found = generate.who_guides(conditional, names)
+        found = generate.guidance_for(conditional, names)
         assert found == {"label": 1, "classifier": ("model", "p")}
-    with pytest.raises(UserError, match=r"sample\.classifier=.*: knows other classes: cat, dog"):
-        generate.who_guides(conditional, ("dog", "cat"))
+    with pytest.raises(UserError, match=r"sample\.classifier=.*: has other classes: cat, dog"):
+        generate.guidance_for(conditional, ("dog", "cat"))
 
 
 @pytest.mark.slow
@@ -296,7 +293,7 @@ def test_a_classifier_learns_and_guides(config, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "prediction, loss, variance",
-    [("v", "simple", "fixed_small"), ("x0", "bound", "fixed_large"), ("mean", "bound", "learned")],
+    [("v", "simple", "fixed_small"), ("x0", "vlb", "fixed_large"), ("mean", "vlb", "learned")],
 )
 def test_ablations_train_sample_and_are_measured(config, tmp_path, prediction, loss, variance):
     """Each of Table 2's choices through training, sampling and bits/dim."""
@@ -328,8 +325,8 @@ def test_asking_for_a_seven(tmp_path):
 
 
 def test_the_bound_as_a_loss_is_the_bound(config):
-    """A term of it for each t, in bits/dim, as likelihood.bound has them."""
-    config.diffusion.update(prediction="mean", loss="bound", variance="learned")
+    """The loss at t is the term of likelihood.vlb at t, in bits/dim."""
+    config.diffusion.update(prediction="mean", loss="vlb", variance="learned")
     model, schedule = configs.make_model(config), configs.make_schedule(config)
     params = some_params(config)
     x0 = np.float32(data.open_source(config.data).read(np.arange(3)).images / 127.5 - 1)
@@ -339,7 +336,7 @@ def test_the_bound_as_a_loss_is_the_bound(config):
     def noise(t):
         return sampling.noise(keys, t, (8, 8, 1))
 
-    bound = likelihood.bound(schedule, predict_fn, x0, noise, variances=("learned",))
+    bound = likelihood.vlb(schedule, predict_fn, x0, noise, variances=("learned",))
     loss_fn = jax.jit(train.make_loss(config, model, schedule))
     for t in (0, 1, 19):
         loss = loss_fn(params, x0, None, jnp.full(3, t), noise(t))
@@ -361,11 +358,11 @@ def test_loss_by_quarter_of_t():
 
 def test_a_variance_that_was_learned_is_part_of_the_network(config, tmp_path):
     saved = config.copy_and_resolve_references()
-    config.diffusion.update(loss="bound", variance="learned")
+    config.diffusion.update(loss="vlb", variance="learned")
     for purpose in ("train", "use"):
         with pytest.raises(UserError, match=r"diffusion\.variance"):
             configs.check_same_run(saved, config, tmp_path, purpose)
-    saved.diffusion.update(loss="bound", variance="fixed_small")
+    saved.diffusion.update(loss="vlb", variance="fixed_small")
     config.diffusion.variance = "fixed_large"
     configs.check_same_run(saved, config, tmp_path, "use")
     with pytest.raises(UserError, match=r"diffusion\.variance"):  # it is in the loss

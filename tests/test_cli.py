@@ -1,4 +1,4 @@
-"""The command line: from nothing to images, going on after a signal, and every bad input."""
+"""The command line: training and sampling, resuming after a signal, and every invalid input."""
 
 import contextlib
 import json
@@ -62,7 +62,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, monkeypatch, capl
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, err
-    assert "to go on, run again: python" in err and "--config.model.channels=8" in err
+    assert "to resume, run: python" in err and "--config.model.channels=8" in err
     (saved,) = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
     assert saved > 0
     last = json.loads(metrics.read_text().splitlines()[-1])["step"]
@@ -76,7 +76,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, monkeypatch, capl
 
 
 def test_a_signal_or_an_error_while_the_report_is_drawn(tmp_path, monkeypatch, caplog):
-    """All is saved: the signal is the caller's; an error is a warning, and the next start mends."""
+    """The run is saved; an error is a warning, and the next start draws the report."""
     caught, drawn = [], []
     before = signal.signal(signal.SIGTERM, lambda *_: caught.append(True))
 
@@ -93,7 +93,7 @@ def test_a_signal_or_an_error_while_the_report_is_drawn(tmp_path, monkeypatch, c
     finally:
         signal.signal(signal.SIGTERM, before)
     assert caught == [True, True] and drawn == [tmp_path, tmp_path]
-    assert caplog.text.count("the report failed, and was left out: RuntimeError('no luck')") == 2
+    assert caplog.text.count("the report failed, and was skipped: RuntimeError('no luck')") == 2
 
 
 def test_helpshort(capsys):
@@ -143,7 +143,7 @@ BAD = {
     "--config.diffusion.variance=big": "diffusion.variance='big'",
     "--config.diffusion.prediction=noise": "diffusion.prediction='noise'",
     "--config.diffusion.loss=l1": "diffusion.loss='l1'",
-    "--config.diffusion.variance=learned": "needs diffusion.loss='bound'",
+    "--config.diffusion.variance=learned": "needs diffusion.loss='vlb'",
     "--config.data.num_classes=9": "data.num_classes=9: digits has 10 classes: 0, 1, 2",
     "--config.model.kind=classifier": "data.num_classes=0: must be 2 or more for a classifier",
     "--config.train.label_dropout=1.5": "train.label_dropout=1.5: must lie in [0, 1]",
@@ -152,8 +152,8 @@ BAD = {
     "--config.sample.spacing=cubic": "sample.spacing='cubic'",
     "--config.sample.eta=1.5": "sample.eta=1.5: must lie in [0, 1]",
     "--config.sample.eta=-0.1": "sample.eta=-0.1: must lie in [0, 1]",
-    "--config.sample.label=7": "sample.label='7': this model knows no classes",
-    "--config.sample.guidance=2": "sample.guidance=2.0: this model knows no classes",
+    "--config.sample.label=7": "sample.label='7': this model is unconditional",
+    "--config.sample.guidance=2": "sample.guidance=2.0: this model is unconditional",
     "--config.sample.eta=0.5": "sample.eta=0.5: must be 0, unless sample.sampler='ddim'",
     "--config.sample.t=200": "sample.t=200: must be from 0 to 199, or -1",
     "--config.sample.classifier=nowhere": "sample.classifier='nowhere': holds no classifier",
@@ -251,7 +251,7 @@ def test_a_broken_config_file(tmp_path):
 
 
 def test_home_in_every_path(tmp_path, monkeypatch):
-    """No shell puts it in place of a ~ that follows a =."""
+    """Shells do not expand a ~ after a =."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.py").write_text((ROOT / "configs/digits.py").read_text())
     fields = ("data.path", "data.data_dir", "sample.classifier", "evaluate.cache_dir")
@@ -290,7 +290,7 @@ def without_rights():
 
 @pytest.mark.parametrize("mode", ["sample", "evaluate", "show", "img2img"])
 def test_a_folder_that_cannot_be_written_is_refused_at_once(mode, config, monkeypatch):
-    """Before anything is computed: the run has no checkpoint, which nothing has asked for."""
+    """Before any computation: the run's missing checkpoint causes no error."""
     with tempfile.TemporaryDirectory() as folder:  # pytest's own can only be entered by root
         run_files.save_config(config, folder)
         monkeypatch.setattr(checkpoint, "restore_params", lambda *_: pytest.fail("too late"))
@@ -339,7 +339,7 @@ def diverged(config, tmp_path):
 
 
 def test_samples_that_are_not_finite(diverged):
-    """They would be black images."""
+    """They would be written as black images."""
     with pytest.raises(UserError, match=r"images 0, 1, 2, 3 of a batch are not finite, .*rate"):
         cli.run(["main.py", "--mode=sample", f"--workdir={diverged}"])
     assert not (diverged / "samples").exists()
@@ -357,7 +357,7 @@ def test_a_chain_that_does_not_end_in_noise_is_said_in_every_mode(mode, diverged
 
 
 def test_fewer_samples_leave_the_others(diverged, config):
-    """The names of files say of what they are."""
+    """File names contain the number of samples."""
     names = set()
     for fields in (
         {},

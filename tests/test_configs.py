@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import inspect
+import json
 import pathlib
 import re
 import runpy
@@ -11,10 +12,11 @@ import shlex
 import jax
 import pytest
 
-from ddpm_jax import configs
+import ddpm_jax
+from ddpm_jax import cli, configs
 from ddpm_jax.core import likelihood, unet
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import workdir
+from ddpm_jax.files import checkpoint, workdir
 
 FILES = sorted((pathlib.Path(__file__).parent.parent / "configs").rglob("*.py"))
 PARAMETERS = {
@@ -45,7 +47,7 @@ TUTORIALS = ("cifar10_t1000", "flowers_t1000", "mnist28_t1000", "mnist28_t200", 
 
 @pytest.mark.parametrize("name", TUTORIALS)
 def test_chains_of_tutorials(name):
-    """C and D end in something else than noise; rescaled, they do not (KL of the prior)."""
+    """C and D do not end in noise; rescaled, they do (prior KL)."""
     config = load(FILES[0].parent / "tutorials" / f"{name}.py")
     diffusion = config.diffusion
     kl = likelihood.prior_kl(configs.make_schedule(config), 1 / 3)
@@ -57,7 +59,7 @@ def test_chains_of_tutorials(name):
 
 
 def overrides_in_docstrings():
-    """(path, flags): what a docstring says may be added, together if they stand together."""
+    """(path, flags) of the overrides in a docstring; adjacent flags belong together."""
     for name in TUTORIALS:
         path = FILES[0].parent / "tutorials" / f"{name}.py"
         text = ast.get_docstring(ast.parse(path.read_text())).replace("\\\n", "\n")
@@ -97,6 +99,43 @@ def test_is_the_same_after_being_saved(path, tmp_path):
     assert workdir.load_config(tmp_path).to_dict() == config.to_dict()
 
 
+OLD_VALUES = ["--config.diffusion.loss=bound", "--config.sample.spacing=uniform"]
+
+
+def test_old_values_in_commands_and_config_files(tmp_path):
+    """Names of earlier versions still work."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from ddpm_jax.configs import named_config\n\ndef get_config():\n"
+        "    config = named_config('digits')\n    config.diffusion.loss = 'bound'\n"
+        "    config.sample.spacing = 'uniform'\n    return config\n"
+    )
+    from_flags = cli.parse(["main.py", "--config=digits", *OLD_VALUES]).config
+    for config in (from_flags, configs.named_config(path)):
+        assert (config.diffusion.loss, config.sample.spacing) == ("vlb", "leading")
+
+
+def test_a_run_that_was_saved_with_old_values(config, tmp_path):
+    """It can be sampled and resumed; file names are those of the new values."""
+    config.diffusion.loss = "vlb"
+    ddpm_jax.train(config, tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    fields["diffusion"]["loss"], fields["sample"]["spacing"] = "bound", "uniform"
+    path.write_text(json.dumps(fields))
+    sample = ["main.py", "--mode=sample", f"--workdir={tmp_path}", "--config.sample.num_steps=5"]
+    cli.run(sample)
+    (first,) = (tmp_path / "samples").glob("sample_*.npz")
+    assert first.name == "sample_000004_n4_seed0_ancestral5.npz"
+    cli.run([*sample, OLD_VALUES[1]])
+    assert [*(tmp_path / "samples").glob("sample_*.npz")] == [first]
+    assert ddpm_jax.load(tmp_path).config.diffusion.loss == "vlb"
+    ddpm_jax.sample(tmp_path, 1, num_steps=5, spacing="uniform", batch_size=4)
+    config.train.num_steps = 5
+    ddpm_jax.train(config, tmp_path)
+    assert checkpoint.latest_step(tmp_path) == 5
+
+
 def test_every_field_has_a_comment_and_a_reader():
     """One comment a field; and its name occurs in the package."""
     package = "\n".join(p.read_text() for p in pathlib.Path(configs.__file__).parent.rglob("*.py"))
@@ -128,12 +167,12 @@ def test_papers_settings():
 
 
 def test_a_learned_variance_is_of_all_steps(config):
-    config.diffusion.update(loss="bound", variance="learned")
+    config.diffusion.update(loss="vlb", variance="learned")
     for num_steps in (0, 20):
         config.sample.num_steps = num_steps
         configs.check(config, "sample")
     config.sample.num_steps = 10
-    with pytest.raises(UserError, match=r"sample\.num_steps=10: a learned variance is one of all"):
+    with pytest.raises(UserError, match=r"sample\.num_steps=10: a learned variance needs all 20"):
         configs.check(config, "sample")
     config.sample.sampler = "ddim"
     configs.check(config, "sample")

@@ -247,7 +247,7 @@ def test_labels_of_tfds(data_dir, max_ram_gib):
 
 @pytest.mark.parametrize("max_ram_gib", [0.0, 1.0])
 def test_labels_of_a_folder(folder, max_ram_gib):
-    """Its folders, by name; image i of the fixture has a red of 20 i, and is of class i mod 2."""
+    """The classes are its folders, by name; image i has red level 20 i and class i mod 2."""
     fields = dict(num_classes=2, max_ram_gib=max_ram_gib, split="train[:7]")
     source = data.open_source(folder_section(folder, **fields))
     assert source.label_names == ("class0", "class1")
@@ -257,12 +257,12 @@ def test_labels_of_a_folder(folder, max_ram_gib):
         UserError, match=r"data\.num_classes=3: folder has 2 classes: class0, class1"
     ):
         data.open_source(folder_section(folder, num_classes=3))
-    with pytest.raises(UserError, match=r"0\.png is in no class's folder"):
+    with pytest.raises(UserError, match=r"0\.png is not in the folder of a class"):
         data.open_source(folder_section(folder / "class0", num_classes=2))
 
 
 def test_labels_follow_their_images():
-    """Through shuffling and flips: each digit of the batches has the label that it has alone."""
+    """After shuffling and flips, each digit of a batch still has its own label."""
     source = data.open_source(digits(split="train", num_classes=10))
     images, labels = source.read(np.arange(source.size))
     known = {image.tobytes(): label for image, label in zip(images, labels, strict=True)}
@@ -303,16 +303,16 @@ def test_not_prepared_and_no_network(tmp_path, monkeypatch):
 
 
 def test_what_a_user_might_not_expect_is_said_once(folder, caplog):
-    """Of both splits together: other files, and levels that are mostly unused."""
+    """One warning for both splits: about other files, and about levels that are mostly unused."""
     for path in folder.rglob("*.*"):
         if path.suffix != ".txt":
             Image.new("L", (8, 8), 3).save(path)
     for field in ("split", "eval_split"):
         data.open_source(folder_section(folder, eval_split="train[:5]"), field)
     start = rf"data\.path='{folder}': "
-    left_out = f"{start}left out, as they are no images: 1 .txt"
+    skipped = f"{start}skipped files that are not images: 1 .txt"
     few = f"{start}the images use only the levels"
-    assert [len(re.findall(text, caplog.text)) for text in (left_out, few)] == [1, 1]
+    assert [len(re.findall(text, caplog.text)) for text in (skipped, few)] == [1, 1]
 
 
 def test_links_to_folders_are_classes(folder, tmp_path_factory):
@@ -325,7 +325,7 @@ def test_links_to_folders_are_classes(folder, tmp_path_factory):
 
 
 def test_images_that_change_are_looked_at_again(folder):
-    """In one process, as a notebook is."""
+    """Also within one process, such as a notebook."""
     assert data.open_source(folder_section(folder)).size == 10
     (folder / "class0" / "0.png").write_text("no image")
     with pytest.raises(UserError, match="1 of 10 unreadable"):

@@ -93,7 +93,7 @@ def test_fixed_variances(variance):
 
 @pytest.mark.parametrize("prediction", diffusion.PREDICTIONS)
 def test_to_x0_undoes_target(prediction):
-    """Whatever a network is trained to predict, the truth of it gives back x0."""
+    """For each prediction target, the exact target converts back to x0."""
     x0 = jax.random.uniform(jax.random.key(1), (4, 4, 4, 3), minval=-1, maxval=1)
     eps, t = jax.random.normal(jax.random.key(2), x0.shape), jnp.array([0, 1, 100, 400])
     x_t = diffusion.q_sample(HO, x0, t, eps)

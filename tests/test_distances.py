@@ -52,7 +52,7 @@ def test_kernel_distance_by_the_definition():
 
 
 def test_kernel_distance_and_its_error():
-    """Of two sets of one distribution it is 0, give or take its error: 30 times."""
+    """For two sets of the same distribution it is 0 within its error, in 30 repetitions."""
     rng, off = np.random.default_rng(1), []
     for _ in range(30):
         a, b = rng.standard_normal((2, 200, 4))
@@ -95,7 +95,7 @@ def test_precision_and_recall_by_the_definition():
 
 
 def test_inception_score():
-    """Certain and evenly spread: as many as there are classes. All the same: 1."""
+    """Certain and uniform predictions: the number of classes. Equal predictions: 1."""
     eye = np.log(np.eye(5).repeat(4, axis=0) * (1 - 1e-12) + 1e-13)
     eye = eye[np.arange(20).reshape(5, 4).T.ravel()]  # every split has each class
     for chunks in ([eye], [eye[:3], eye[3:]]):

@@ -93,7 +93,7 @@ def test_interpolation_begins_and_ends_at_the_images(run, pictures):
 
 
 def test_to_noise_and_back(run, pictures, caplog):
-    """The more steps, the closer; the noise alone is enough to come back, whatever η is."""
+    """DDIM inversion: more steps give a smaller error; the noise alone is enough, whatever η is."""
     folder, given = pictures
     caplog.set_level("INFO")
     errors = []
@@ -145,7 +145,7 @@ def test_inpainting_draws_new_noise_at_every_visit(config):
     ts, ups = sampling.inpaint_plan(20, 4, 2)
     _, step_of, steps = edit_module.inpaint_task(config, generate.make_chain(config))
     assert len(steps) == len(ts)
-    inputs = {"image": np.zeros((2, 8, 8, 1), np.uint8), "known": np.ones((2, 8, 8, 1), bool)}
+    inputs = {"image": np.zeros((2, 8, 8, 1), np.uint8), "known_mask": np.ones((2, 8, 8, 1), bool)}
     zeros = jnp.zeros((2, 8, 8, 1))
 
     def predict_fn(x_t, t):
@@ -177,7 +177,9 @@ def test_what_is_made_of_other_images_is_another_file(config, tmp_path):
 def test_resampling_needs_more_steps_than_a_jump(run, pictures, tmp_path):
     Image.new("L", (8, 8), 255).save(tmp_path / "mask.png")
     more = ["--config.sample.resamplings=2", "--config.sample.num_steps=10"]
-    with pytest.raises(UserError, match=r"sample\.jump_length=10: must be below the 10 steps"):
+    with pytest.raises(
+        UserError, match=r"sample\.jump_length=10: must be below the 10 sampling steps"
+    ):
         edit("inpaint", run, pictures[0], f"--mask={tmp_path / 'mask.png'}", *more)
 
 
@@ -219,9 +221,9 @@ def test_images_that_do_not_fit(run, pictures, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "level, paints", [(0, "nothing"), (1, "nothing"), (255, "everything"), (None, "everything")]
+    "level, pixels", [(0, "no pixel"), (1, "no pixel"), (255, "all pixels"), (None, "all pixels")]
 )
-def test_a_mask_of_one_kind_is_said_before_it_is_painted(run, tmp_path, caplog, level, paints):
+def test_a_mask_of_one_kind_is_named_in_a_warning(run, tmp_path, caplog, level, pixels):
     """Zeros and ones rather than zeros and 255; white on what is transparent."""
     mask = np.zeros((8, 8, 4), np.uint8)
     mask[2:5, 2:5] = 255 if level is None else (level, level, level, 255)
@@ -232,8 +234,8 @@ def test_a_mask_of_one_kind_is_said_before_it_is_painted(run, tmp_path, caplog, 
     config = run_files.load_config(run)
     edit_module.read_mask(config, str(tmp_path / "mask.png"), 1)
     highest = 255 if level is None else level
-    lowest = {"nothing": 0, "everything": 255}[paints]
-    text = f"its values are {lowest} to {highest} of 255, so it paints {paints}"
+    lowest = {"no pixel": 0, "all pixels": 255}[pixels]
+    text = f"its values are {lowest} to {highest} of 255, so {pixels}"
     assert text in caplog.text
     caplog.clear()
     Image.fromarray(np.eye(8, dtype=bool)).save(tmp_path / "mask.png")

@@ -1,4 +1,4 @@
-"""A run measured end to end; Inception with random weights, to see the plumbing."""
+"""Evaluation of a run, end to end, with random Inception weights."""
 
 import hashlib
 import json
@@ -225,15 +225,15 @@ def test_what_the_samples_depend_on_is_not_mixed(idle, asked):
     assert len(list(cache.iterdir())) == 4  # two splits, resized in two ways
 
 
-def test_what_the_bound_depends_on_is_not_mixed(idle, monkeypatch):
-    """Each of the first changes is another bound; how images are sampled is not."""
+def test_evaluations_with_another_vlb_are_not_mixed(idle, monkeypatch):
+    """Each of the first changes gives another VLB; the way of sampling does not."""
     workdir, config, _ = idle
     rows = np.ones((5, 1 + 3 * 20))
-    monkeypatch.setattr(evaluate, "make_bound_rows", lambda *_: lambda a, b: rows[a:b])
+    monkeypatch.setattr(evaluate, "make_vlb_rows", lambda *_: lambda a, b: rows[a:b])
     for drawing in ("draw_progressive", "draw_curves"):
         monkeypatch.setattr(evaluate, drawing, lambda *_: None)
     config.evaluate.num_samples = 0
-    bounds = {
+    vlbs = {
         "evaluate.num_samples": 0,  # none yet
         "sample.seed": 1,
         "sample.use_ema": False,
@@ -248,10 +248,10 @@ def test_what_the_bound_depends_on_is_not_mixed(idle, monkeypatch):
         "sample.eta": 0.5,
         "sample.spacing": "quadratic",
     }
-    for count, (name, value) in enumerate((bounds | sampling).items(), 1):
+    for count, (name, value) in enumerate((vlbs | sampling).items(), 1):
         config.update_from_flattened_dict({name: value})
         evaluate.evaluate(config, workdir)
-        expected = min(count, len(bounds))
+        expected = min(count, len(vlbs))
         assert len(list((workdir / "evaluation").iterdir())) == expected, name
 
 
@@ -259,7 +259,7 @@ def test_bits_per_dim_by_hand(idle, monkeypatch):
     """Two images and T = 2: L_T, then L_0 and L_1 of both variances, then the errors of x0."""
     workdir, config, _ = idle
     rows = np.array([[0.5, 3, 1, 4, 2, 0.01, 0.04], [0.25, 5, 1, 7, 2, 0.03, 0.12]])
-    monkeypatch.setattr(evaluate, "make_bound_rows", lambda *_: lambda a, b: rows[a:b])
+    monkeypatch.setattr(evaluate, "make_vlb_rows", lambda *_: lambda a, b: rows[a:b])
     monkeypatch.setattr(evaluate, "draw_progressive", lambda *_: None)
     config.diffusion.num_timesteps = 2
     config.evaluate.update(num_samples=0, bits_per_dim_images=2)
@@ -269,7 +269,7 @@ def test_bits_per_dim_by_hand(idle, monkeypatch):
         "rate_fixed_small": (1.375, 0.125),
         "distortion_fixed_small": (4, 1),
         "bits_per_dim_fixed_large": (7.875, 1.375),  # 6.5 and 9.25
-        "bits_per_dim": (5.375, 0.875),  # of the variance that the config has
+        "bits_per_dim": (5.375, 0.875),  # for the config's variance
     }
     for name, (mean, error) in expected.items():
         assert (found[name], found[f"{name}_error"]) == pytest.approx((mean, error)), name
@@ -279,31 +279,31 @@ def test_bits_per_dim_by_hand(idle, monkeypatch):
     assert found["prior_bits_per_dim"] == 0.375
 
 
-def test_the_bound_is_of_the_clipped_network_that_knows_the_class(config, monkeypatch):
+def test_the_vlb_is_of_the_clipped_network_with_labels(config, monkeypatch):
     """Five images, four at a time, against all at once."""
     config.data.num_classes = 10
 
     def net(x_t, t, labels=None):
-        told = 0 if labels is None else 1 + labels.reshape(-1, 1, 1, 1)
-        return 0.5 * x_t + 0.1 * told
+        shift = 0 if labels is None else 1 + labels.reshape(-1, 1, 1, 1)
+        return 0.5 * x_t + 0.1 * shift
 
     monkeypatch.setattr(unet, "net_fn", lambda *_: net)
     source = data.open_source(config.data, "eval_split")
-    rows_of = evaluate.make_bound_rows(config, {"w": np.zeros(1)}, source)
-    found = np.concatenate([rows_of(0, 4), rows_of(4, 5)])
+    vlb_rows = evaluate.make_vlb_rows(config, {"w": np.zeros(1)}, source)
+    found = np.concatenate([vlb_rows(0, 4), vlb_rows(4, 5)])
 
     images, labels = source.read(np.arange(5))
     keys = sampling.image_keys(config.sample.seed, jnp.arange(5))
     schedule = schedules.make_schedule("cosine", 20)
     predict_fn = diffusion.predictor(schedule, lambda x_t, t: net(x_t, t, labels))
-    bound = jax.jit(likelihood.bound, static_argnums=(1, 3))(
+    vlb = jax.jit(likelihood.vlb, static_argnums=(1, 3))(
         schedule,
         diffusion.clipped(predict_fn),
         np.float32(images) / 127.5 - 1,
         lambda t: sampling.noise(keys, t, (8, 8, 1)),
     )
-    parts = [bound.terms["fixed_small"], bound.terms["fixed_large"], bound.x0_mse]
-    expected = np.concatenate([bound.prior[None], *parts]).T
+    parts = [vlb.terms["fixed_small"], vlb.terms["fixed_large"], vlb.x0_mse]
+    expected = np.concatenate([vlb.prior[None], *parts]).T
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -419,7 +419,7 @@ def test_four_channels_are_not_for_inception(config):
 
 
 def test_runs_that_are_older_than_some_fields(run):
-    """They can be used, and trained further, with what those fields were before they existed."""
+    """They can be used and resumed, with the values that the fields had before they existed."""
     workdir, config = run
     fields = json.loads((workdir / "config.json").read_text())
     for section, name in (field.split(".") for field in configs.ADDED):

@@ -1,4 +1,4 @@
-"""What goes wrong while a run lasts: damaged files, full disks, numbers that are not finite."""
+"""Faults during a run: damaged files, full disks, non-finite numbers."""
 
 import json
 import logging
@@ -66,7 +66,7 @@ def delete(folder):
 
 
 def flip(folder):
-    """Bits in the middle of the parameters' values, which Orbax reads without a word."""
+    """Flips bits in the middle of the parameters' values, which Orbax does not detect."""
     path = largest_file(folder / "params" / "ocdbt.process_0" / "d")
     content = bytearray(path.read_bytes())
     for place in range(len(content) // 3, 2 * len(content) // 3):
@@ -89,7 +89,7 @@ slow = pytest.mark.slow
     "damage", [*(pytest.param(d, marks=slow) for d in (truncate, delete, unlist)), flip]
 )
 def test_a_damaged_checkpoint_is_passed_over(config, run, caplog, damage):
-    """And the steps since the one before it are done again, to the same end, bit for bit."""
+    """The steps after the previous checkpoint are repeated, with the same result, bit for bit."""
     _, before = params_of(config, run)
     damage(run / "checkpoints" / "4")
     files = {p: p.stat().st_size for p in (run / "checkpoints" / "4").rglob("*") if p.is_file()}
@@ -113,14 +113,14 @@ def test_a_damaged_checkpoint_is_passed_over(config, run, caplog, damage):
 @pytest.mark.parametrize("needed", ["_METADATA", "manifest.ocdbt", "d"])
 @pytest.mark.parametrize("item", ["params", "ema_params", "opt_state"])
 def test_what_orbax_needs_counts_as_damage_where_no_digest_tells(run, caplog, item, needed):
-    """The runs of older versions have none."""
+    """Runs of older versions have no digests."""
     for step in (run / "checkpoints").iterdir():
         (step / "sha256.json").unlink()
     folder = run / "checkpoints"
-    assert checkpoint._newest_whole(folder) == 4
+    assert checkpoint._newest_undamaged(folder) == 4
     path = folder / "4" / item / needed
     path.rename(run / needed)
-    assert checkpoint._newest_whole(folder) == 2
+    assert checkpoint._newest_undamaged(folder) == 2
     assert f"the checkpoint of step 4 is damaged: {item}/{needed} is missing" in caplog.text
 
 
@@ -136,7 +136,7 @@ def test_only_damaged_checkpoints(config, run):
 
 @pytest.mark.slow
 def test_random_damage_is_never_read(config, run):
-    """Whatever is done to a file: the parameters are those that were saved, or it is noticed."""
+    """For any damage of a file: it is detected, or the parameters are those that were saved."""
     whole = {step: params_of(config, run) for step in (4,)}
     (run / "checkpoints" / "2").rename(run / "2")
     _, two = params_of_step(config, run, "2")
@@ -235,7 +235,9 @@ def test_a_second_program_is_refused(tmp_path):
     try:
         while not (lock.exists() and lock.read_text()):
             assert process.poll() is None
-        with pytest.raises(UserError, match=rf"at work in it \(train\); process {process.pid} on"):
+        with pytest.raises(
+            UserError, match=rf"in use by another program \(train\); process {process.pid} on"
+        ):
             cli.run(["main.py", *arguments, "--config.train.num_steps=1"])  # ends in any case
     finally:
         process.kill()
@@ -278,12 +280,12 @@ def test_a_full_disk(small_disk):
 
 # The command line on a disk that seems to have room.
 BLIND = "from ddpm_jax import cli; from ddpm_jax.files import checkpoint; "
-BLIND += "checkpoint.ROOM = -(2**40); cli.main()"
+BLIND += "checkpoint.RESERVE = -(2**40); cli.main()"
 
 
 @slow
 def test_a_disk_that_fills_while_a_checkpoint_is_written(small_disk, tmp_path):
-    """As when another program takes the room; the checkpoints before it can be read."""
+    """As if another program used the space; the previous checkpoints can be read."""
     run = small_disk / "run"
     arguments = [DIGITS, *TINY, f"--workdir={run}", "--config.train.checkpoint_every=2"]
     keep = ["--config.train.keep_checkpoints=100", "--config.train.sample_every=1000"]
@@ -355,7 +357,7 @@ def test_too_many_in_a_row_stop_the_run(poisoned, tmp_path):
         shutil.copy(pathlib.Path(config.data.path) / "0.png", f"{config.data.path}/{i}.png")
     config.train.update(checkpoint_every=1, log_every=5)
     with pytest.raises(
-        UserError, match=r"not finite at step 3, and optim\.max_skipped=2 before it"
+        UserError, match=r"not finite at step 3, and at the optim\.max_skipped=2 steps"
     ):
         train.train(config, tmp_path / "run")
     assert checkpoint.latest_step(tmp_path / "run") is None
@@ -366,7 +368,7 @@ def test_too_many_in_a_row_stop_the_run(poisoned, tmp_path):
     [
         ("eps", "simple"),
         pytest.param("v", "simple", marks=slow),
-        pytest.param("x0", "bound", marks=slow),
+        pytest.param("x0", "vlb", marks=slow),
     ],
 )
 def test_constant_images_poison_nothing(config, tmp_path, prediction, loss):
@@ -385,7 +387,7 @@ def test_constant_images_poison_nothing(config, tmp_path, prediction, loss):
 
 
 def test_an_image_of_floats_is_named(config, tmp_path):
-    """A TIFF may hold NaNs; what it means by its numbers is not known either."""
+    """A TIFF may hold NaNs, and the range of its numbers is unknown."""
     x = np.full((8, 8), np.nan, np.float32)
     Image.fromarray(x).save(tmp_path / "bad.tiff")
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "good.png")
@@ -405,7 +407,7 @@ def test_averages_that_have_hardly_moved(config, caplog):
     assert not caplog.text
     config.sample.use_ema = True
     generate.warn_of_young_ema(config, 100)
-    assert "still 99 % the initial ones" in caplog.text
+    assert "still 99 % the initial parameters" in caplog.text
 
 
 # What the table in docs/reliability.md says, a little of it.

@@ -70,7 +70,7 @@ def test_the_number_of_devices_changes_nothing(tmp_path):
 
 
 def test_two_processes_do_what_one_does(tmp_path):
-    """And each goes on with what the other has saved."""
+    """And each resumes from the other's checkpoint."""
     one, two = one_process(tmp_path / "one", 4, 6), tmp_path / "[2]" / "run"
     two.parent.mkdir()
     for arguments in (
@@ -132,7 +132,7 @@ def wait_for_steps(processes, metrics, count=1):
 
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_lost_process_ends_the_others(tmp_path, lost):
-    """Within a minute, with a message; and the run goes on from its checkpoint."""
+    """Within a minute, with a message; and the run can be resumed from its checkpoint."""
     processes = start_several(*LONG, cwd=tmp_path)
     wait_for_steps(processes, tmp_path / "run" / "metrics.jsonl")
     processes[lost].kill()

@@ -166,9 +166,9 @@ def test_find_follows_links_and_counts_what_it_leaves_out(tmp_path):
     found = image_files.find(top)
     expected = [f"cat/{name}" for name in others] + ["dog/a.png", "nowhere.png"]
     assert [str(path.relative_to(top)) for path in found.images] == expected
-    for kind in ("3 hidden", "2 .txt", "1 without a suffix", "1 a link to a folder", "1 .png"):
-        assert kind in found.left_out
-    assert image_files.find(elsewhere).left_out == ""
+    for kind in ("3 hidden", "2 .txt", "1 without a suffix", "1 link to a parent folder", "1 .png"):
+        assert kind in found.others
+    assert image_files.find(elsewhere).others == ""
 
 
 @pytest.mark.parametrize(
@@ -181,9 +181,9 @@ def test_find_follows_links_and_counts_what_it_leaves_out(tmp_path):
         ([(True, 0, 255)], 4, []),
     ],
 )
-def test_remarks(checks, channels, expected):
+def test_warnings(checks, channels, expected):
     checks = [image_files.Check("", *check) for check in checks]
-    found = list(image_files.remarks(checks, "", channels))
+    found = list(image_files.warnings_of(checks, "", channels))
     assert len(found) == len(expected)
     assert all(text in remark for text, remark in zip(expected, found, strict=True))
 

@@ -62,7 +62,7 @@ def test_train_load_and_sample(run, workdir):
 
 
 def test_a_sampler_of_ones_own(run):
-    """By `predict`: the exact images of ours."""
+    """A sampler written with `predict` gives the same images as ours."""
     schedule = configs.make_schedule(run.config)
     keys = sampling.image_keys(0, jnp.arange(4))
     labels = jnp.full(4, 7)
@@ -84,7 +84,7 @@ def test_a_sampler_of_ones_own(run):
 
 
 def test_arrays_are_data_like_any_other(run, config, tmp_path):
-    """Training goes on bit for bit; on other arrays it does not."""
+    """Resuming is exact bit for bit; with other arrays it is refused."""
     images, labels = arrays()
     half = config.copy_and_resolve_references()
     half.train.num_steps = 2

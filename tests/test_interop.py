@@ -1,4 +1,4 @@
-"""Weights that diffusers wrote: in, used, trained further, out again, and every bad folder."""
+"""Import, use, further training and export of diffusers' weights; and every invalid folder."""
 
 import json
 import pathlib
@@ -46,7 +46,7 @@ def test_gradient_of_each_tensor():
 
 @pytest.mark.usefixtures("no_report")
 def test_import_sample_train_and_export(tmp_path, weights):
-    """The run is like any other; raw and averaged weights go out with the bits they came with."""
+    """The run works like any other; raw and EMA weights are exported without change of a bit."""
     workdir, out = f"--workdir={tmp_path / 'run'}", tmp_path / "out"
     run("import", workdir, f"--weights={weights}")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoints", "config.json"]
@@ -77,7 +77,7 @@ def test_import_sample_train_and_export(tmp_path, weights):
 
 @pytest.mark.parametrize("name", ["cifar10", "celebahq256"])
 def test_the_published_networks_are_the_paper_s(name):
-    """google/ddpm-cifar10-32 and -celebahq-256 say this, and nothing else that counts."""
+    """The relevant fields of google/ddpm-cifar10-32 and -celebahq-256."""
     config = configs.named_config(name)
     cifar = name == "cifar10"
     fields = {
@@ -235,7 +235,7 @@ def test_predictions_survive(prediction):
             {"diffusion.prediction": "mean"},
             "diffusion.prediction='mean': diffusers has only eps, x0",
         ),
-        ({"diffusion.variance": "learned", "diffusion.loss": "bound"}, "'learned': diffusers has"),
+        ({"diffusion.variance": "learned", "diffusion.loss": "vlb"}, "'learned': diffusers has"),
         ({"data.num_classes": 10}, "data.num_classes=10: diffusers' pipelines need 0"),
     ],
 )
@@ -268,7 +268,7 @@ NETWORKS = {
     "layers_per_block": (2, "lacks down_blocks.0.resnets.1.conv1.bias"),
     "norm_num_groups": ("4", "whole number above 0"),
     "dropout": (1, "must lie in [0, 1)"),
-    "window_size": (7, "is not a field that our U-Net knows"),
+    "window_size": (7, "is not supported by our U-Net"),
 }
 SCHEDULERS = {
     "_class_name": ("PNDMScheduler", "must be DDPMScheduler or DDIMScheduler"),
@@ -284,7 +284,7 @@ SCHEDULERS = {
     "clip_sample_range": (2.0, "must be 1.0"),
     "rescale_betas_zero_snr": (True, "must be false"),
     "trained_betas": ([0.1] * 50, "must be those of one of"),
-    "use_flow_sigmas": (True, "is not a field that our diffusion knows"),
+    "use_flow_sigmas": (True, "is not supported by our diffusion process"),
 }
 MISFITS = [
     # Values that a file can hold, and no network has.
@@ -308,7 +308,7 @@ MISFITS = [
 
 
 def refused(tmp_path, weights, match, *arguments):
-    """Importing says one line that holds `match`, and writes nothing."""
+    """Importing raises one line that matches `match`, and writes nothing."""
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError) as error:
         run("import", f"--workdir={tmp_path / 'run'}", f"--weights={weights}", *arguments)
@@ -341,7 +341,7 @@ def test_values_that_fit_nothing(tmp_path, weights, case):
 
 def test_a_pipeline_with_more_parts(tmp_path, weights):
     edit(weights / "model_index.json", vqvae=["diffusers", "VQModel"])
-    refused(tmp_path, weights, "has vqvae; our pipeline is unet and scheduler")
+    refused(tmp_path, weights, "has vqvae; only unet and scheduler are supported")
 
 
 def test_overrides_of_what_the_folder_says(tmp_path, weights):
@@ -402,7 +402,7 @@ def test_damaged_folders(tmp_path, weights):
     whole = path.read_bytes()
     for damaged in (whole[:-100], whole[:50], b"", b"\x80\x02}q\x00." * 30):
         path.write_bytes(damaged)
-        refused(tmp_path, weights, f"{path}: is not a whole safetensors file")
+        refused(tmp_path, weights, f"{path}: is not a complete safetensors file")
     path.unlink()
     refused(tmp_path, weights, f"{path}: no such file")
     path.with_suffix(".bin").write_bytes(b"\x80\x02}q\x00.")

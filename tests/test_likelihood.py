@@ -1,4 +1,4 @@
-"""The bound on data whose answer is known exactly; tests/references.py has single values."""
+"""The VLB on data for which it is known exactly; tests/references.py has single values."""
 
 import functools
 
@@ -16,7 +16,7 @@ HO = schedules.make_schedule("linear", 1000)
 
 @functools.cache
 def gaussian_bound(variance, count=64):
-    """The bound of N(0, variance) data with the network that is optimal for it."""
+    """The VLB of N(0, variance) data with the optimal network."""
     x0 = np.sqrt(variance) * jax.random.normal(jax.random.key(1), (count, 16, 16, 3))
     keys = sampling.image_keys(0, jnp.arange(count))
 
@@ -24,7 +24,7 @@ def gaussian_bound(variance, count=64):
         return sampling.noise(keys, t, x0.shape[1:])
 
     def bound(x0):
-        return likelihood.bound(HO, gaussian_predict(variance, HO), x0, noise)
+        return likelihood.vlb(HO, gaussian_predict(variance, HO), x0, noise)
 
     return x0, jax.jit(bound)(x0)
 

@@ -15,7 +15,7 @@ def test_each_process_has_its_part_of_a_batch(monkeypatch, count):
     for index in range(count):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
         monkeypatch.setattr(jax, "process_count", lambda: count)
-        parts.append(parallel.part(batch))
+        parts.append(parallel.local_shard(batch))
     for name in ("images", "keys"):
         assert {len(part[name]) for part in parts} == {12 // count}
         np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), batch[name])
@@ -26,7 +26,7 @@ def test_the_first_process_works_before_the_others(monkeypatch, first, order):
     seen = []
     monkeypatch.setattr(parallel, "is_first", lambda: first)
     monkeypatch.setattr(parallel, "barrier", lambda: seen.append("meet"))
-    with parallel.first_goes_first():
+    with parallel.first_process_first():
         seen.append("work")
     assert seen == order
 
@@ -38,6 +38,6 @@ def test_what_an_error_of_jax_means(monkeypatch):
     )
     for several in (False, True):
         monkeypatch.setattr(jax.distributed, "is_initialized", lambda s=several: s)
-        assert "use a smaller batch_size" in parallel.explanation(memory)
-        assert ("a process was lost" in parallel.explanation(lost)) == several
-        assert not parallel.explanation(other)
+        assert "use a smaller batch_size" in parallel.explain(memory)
+        assert ("a process was lost" in parallel.explain(lost)) == several
+        assert not parallel.explain(other)

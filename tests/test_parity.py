@@ -70,7 +70,7 @@ def relative_error(ours, theirs):
 
 
 def swapped(gradient, name):
-    """What read_params does to a network with its cosines first."""
+    """Swaps the halves of a time embedding, as read_params does if the cosines are first."""
     return np.roll(gradient, gradient.shape[1] // 2, 1) if "linear_1.weight" in name else gradient
 
 
@@ -145,7 +145,7 @@ def test_ddim_chain(prediction, steps, eta, clip, reference, tmp_path):
     kwargs = dict(prediction_type=prediction, clip_sample=clip, num_inference_steps=steps)
     theirs, visited = reference.ddim_chain(network, x_T, noises, eta, **kwargs)
 
-    taus = schedules.uniform_spacing(1000, steps)
+    taus = schedules.leading_spacing(1000, steps)
     np.testing.assert_array_equal(taus[::-1], visited)
     long, short = (schedules.make_schedule("linear", 1000, timesteps=t) for t in (None, taus))
     predict_fn = diffusion.predictor(

@@ -1,4 +1,4 @@
-"""What README, CONTRIBUTING and docs name exists, and their commands are understood."""
+"""Names in README, CONTRIBUTING and docs exist, and their commands are valid."""
 
 import itertools
 import pathlib

@@ -1,4 +1,4 @@
-"""Which part of the package may import which; and how long its functions may be."""
+"""Allowed imports between the parts of the package; and the length of its functions."""
 
 import ast
 import pathlib
@@ -6,8 +6,8 @@ import pathlib
 import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "ddpm_jax"
-# What the modules of a folder, or a module, may import of the rest of the package. Within a folder
-# anything may import anything, if there is no circle, which Python itself refuses.
+# What the modules of a folder, or a module, may import from the rest of the package. Within a
+# folder, all imports are allowed; Python itself refuses cycles.
 MACHINERY = {"configs", "cpu", "errors", "parallel", "progress", "signals"}
 MAY_IMPORT = {
     "core": set(),
@@ -27,14 +27,14 @@ MAY_IMPORT = {
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def room(path):
-    """The folder of a module, or its own name where it is in none."""
+def part_of(path):
+    """The folder of a module, or its own name if it is in none."""
     inside = path.relative_to(PACKAGE)
     return inside.parts[0] if len(inside.parts) > 1 else inside.stem
 
 
 def imported(path):
-    """The rooms that a file of the package imports."""
+    """The parts that a file of the package imports."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "ddpm_jax":
             yield from (alias.name for alias in node.names)
@@ -46,12 +46,12 @@ def imported(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_arrows_point_one_way(path):
-    mine = room(path)
-    assert set(imported(path)) - {mine} <= MAY_IMPORT[mine]
+    part = part_of(path)
+    assert set(imported(path)) - {part} <= MAY_IMPORT[part]
 
 
 def test_training_does_not_draw_its_report():
-    """That is the command's next step."""
+    """The command line does it after training."""
     names = ast.walk(ast.parse((PACKAGE / "runs" / "train.py").read_text()))
     assert not [n for n in names if isinstance(n, ast.alias) and n.name in ("show", "evaluate")]
 

@@ -92,7 +92,7 @@ def chain(step_fn, predict_fn, ts, schedule=HO, x=None):
 
 
 def curved(x_t, t):
-    """Some network that is not linear."""
+    """A nonlinear network."""
     return jnp.tanh(2 * x_t) + 0.1
 
 
@@ -149,7 +149,7 @@ def test_spacings(spacing, total, steps):
 
 
 def test_spacings_of_song_et_al():
-    np.testing.assert_array_equal(schedules.uniform_spacing(1000, 50), np.arange(0, 1000, 20))
+    np.testing.assert_array_equal(schedules.leading_spacing(1000, 50), np.arange(0, 1000, 20))
     squares = schedules.quadratic_spacing(1000, 10)
     np.testing.assert_array_equal(squares, np.linspace(0, np.sqrt(800), 10).__pow__(2).astype(int))
 
@@ -157,7 +157,7 @@ def test_spacings_of_song_et_al():
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_a_shorter_chain_has_the_same_alpha_bars(name):
     """And the β's of Nichol & Dhariwal: 1 - ᾱ_τ / ᾱ_τ', which only agree with ᾱ if all do."""
-    taus = schedules.uniform_spacing(1000, 7)
+    taus = schedules.leading_spacing(1000, 7)
     long, short = (schedules.make_schedule(name, 1000, timesteps=t) for t in (None, taus))
     np.testing.assert_allclose(short.alpha_bars, long.alpha_bars[taus], rtol=1e-6)
     assert short.num_timesteps == 7
@@ -171,7 +171,7 @@ def test_going_to_noise_and_back_errs_less_with_more_steps():
     """Gaussian data, whose exact way there is known: x_T = x0 · √((ᾱ s² + 1 - ᾱ) / s²)."""
     x0, errors, ends = jnp.linspace(-1, 1, 128).reshape(2, 8, 8, 1), [], []
     for steps in (10, 50, 250, 1000):
-        taus = schedules.uniform_spacing(1000, steps)
+        taus = schedules.leading_spacing(1000, steps)
         short = schedules.make_schedule("linear", 1000, timesteps=taus)
         predict_fn = sampling.respaced(gaussian_predict(0.25, HO), taus)
 
@@ -245,7 +245,7 @@ def test_classifier_guidance_is_bayes_rule():
 
 @pytest.mark.parametrize("steps, jump, times", [(7, 1, 1), (7, 10, 3), (20, 5, 3), (250, 10, 10)])
 def test_inpaint_plan(steps, jump, times):
-    """Each step goes on where the one before ended, from x_T to x_0."""
+    """Each step starts where the previous one ended, from x_T to x_0."""
     ts, ups = sampling.inpaint_plan(steps, jump, times)
     level = steps - 1  # x_t, from which a step down starts
     for t, up in zip(ts, ups, strict=True):
@@ -260,7 +260,7 @@ def test_inpaint_plan(steps, jump, times):
 
 def test_inpainting_s_way_up_is_the_forward_process():
     """x_{t-1} ~ N(√ᾱ_{t-1} x0, 1 - ᾱ_{t-1}) becomes N(√ᾱ_t x0, 1 - ᾱ_t), Eq. (4), on any chain."""
-    taus = schedules.uniform_spacing(1000, 50)
+    taus = schedules.leading_spacing(1000, 50)
     short = schedules.make_schedule("linear", 1000, timesteps=taus)
     a = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[taus]
     zeros, ones = jnp.zeros((1, 1, 1, 1)), jnp.ones((1, 1, 1, 1))
@@ -279,7 +279,7 @@ def test_inpainting_gaussian_data():
     """Correlated pixels: painting one, given the other, has the conditional's mean and variance.
 
     The pair is N(0, [[1, r], [r, 1]]), whose optimal predictor is exact; with RePaint's resampling
-    the painted one comes closer to r · known than straight down.
+    the painted one is closer to r · known than without.
     """
     r = 0.9
     covariance = np.array([[1, r], [r, 1]])
@@ -292,9 +292,9 @@ def test_inpainting_gaussian_data():
         x0 = (along * gains[t][:, None, :]) @ vectors.T
         return diffusion.Prediction(x0[..., None], None)
 
-    taus = schedules.uniform_spacing(1000, 50)
+    taus = schedules.leading_spacing(1000, 50)
     short = schedules.make_schedule("linear", 1000, timesteps=taus)
-    known = jnp.broadcast_to(jnp.array([True, False]).reshape(1, 1, 2, 1), (1, 64, 2, 1))
+    known_mask = jnp.broadcast_to(jnp.array([True, False]).reshape(1, 1, 2, 1), (1, 64, 2, 1))
     x0 = jnp.full((1, 64, 2, 1), 0.8)
     errors = []
     for times in (1, 10):
@@ -307,7 +307,7 @@ def test_inpainting_gaussian_data():
                 guess = sampling.respaced(predict_fn, taus)
                 return sampling.ancestral_step(short, guess, x, t, eps[0], variance="fixed_small")
 
-            return sampling.inpaint_step(short, reverse, x, ts[n], ups[n], x0, known, eps[1])
+            return sampling.inpaint_step(short, reverse, x, ts[n], ups[n], x0, known_mask, eps[1])
 
         x = jax.random.normal(jax.random.key(1), x0.shape)
         plan = jnp.arange(len(ts))
@@ -320,18 +320,18 @@ def test_inpainting_gaussian_data():
 
 
 @pytest.mark.parametrize("num_timesteps", [1, 7, 20, 97, 200, 1000, 4000])
-def test_parts_of_the_reverse_process(num_timesteps):
-    """Of two lengths at most, so that two programs are compiled; frames are where they belong."""
+def test_segments_of_the_reverse_process(num_timesteps):
+    """At most two lengths, so that two programs are compiled; each frame is in its segment."""
     kept = {0, num_timesteps // 2, num_timesteps - 1}
     for one_by_one in (False, True):
-        parts = generate.split_steps(np.arange(num_timesteps)[::-1], kept, one_by_one)
-        steps = np.concatenate([part.steps for part in parts])
+        segments = generate.split_steps(np.arange(num_timesteps)[::-1], kept, one_by_one)
+        steps = np.concatenate([segment.steps for segment in segments])
         np.testing.assert_array_equal(steps, np.arange(num_timesteps)[::-1])
-        assert len({len(part.steps) for part in parts}) <= 2
-        assert len(parts) == (num_timesteps if one_by_one else min(20, num_timesteps))
-        assert sorted(step for part in parts for step in part.kept) == sorted(kept)
-        assert len({len(part.slots) for part in parts}) == 1
-        assert all(set(part.kept) <= set(part.steps.tolist()) for part in parts)
+        assert len({len(segment.steps) for segment in segments}) <= 2
+        assert len(segments) == (num_timesteps if one_by_one else min(20, num_timesteps))
+        assert sorted(step for s in segments for step in s.frames_at) == sorted(kept)
+        assert len({len(segment.padded_frames_at) for segment in segments}) == 1
+        assert all(set(s.frames_at) <= set(s.steps.tolist()) for s in segments)
 
 
 def some_params(config):
@@ -383,7 +383,7 @@ def test_images_do_not_depend_on_their_batch(config, batch_size):
 
 
 def test_frames(config):
-    """The frame after t = 0 is the image, and what is taken for it; N need not fill the batches."""
+    """The frame after t = 0 is the image, and its x0; N need not fill the batches."""
     x, frames, x0_frames = sample(config, 4, 6, frames_at=(15, 0), x0_at=(12, 3, 0))
     assert frames.shape == (2, 6, 8, 8, 1) and x0_frames.shape == (3, 6, 8, 8, 1)
     assert frames.dtype == x0_frames.dtype == np.uint8
@@ -456,4 +456,4 @@ def test_a_chain_that_does_not_start_in_noise_is_reported(config, caplog, steps,
     config.diffusion.num_timesteps = 200
     config.sample.num_steps = steps
     generate.warn_of_chain(config)
-    assert ("are not noise yet" in caplog.text) == warns
+    assert ("is not yet noise" in caplog.text) == warns

@@ -1,4 +1,4 @@
-"""Every picture of a config and of a run, and the page that holds them."""
+"""All visualizations of a config and of a run, and the report."""
 
 import html.parser
 import re
@@ -113,7 +113,7 @@ def test_without_ffmpeg_there_is_all_but_the_video(tmp_path, config, monkeypatch
     assert "no reverse.mp4: no such program" in caplog.text and (tmp_path / "report.html").exists()
     # Nor does a lost dataset hide a run.
     cli.run(["main.py", "--mode=show", f"--workdir={tmp_path}", "--config.data.split=tset"])
-    assert "without the data: data.split='tset'" in caplog.text
+    assert "the report has no data: data.split='tset'" in caplog.text
 
 
 def test_losses_of_a_line_that_is_not_whole(tmp_path):

@@ -49,7 +49,7 @@ def run(config, num_devices, num_steps, count_traces=None):
     batches = data.batches(source, batch_size=8, seed=0, first_step=0, random_flip=False)
     losses = []
     for _ in range(num_steps):
-        state, values = step(state, parallel.split(next(batches), num_devices))
+        state, values = step(state, parallel.shard(next(batches), num_devices))
         losses.append(float(values["loss"]))
     return jax.tree.map(np.array, state), losses
 
@@ -87,7 +87,7 @@ def test_first_loss_and_zero_first_update(config):
     step, state = setup(config, 4)
     before = jax.tree.map(np.array, state.params)
     batch = data.open_source(config.data).read(np.arange(8))
-    state, values = step(state, parallel.split(batch))
+    state, values = step(state, parallel.shard(batch))
     assert float(values["loss"]) == pytest.approx(1.0, abs=0.15)
     jax.tree.map(np.testing.assert_array_equal, before, state.params)
 
@@ -171,7 +171,7 @@ def test_epochs(config, tmp_path, capfd):
 
 
 def test_a_signal_at_the_end_of_an_epoch_loses_no_line(config, tmp_path, monkeypatch):
-    """What was due at the step that the signal came at is done when the run goes on, once."""
+    """Actions due at the step of the signal run once, when the run is resumed."""
     config.data.split = "train[:24]"  # three steps
     config.optim.decay = "constant"
     config.train.update(num_steps=0, num_epochs=2, eval_every=3, sample_every=3)
@@ -200,7 +200,7 @@ def test_a_chain_that_does_not_end_in_noise_is_named(config, caplog, schedule, n
     source = data.open_source(config.data)
     _, state = setup(config, 1)
     train.describe(config, state, configs.make_schedule(config), source, source)
-    assert ("does not end in noise (a prior KL of 0.0" in caplog.text) == named
+    assert ("does not end in noise (prior KL 0.0" in caplog.text) == named
 
 
 def test_an_epoch_shorter_than_a_step(config, tmp_path):
@@ -214,7 +214,7 @@ def test_an_epoch_shorter_than_a_step(config, tmp_path):
 
 @pytest.mark.slow
 def test_asynchronous_saving_does_not_see_later_steps(config, tmp_path):
-    """A checkpoint written while training goes on is the state at its own step."""
+    """A checkpoint written in the background is the state at its own step."""
     config.train.checkpoint_every = 1
     config.train.keep_checkpoints = 10
     train.train(config, tmp_path / "run")
@@ -347,7 +347,7 @@ def test_a_chain_that_does_not_end_in_noise_is_reported(config, caplog):
     ],
 )
 def test_what_saves_memory_changes_no_gradient(config, section, field, value):
-    """But for rounding; dropout is that of the whole batch. A norm of all gradients is compared."""
+    """Except for rounding; dropout is that of the whole batch. It compares the gradients' norm."""
     plain, losses = run(config, 4, 4)
     config[section][field] = value
     saving, same_losses = run(config, 4, 4)
@@ -363,10 +363,10 @@ def test_the_batch_must_divide_into_parts(config):
 
 
 def test_one_copy_of_the_state_a_device(config):
-    """And what it was before the step is gone."""
+    """And the buffers of the state before the step are deleted."""
     step, before = setup(config, 4)
     batch = data.open_source(config.data).read(np.arange(8))
-    after, _ = step(before, parallel.split(batch))
+    after, _ = step(before, parallel.shard(batch))
     for leaf in jax.tree.leaves(after):
         shards = leaf.addressable_shards
         assert len(shards) == len({shard.device for shard in shards}) == 4
@@ -378,7 +378,7 @@ def test_the_step_is_compiled_once(config, caplog):
     """For the estimate of its memory, and for all steps."""
     step, state = setup(config, 4)
     source = data.open_source(config.data)
-    batch = parallel.split(source.read(np.arange(8)))
+    batch = parallel.shard(source.read(np.arange(8)))
     caplog.set_level("INFO", logger="ddpm_jax")
     with jax.log_compiles():
         train.describe_memory(step, state, source, 8)
@@ -387,12 +387,12 @@ def test_the_step_is_compiled_once(config, caplog):
             state, _ = step(state, batch)
     again = [record for record in caplog.records if "Compiling" in record.getMessage()]
     assert len(compiled) == 1 == len(again)
-    assert "GiB a device of" in caplog.text
+    assert "memory per device: " in caplog.text
 
 
 def test_memory_that_is_not_there_is_warned_of(config, caplog, monkeypatch):
     step, state = setup(config, 4)
-    monkeypatch.setattr(parallel, "memory_of_a_device", lambda: 1000)
+    monkeypatch.setattr(parallel, "device_memory", lambda: 1000)
     train.describe_memory(step, state, data.open_source(config.data), 8)
     for cure in ("train.batch_size", "optim.accumulate", "model.remat", "more devices"):
         assert cure in caplog.text
@@ -405,7 +405,7 @@ def test_memory_that_is_not_there_is_warned_of(config, caplog, monkeypatch):
 def test_what_only_shows_how_training_goes_does_not_end_it(
     config, tmp_path, monkeypatch, caplog, failing
 ):
-    """A grid or a held-out loss that fails: each step was saved before."""
+    """A failing grid or held-out loss: each step was saved before."""
     saved_before = []
 
     def fail(*_, **__):
@@ -421,7 +421,7 @@ def test_what_only_shows_how_training_goes_does_not_end_it(
     assert train.train(config, tmp_path) == 0
     assert checkpoint.latest_step(tmp_path) == 4
     assert saved_before == [[2], [2, 4]]
-    assert caplog.text.count(r"was left out: RuntimeError('no\nluck')") == 2
+    assert caplog.text.count(r"was skipped: RuntimeError('no\nluck')") == 2
 
 
 def folder_of_images(path, names, size=(8, 8)):
@@ -434,7 +434,7 @@ def folder_of_images(path, names, size=(8, 8)):
 
 @pytest.mark.parametrize("damage", ["delete", "truncate", "replace"])
 def test_data_that_cannot_be_read_any_more(config, tmp_path, monkeypatch, damage):
-    """Of files that are read again and again: what was trained is saved, and the file is named."""
+    """For files that are read during training: the state is saved, and the error names the file."""
     folder = folder_of_images(tmp_path / "images", [f"{i}.png" for i in range(16)])
     fields = dict(split="train[:12]", eval_split="train[12:]", max_ram_gib=0.0)
     config.data.update(name="folder", path=str(folder), **fields)
@@ -462,7 +462,7 @@ def test_data_that_cannot_be_read_any_more(config, tmp_path, monkeypatch, damage
 
 
 def test_a_closed_terminal_saves(config, tmp_path, monkeypatch):
-    """SIGHUP is like SIGTERM; under nohup, which ignores it, training goes on."""
+    """SIGHUP is like SIGTERM; under nohup, which ignores it, training continues."""
     updates = train.updates
 
     def with_signal(*args):
@@ -497,10 +497,10 @@ NAMES = [f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(5)]
 @pytest.mark.parametrize(
     "change, message",
     [
-        ("rename a class", "other classes: cat, dog -> aardvark, cat; use those again"),
+        ("rename a class", "other classes: cat, dog -> aardvark, cat; use the same data"),
         ("add an image", "other data: 6 images -> 7; use"),
-        ("rename an image", r"other data: as many images \(6\), but other files"),
-        ("replace an image", r"other data: as many images \(6\), but other files"),
+        ("rename an image", r"other data: the same number of images \(6\), but other files"),
+        ("replace an image", r"other data: the same number of images \(6\), but other files"),
     ],
 )
 def test_other_data_are_refused(config, tmp_path, change, message):
@@ -525,7 +525,7 @@ def test_other_data_are_refused(config, tmp_path, change, message):
 
 
 def test_the_same_files_elsewhere_are_the_same_data(config, tmp_path):
-    """But of a run that is older than data.json, nothing is known of its files."""
+    """Except for a run older than data.json, whose files are unknown."""
     folder = folder_of_images(tmp_path / "data", NAMES)
     train.train(on_folder(config, folder, num_classes=2), tmp_path / "run")
     folder.rename(tmp_path / "moved")
@@ -544,7 +544,7 @@ def test_the_same_files_elsewhere_are_the_same_data(config, tmp_path):
 
 
 def test_held_out_images_may_be_others(config, tmp_path):
-    """They decide nothing that was trained."""
+    """They do not affect training."""
     folder = folder_of_images(tmp_path / "data", NAMES)
     train.train(on_folder(config, folder), tmp_path / "run")
     config.data.eval_split = "train[80%:]"

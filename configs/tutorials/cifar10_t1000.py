@@ -1,23 +1,24 @@
-"""Tutorial A: CIFAR-10 with the paper's chain and a small network.
+"""Tutorial A: CIFAR-10 with the paper's schedule and a small network.
 
     python main.py --config=configs/tutorials/cifar10_t1000.py
     python main.py --mode=show --workdir=runs/cifar10_t1000
 
-Its recipe: T = 1000, linear β, σ² = β; Adam with 1e-4, batches of 128, 100 epochs, no flips. It
-shows a 4×4 grid of data, a strip of ten states on the way from noise to an image, those after t =
-999, 899, …, 99, and the image; here as show/data.png and denoising.png.
+Recipe: T = 1000, linear β, σ² = β; Adam with 1e-4, batch size 128, 100 epochs, no flips. It shows a
+4×4 grid of data and a strip of the reverse process: ten states, after t = 999, 899, …, 99, and the
+image. Here these are show/data.png and denoising.png.
 
-Here on purpose otherwise: our U-Net of 4.4 M parameters and 0.99 GMAC an image takes the place of
-one of 6.2 M (about 1.2 GMAC, to judge by its speed); samples are of averaged parameters
+Intentional differences: our U-Net has 4.4 M parameters and 0.99 GMAC per image; the tutorial's has
+6.2 M (about 1.2 GMAC, estimated from its speed). Samples use the EMA of the parameters
 (--noconfig.sample.use_ema for the raw ones). The last batch of an epoch is filled from the next
-one. The tutorial keeps all 1,000 states of every image on the host; here only those that are shown.
+epoch. The tutorial keeps all 1,000 states of every image on the host; here only the frames that are
+shown.
 """
 
 from ddpm_jax.configs import default_config
 
 
 def get_config():
-    """Ho et al.'s chain; 64 channels on three levels."""
+    """Ho et al.'s schedule; 64 channels on three levels."""
     config = default_config()
     config.model.update(
         channels=64,

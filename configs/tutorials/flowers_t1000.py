@@ -1,4 +1,4 @@
-"""Tutorial B: photographs of flowers, or a folder of any others, at 32×32.
+"""Tutorial B: photographs of flowers, or any folder of images, at 32×32.
 
     python main.py --config=configs/tutorials/flowers_t1000.py --config.data.path=FOLDER
     python main.py --mode=sample --workdir=runs/flowers_t1000 \\
@@ -7,24 +7,23 @@
         --config.data.path=FOLDER --workdir=runs/flowers_data \\
         --config.sample.num_samples=128 --config.sample.columns=16
 
-Its recipe: images resized to 32×32 without cropping, flipped at random; T = 1000, linear β rescaled
-by 1000 / T, σ² = β; Ho et al.'s U-Net, 64 wide, multiples 1, 2, 4, 4, attention at 16 and 8, which
-is ours to the multiply-add (2.36 GMAC); AdamW with 2e-4 and PyTorch's weight decay, batches of 32,
-800 epochs. Every 20 epochs of the 4,317 flowers there is a checkpoint (the two newest are kept) and
-a grid of 32 samples, 4 a row; in the end 256 samples, 32 a row, the forward process of six images
-at its twelve steps, and the whole reverse process as a video. What happens every 20 epochs is
-counted in steps: a folder of N images wants 20 * (0.95 * N // 32) for train.sample_every,
-checkpoint_every and eval_every. A new run is another --workdir, where the tutorial numbers its
-folders.
+Recipe: images resized to 32×32 without cropping, random flips; T = 1000, linear β rescaled by 1000
+/ T, σ² = β; Ho et al.'s U-Net with 64 channels, multiples 1, 2, 4, 4 and attention at 16 and 8,
+exactly as ours (2.36 GMAC); AdamW with 2e-4 and PyTorch's weight decay, batch size 32, 800 epochs.
+Every 20 epochs of the 4,317 flowers it writes a checkpoint (the two newest are kept) and a grid of
+32 samples, 4 per row. At the end it shows 256 samples, 32 per row, the forward process of six
+images at twelve steps, and the reverse process as a video. Here, the interval of 20 epochs is given
+in steps: for a folder of N images, set train.sample_every, checkpoint_every and eval_every to 20 *
+(0.95 * N // 32). The tutorial numbers its folders; here, a new run needs another --workdir.
 
-Here on purpose otherwise: mixed precision is --config.model.dtype=bfloat16, which has float32's
-range and needs no scaling of the loss; one image in twenty is held out; samples are of averaged
-parameters. t = 0 is trained and taken: the tutorial draws t from 1 to T - 1 and stops at 1, so that
+Intentional differences: for mixed precision, --config.model.dtype=bfloat16 has float32's range and
+needs no loss scaling. 5 % of the images are held out. Samples use the EMA of the parameters.
+Training and sampling include t = 0: the tutorial draws t from 1 to T - 1 and stops at 1, so that
 its last denoising step is missing. For its video it keeps all 1,000 states of every image; here
 only the frames that are shown. On MNIST it does not flip: --config.data.name=mnist
 --config.data.channels=1 --noconfig.data.random_flip. Its branch for CIFAR-100 loads CIFAR-10 (here:
---config.data.name=cifar100); its call for training has two arguments in each other's place, and it
-saves one file and loads another.
+--config.data.name=cifar100); its training call has two arguments swapped, and it loads another file
+than it saves.
 """
 
 from ddpm_jax.configs import default_config

@@ -1,21 +1,21 @@
-"""Tutorial C: MNIST at 28×28 with a chain of 200 steps that does not end in noise.
+"""Tutorial C: MNIST at 28×28 with T = 200, whose chain does not end in noise.
 
     python main.py --config=configs/tutorials/mnist28_t200.py
 
-Its recipe: T = 200, linear β from 1e-4 to 0.02, not rescaled; σ² = β̃ (σ² = β is
---config.diffusion.variance=fixed_large); a U-Net of 64 channels, two residual blocks a level and a
-time embedding of 256; Adam. It gives no learning rate, batch size, or length: here 1e-3, 128, 20
-epochs, as tutorial D has. It shows ᾱ over t, here in show/schedule.png.
+Recipe: T = 200, linear β from 1e-4 to 0.02, not rescaled; σ² = β̃ (for σ² = β:
+--config.diffusion.variance=fixed_large); a U-Net with 64 channels, two residual blocks per level
+and a time embedding of size 256; Adam. It does not give the learning rate, batch size and number of
+epochs: here 1e-3, 128 and 20, as in tutorial D. It shows ᾱ over t, here in show/schedule.png.
 
-A trap, which the program names when it starts: ᾱ ends at 0.132 (the tutorial's plot has 0.096), so
-that samples start from noise that training never saw. The corrected twin:
---config.diffusion.schedule=linear_rescaled. CIFAR-10, which it also names:
+Pitfall, about which the program warns: ᾱ ends at 0.132 (in the tutorial's plot at 0.096), so
+sampling starts from noise that the network never saw in training. Corrected:
+--config.diffusion.schedule=linear_rescaled. For CIFAR-10, which the tutorial also mentions:
 --config.data.name=cifar10 --config.data.channels=3 "--config.data.image_size=(32,32)"
 "--config.model.attention_resolutions=(8,)". Cosine schedule: --config.diffusion.schedule=cosine.
-Its next steps: --config.sample.sampler=ddim, --config.data.num_classes=10 for guidance.
+Next steps: --config.sample.sampler=ddim, and --config.data.num_classes=10 for guidance.
 
-Here on purpose otherwise: samples are of averaged parameters. The last batch of an epoch is filled
-from the next one.
+Intentional differences: samples use the EMA of the parameters. The last batch of an epoch is filled
+from the next epoch.
 """
 
 from ddpm_jax.configs import named_config

@@ -1,1 +1,1 @@
-"""The paper: pure functions of arrays, and the network. Imports nothing else of this package."""
+"""The paper: pure functions of arrays, and the network. Imports no other part of the package."""

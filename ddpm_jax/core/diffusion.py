@@ -1,9 +1,9 @@
 """The algebra of the forward process q and the reverse process p (Ho et al. 2020, Secs. 2-3).
 
-Everything here is a pure function of arrays; parameters and modules are not known here. What a
-network says enters as `predict_fn(x_t, t)`, [B, H, W, C] and [B] to a Prediction: `predictor` makes
-one of a network, whatever it was trained to predict, and samplers and likelihood follow. For time
-see schedules.py.
+Everything here is a pure function of arrays: no parameters, no modules. A network enters as
+`predict_fn(x_t, t)`, which maps [B, H, W, C] and [B] to a Prediction. `predictor` makes a
+predict_fn of a network, for every prediction target; samplers and likelihood take only predict_fn.
+schedules.py defines t.
 """
 
 from typing import NamedTuple
@@ -18,16 +18,14 @@ VARIANCES = (*FIXED_VARIANCES, "learned")
 
 
 class Prediction(NamedTuple):
-    """What a network makes of x_t."""
+    """The network's prediction at x_t."""
 
     x0: jax.Array  # [B, H, W, C]
-    log_variance: (
-        jax.Array | None
-    )  # [B, H, W, C] of p(x_{t-1} | x_t), if the network has learned it
+    log_variance: jax.Array | None  # [B, H, W, C], of p(x_{t-1} | x_t); None unless learned
 
 
 class PMeanVariance(NamedTuple):
-    """p(x_{t-1} | x_t), and the x0 that its mean is built on."""
+    """p(x_{t-1} | x_t), and the predicted x0 in its mean."""
 
     mean: jax.Array  # [B, H, W, C]
     log_variance: jax.Array  # [B, 1, 1, 1]; learned: [B, H, W, C]
@@ -118,7 +116,7 @@ def q_posterior(schedule, x0, x_t, t):
 
 
 def target(schedule, x0, x_t, t, eps, prediction):
-    """What a network that predicts `prediction` should say of x_t (Sec. 3.2; Table 2).
+    """The prediction target at x_t (Sec. 3.2; Table 2).
 
     Args:
       schedule: coefficients, each [T].
@@ -139,14 +137,14 @@ def target(schedule, x0, x_t, t, eps, prediction):
 
 
 def to_x0(schedule, output, x_t, t, prediction):
-    """The inverse of `target`: the x0 that a network's output stands for.
+    """Converts a network's output to x0: the inverse of `target`.
 
     Args:
       schedule: coefficients, each [T].
-      output: [B, H, W, C], the network's.
+      output: [B, H, W, C], the network's output.
       x_t: [B, H, W, C].
       t: [B] int32, in [0, T).
-      prediction: what the network predicts.
+      prediction: the prediction target, one of PREDICTIONS.
 
     Returns:
       x0: [B, H, W, C], not clipped.
@@ -154,8 +152,8 @@ def to_x0(schedule, output, x_t, t, prediction):
     if prediction == "eps":
         return predict_x0(schedule, x_t, t, output)
     if prediction == "mean":
-        of_x_t = at(schedule.posterior_mean_coef_x_t, t, x_t) * x_t
-        return (output - of_x_t) / at(schedule.posterior_mean_coef_x0, t, x_t)
+        x_t_term = at(schedule.posterior_mean_coef_x_t, t, x_t) * x_t
+        return (output - x_t_term) / at(schedule.posterior_mean_coef_x0, t, x_t)
     if prediction == "v":
         a, b = schedule.sqrt_alpha_bars, schedule.sqrt_one_minus_alpha_bars
         return at(a, t, x_t) * x_t - at(b, t, x_t) * output
@@ -166,10 +164,10 @@ def predictor(schedule, net_fn, *, prediction="eps", learned=False):
     """Makes a predict_fn of a network.
 
     Args:
-      schedule: coefficients, each [T]; of all the steps that the network was trained on.
+      schedule: coefficients, each [T], of all steps that the network was trained on.
       net_fn: the network, (x_t [B, H, W, C], t [B], …) to [B, H, W, C].
-      prediction: what it predicts, one of PREDICTIONS.
-      learned: whether its output is [B, H, W, 2C], the second half of it the log variance of
+      prediction: the prediction target, one of PREDICTIONS.
+      learned: whether the output is [B, H, W, 2C], whose second half is the log variance of
         p(x_{t-1} | x_t), as in Ho's code.
 
     Returns:
@@ -187,11 +185,11 @@ def predictor(schedule, net_fn, *, prediction="eps", learned=False):
 
 
 def clipped(predict_fn):
-    """predict_fn with its x0 clipped to [-1, 1]; what is built on it is then clipped, too."""
+    """Returns predict_fn with x0 clipped to [-1, 1]."""
 
     def clip(*args):
-        found = predict_fn(*args)
-        return found._replace(x0=jnp.clip(found.x0, -1, 1))
+        prediction = predict_fn(*args)
+        return prediction._replace(x0=jnp.clip(prediction.x0, -1, 1))
 
     return clip
 
@@ -199,8 +197,8 @@ def clipped(predict_fn):
 def p_mean_variance(schedule, predict_fn, x_t, t, *, variance):
     """p(x_{t-1} | x_t): Eq. (11), written through x0.
 
-    The mean is μ̃_t(x_t, x0_pred), which equals Eq. (11) when x0 is not clipped. Ho's code clips,
-    before the mean is taken.
+    The mean is μ̃_t(x_t, x0_pred), which equals Eq. (11) when x0 is not clipped. Ho's code clips x0
+    before it computes the mean.
 
     Args:
       schedule: coefficients, each [T].
@@ -224,20 +222,20 @@ def p_mean_variance(schedule, predict_fn, x_t, t, *, variance):
 
 
 def simple_loss(schedule, net_fn, x0, t, eps, prediction="eps"):
-    """L_simple of each example, Eq. (14): the MSE of what is predicted, a mean over pixels.
+    """L_simple of each example, Eq. (14): the MSE of the prediction, averaged over pixels.
 
     Args:
       schedule: coefficients, each [T].
-      net_fn: the network, (x_t, t) to what it predicts.
+      net_fn: the network, (x_t, t) to its output.
       x0: [B, H, W, C], in [-1, 1].
       t: [B] int32, in [0, T).
       eps: [B, H, W, C], standard normal.
-      prediction: what it predicts, one of PREDICTIONS.
+      prediction: the prediction target, one of PREDICTIONS.
 
     Returns:
-      loss: [B]; of ε near 1 for a network that predicts 0.
+      loss: [B]; with "eps" near 1 for a network that predicts 0.
     """
     x_t = q_sample(schedule, x0, t, eps)
-    output, wanted = net_fn(x_t, t), target(schedule, x0, x_t, t, eps, prediction)
-    chex.assert_equal_shape((wanted, output))
-    return jnp.mean(jnp.square(wanted - output), axis=tuple(range(1, eps.ndim)))
+    output, expected = net_fn(x_t, t), target(schedule, x0, x_t, t, eps, prediction)
+    chex.assert_equal_shape((expected, output))
+    return jnp.mean(jnp.square(expected - output), axis=tuple(range(1, eps.ndim)))

@@ -1,11 +1,11 @@
-"""The reverse process (Ho et al. 2020, Algorithm 2) and its relatives, one step each.
+"""Samplers: one step of ancestral sampling (Ho et al. 2020, Algorithm 2), DDIM and RePaint.
 
-A step takes x_t to x_{t-1} by what `predict_fn(x_t, t)` says of x_t (see diffusion.py); guidance is
-a function from one predict_fn to another, and a chain of fewer steps is another schedule.
-`reverse_process` runs any of them as a `lax.scan`.
+A step maps x_t to x_{t-1} with a `predict_fn(x_t, t)` (see diffusion.py). Guidance maps one
+predict_fn to another, and a sampler of fewer steps uses a respaced schedule. `reverse_process` runs
+any of these steps in a `lax.scan`.
 
-Each image has its own PRNG key, folded with t at every step, so an image depends on its key and
-on nothing else: not on the batch it is made in, nor on the number of devices.
+Each image has its own PRNG key, folded with t at every step. So an image depends only on its key,
+not on the other images of its batch or on the number of devices.
 """
 
 import jax
@@ -28,16 +28,16 @@ def noise(keys, t, shape):
 
 
 def prior(keys, num_timesteps, image_shape):
-    """x_T ~ N(0, I), [N, *image_shape]: where the reverse process starts."""
+    """x_T ~ N(0, I), [N, *image_shape]: the start of the reverse process."""
     return noise(keys, num_timesteps, image_shape)
 
 
 def respaced(predict_fn, timesteps):
-    """predict_fn in the time of a shorter chain: its step i is the network's step τ_i.
+    """Returns predict_fn for a respaced schedule, whose step i is the network's step τ_i.
 
     Args:
       predict_fn: (x_t, t [B]) to a Prediction.
-      timesteps: τ, [S] ints, ascending; what the chain's schedule was made with.
+      timesteps: τ, [S] ints, ascending, as given to schedules.make_schedule.
     """
     taus = np.asarray(timesteps)
     return lambda x_t, t: predict_fn(x_t, jnp.asarray(taus)[t])
@@ -46,26 +46,26 @@ def respaced(predict_fn, timesteps):
 def classifier_free(predict_fn, labels, null_label, guidance):
     """Classifier-free guidance (Ho & Salimans 2022): ε_u + g · (ε_c - ε_u).
 
-    x0 is an affine function of ε, and so are the other things that a network may predict: the same
-    mixture of them is the same guidance. A learned variance is that of the conditional half.
+    x0 is an affine function of ε, and so is every other prediction target, so guidance is the same
+    combination of x0. A learned variance is the conditional prediction's.
 
     Args:
       predict_fn: (x_t, t, labels [B]) to a Prediction; called once, with a batch of 2B.
       labels: [B] int32.
-      null_label: the label that stands for none.
-      guidance: g; 0 is the unconditional model, 1 the conditional one, more than 1 exaggerates.
+      null_label: the label for "no class".
+      guidance: g; 0 is the unconditional model, 1 the conditional one, above 1 amplifies the class.
 
     Returns:
       (x_t, t) to a Prediction.
     """
 
     def guided(x_t, t):
-        twice = jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t])
-        both = predict_fn(*twice, jnp.concatenate([labels, jnp.full_like(labels, null_label)]))
-        given, free = (
+        doubled = jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t])
+        both = predict_fn(*doubled, jnp.concatenate([labels, jnp.full_like(labels, null_label)]))
+        cond, uncond = (
             jax.tree.map(lambda leaf, half=half: jnp.split(leaf, 2)[half], both) for half in (0, 1)
         )
-        return given._replace(x0=free.x0 + guidance * (given.x0 - free.x0))
+        return cond._replace(x0=uncond.x0 + guidance * (cond.x0 - uncond.x0))
 
     return guided
 
@@ -76,7 +76,7 @@ def classifier_guided(schedule, predict_fn, log_prob_fn, guidance):
     Args:
       schedule: coefficients, each [T].
       predict_fn: (x_t, t) to a Prediction.
-      log_prob_fn: (x_t, t) to log p(y | x_t) of the wanted labels, [B].
+      log_prob_fn: (x_t, t) to log p(y | x_t), [B], of each image's target label y.
       guidance: s.
 
     Returns:
@@ -86,16 +86,16 @@ def classifier_guided(schedule, predict_fn, log_prob_fn, guidance):
     def guided(x_t, t):
         gradient = jax.grad(lambda x: log_prob_fn(x, t).sum())(x_t)
         shift = guidance * diffusion.at(schedule.sqrt_one_minus_alpha_bars, t, x_t) * gradient
-        # What ε loses, x0 gains √(1 / ᾱ - 1) times.
+        # ε - shift is x0 + √(1 / ᾱ - 1) · shift.
         shift *= diffusion.at(schedule.sqrt_recip_alpha_bars_minus_one, t, x_t)
-        found = predict_fn(x_t, t)
-        return found._replace(x0=found.x0 + shift)
+        prediction = predict_fn(x_t, t)
+        return prediction._replace(x0=prediction.x0 + shift)
 
     return guided
 
 
 def ancestral_step(schedule, predict_fn, x_t, t, eps, *, variance):
-    """One line of Algorithm 2: draws x_{t-1} ~ p(x_{t-1} | x_t).
+    """One step of Algorithm 2: draws x_{t-1} ~ p(x_{t-1} | x_t).
 
     Args:
       schedule: coefficients, each [T].
@@ -114,15 +114,16 @@ def ancestral_step(schedule, predict_fn, x_t, t, eps, *, variance):
 
 
 def ddim_step(schedule, predict_fn, x_t, t, eps, *, eta):
-    """One step of DDIM (Song et al. 2020, Eq. 12); ε is that of x0_pred, whether clipped or not.
+    """One step of DDIM (Song et al. 2020, Eq. 12).
 
       σ = η · √β̃_t
       x_{t-1} = √ᾱ_{t-1} · x0_pred + √(1 - ᾱ_{t-1} - σ²) · eps_pred + σ · eps
 
-    With η = 1 it is ancestral_step with fixed_small variance; with η = 0 nothing is random.
+    eps_pred is computed from x0_pred, after clipping if it is clipped. With η = 1 this is
+    ancestral_step with fixed_small variance; with η = 0 it is deterministic.
 
     Args:
-      schedule: coefficients, each [T]; of the steps that are taken.
+      schedule: coefficients, each [T], of the sampler's steps.
       predict_fn: (x_t, t [B]) to a Prediction.
       x_t: [B, H, W, C].
       t: int32 scalar, in [0, T).
@@ -142,14 +143,15 @@ def ddim_step(schedule, predict_fn, x_t, t, eps, *, eta):
 
 
 def ddim_inverse_step(schedule, predict_fn, x, t):
-    """The way back of DDIM with η = 0: x_{t-1} to x_t, with the ε that x_{t-1} is seen to hold.
+    """One step of DDIM inversion (η = 0): x_{t-1} to x_t, with the ε predicted at x_{t-1}.
 
-    Both ways are Euler steps of one differential equation, so the more there are, the closer
-    ddim_step comes back to where this began. Clipping x0 helps: it keeps the equation smooth where
-    ᾱ is near 0, and a small error of ε is a large one of x0.
+    ddim_step and ddim_inverse_step are Euler steps of the same ODE in opposite directions. With
+    more steps, sampling from the result comes closer to the original image. Clipping x0 helps:
+    where ᾱ is near 0, a small error of ε is a large error of x0, and clipping keeps the ODE smooth
+    there.
 
     Args:
-      schedule: coefficients, each [T]; of the steps that are taken.
+      schedule: coefficients, each [T], of the sampler's steps.
       predict_fn: (x_t, t [B]) to a Prediction.
       x: [B, H, W, C], x_{t-1}; at t = 0 the image.
       t: int32 scalar, in [0, T).
@@ -165,25 +167,25 @@ def ddim_inverse_step(schedule, predict_fn, x, t):
 
 
 def inpaint_plan(num_steps, jump_length=1, resamplings=1):
-    """The order in which inpainting visits the steps (Lugmayr et al. 2022, RePaint, Fig. 9).
+    """The order of RePaint's denoising and diffusion steps (Lugmayr et al. 2022, Fig. 9).
 
-    It goes down from the last step to 0; every `jump_length` steps it goes up again by that many,
-    and down anew, `resamplings` - 1 times.
+    t goes down from S - 1 to 0. Every `jump_length` steps it goes up by as many steps and down
+    again, `resamplings` - 1 times.
 
     Args:
-      num_steps: S, of the chain.
+      num_steps: S, the sampler's steps.
       jump_length: j in RePaint.
-      resamplings: r in RePaint; 1 goes straight down.
+      resamplings: r in RePaint; 1 goes down once.
 
     Returns:
-      (t, up): [N] int32 and bool. Down takes x_t to x_{t-1}, up takes x_{t-1} to x_t.
+      (t, up): [N] int32 and bool. Down maps x_t to x_{t-1}, up maps x_{t-1} to x_t.
     """
     plan, t = [], num_steps - 1
-    left = {t: resamplings - 1 for t in range(1, num_steps - jump_length + 1, jump_length)}
+    jumps_left = {t: resamplings - 1 for t in range(1, num_steps - jump_length + 1, jump_length)}
     while t >= 0:
         plan.append((t, False))
-        if left.get(t, 0) > 0:
-            left[t] -= 1
+        if jumps_left.get(t, 0) > 0:
+            jumps_left[t] -= 1
             plan += [(t + i, True) for i in range(jump_length)]
             t += jump_length
         t -= 1
@@ -191,53 +193,54 @@ def inpaint_plan(num_steps, jump_length=1, resamplings=1):
     return np.array(ts, np.int32), np.array(ups)
 
 
-def inpaint_step(schedule, step_fn, x, t, up, x0, known, eps):
+def inpaint_step(schedule, step_fn, x, t, up, x0, known_mask, eps):
     """One step of RePaint (Lugmayr et al. 2022, Alg. 1).
 
-    Down: step_fn's x_{t-1}, with the known pixels replaced by their own q(x_{t-1} | x0). Up:
-    x_t ~ q(x_t | x_{t-1}), Eq. (2), which gives what was painted another chance to fit.
+    Down: step_fn's x_{t-1}, with the known pixels replaced by a sample of q(x_{t-1} | x0). Up:
+    x_t ~ q(x_t | x_{t-1}), Eq. (2), so that the next steps down can fit the unknown pixels better
+    to the known ones.
 
     Args:
-      schedule: coefficients, each [T]; of the steps that are taken.
+      schedule: coefficients, each [T], of the sampler's steps.
       step_fn: (x_t, t) to (x_{t-1}, x0_pred).
-      x: [B, H, W, C], x_t on the way down, x_{t-1} on the way up.
+      x: [B, H, W, C], x_t for a step down, x_{t-1} for a step up.
       t: int32 scalar, in [0, T).
       up: bool scalar.
       x0: [B, H, W, C], the image, in [-1, 1].
-      known: [B, H, W, 1] bool, its pixels that are to stay.
+      known_mask: [B, H, W, 1] bool, True at the pixels to keep.
       eps: [B, H, W, C], standard normal.
 
     Returns:
-      (x, x0_pred), [B, H, W, C] each; at t = 0 the known pixels of x are x0's own.
+      (x, x0_pred), [B, H, W, C] each; at t = 0 the known pixels of x are those of x0.
     """
 
-    def go_down(x):
+    def down(x):
         x, x0_pred = step_fn(x, t)
-        of_known = jnp.sqrt(schedule.alpha_bars_prev[t]) * x0
-        of_known += jnp.sqrt(schedule.one_minus_alpha_bars_prev[t]) * eps
-        return jnp.where(known, of_known, x), x0_pred
+        known = jnp.sqrt(schedule.alpha_bars_prev[t]) * x0
+        known += jnp.sqrt(schedule.one_minus_alpha_bars_prev[t]) * eps
+        return jnp.where(known_mask, known, x), x0_pred
 
-    def go_up(x):
+    def diffuse(x):
         beta = schedule.betas[t]
         return jnp.sqrt(1 - beta) * x + jnp.sqrt(beta) * eps, x
 
-    return jax.lax.cond(up, go_up, go_down, x)
+    return jax.lax.cond(up, diffuse, down, x)
 
 
 def reverse_process(step_fn, x, ts, frames_at=(), keep=lambda x, x0_pred: x):
-    """Runs x, x0_pred = step_fn(x, t) over ts as one `lax.scan`, and keeps the frames asked for.
+    """Runs x, x0_pred = step_fn(x, t) over ts in one `lax.scan`, and keeps some frames.
 
     Args:
       step_fn: (x_t, t) to (x_{t-1}, x0_pred).
       x: [B, H, W, C], the state before the first step.
-      ts: [S] int32, the steps in the order they are taken, as T - 1, …, 0.
+      ts: [S] int32, the steps in their order, as T - 1, …, 0.
       frames_at: [K], distinct ts after which to keep a frame.
-      keep: (x, x0_pred) to a frame, a pytree of arrays; of x alone by default.
+      keep: (x, x0_pred) to a frame, a pytree of arrays; x by default.
 
     Returns:
       x: [B, H, W, C], after the last step.
       frames: keep's pytree with a leading axis of K, in the order of frames_at; zeros for a t that
-        ts does not hold.
+        is not in ts.
     """
     frames_at = jnp.asarray(frames_at, jnp.int32)
     frame, count = jax.eval_shape(keep, x, x), len(frames_at)
@@ -247,11 +250,11 @@ def reverse_process(step_fn, x, ts, frames_at=(), keep=lambda x, x0_pred: x):
         x, frames = carry
         x, x0_pred = step_fn(x, t)
         if count:
-            hit = frames_at == t
-            # Nothing is written at the index past the end.
-            slot = jnp.where(hit.any(), hit.argmax(), count)
+            is_t = frames_at == t
+            # The index `count` is past the end: mode="drop" writes nothing there.
+            index = jnp.where(is_t.any(), is_t.argmax(), count)
             frames = jax.tree.map(
-                lambda kept, new: kept.at[slot].set(new, mode="drop"), frames, keep(x, x0_pred)
+                lambda old, new: old.at[index].set(new, mode="drop"), frames, keep(x, x0_pred)
             )
         return (x, frames), None
 

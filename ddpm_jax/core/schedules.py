@@ -1,8 +1,8 @@
-"""Noise schedules: the β sequence and everything that follows from it.
+"""Noise schedules: the β sequence, and the coefficients computed from it.
 
 Time: code t runs over [0, T) and is the paper's t - 1, so `betas[0]` is the paper's β_1 and t = 0
-is the last denoising step. Nothing indexes `alpha_bars[t - 1]` (it would wrap around at 0):
-`alpha_bars_prev` holds those values.
+is the last denoising step. `alpha_bars_prev` is ᾱ_{t-1}; no code uses `alpha_bars[t - 1]`, which
+would wrap around at t = 0.
 """
 
 import flax.struct
@@ -17,13 +17,13 @@ def linear(num_timesteps, beta_start, beta_end):
 
 
 def linear_rescaled(num_timesteps, beta_start, beta_end):
-    """`linear` with both ends times 1000 / T, so that ᾱ_T hardly depends on T."""
+    """`linear` with both ends multiplied by 1000 / T, so that ᾱ_T hardly depends on T."""
     scale = 1000 / num_timesteps
     return linear(num_timesteps, scale * beta_start, scale * beta_end)
 
 
 def cosine(num_timesteps, beta_start, beta_end, s=0.008, max_beta=0.999):
-    """ᾱ a squared cosine (Nichol & Dhariwal 2021, Eq. 17); takes no notice of the β range."""
+    """ᾱ a squared cosine (Nichol & Dhariwal 2021, Eq. 17); ignores beta_start and beta_end."""
     del beta_start, beta_end
     time = np.arange(num_timesteps + 1) / num_timesteps
     alpha_bars = np.cos((time + s) / (1 + s) * np.pi / 2) ** 2
@@ -55,7 +55,7 @@ class Schedule:
     betas: jax.Array
     alpha_bars: jax.Array
     alpha_bars_prev: jax.Array  # ᾱ_{t-1}, 1 at t = 0
-    one_minus_alpha_bars_prev: jax.Array  # where 1 - ᾱ_{t-1} would lose half of its digits
+    one_minus_alpha_bars_prev: jax.Array  # stored: in float32, 1 - ᾱ_{t-1} loses half its digits
     sqrt_alpha_bars: jax.Array
     sqrt_one_minus_alpha_bars: jax.Array
     sqrt_recip_alpha_bars: jax.Array  # √(1 / ᾱ)
@@ -73,17 +73,17 @@ class Schedule:
 
 
 def make_schedule(name, num_timesteps, beta_start=1e-4, beta_end=0.02, timesteps=None):
-    """Builds the schedule `name`, or a shorter one of some of its steps.
+    """Builds the schedule `name`, respaced to some of its steps if there are `timesteps`.
 
     Args:
       name: a key of SCHEDULES.
       num_timesteps: T, at least 1.
       beta_start: β at code t = 0, in (0, 1).
       beta_end: β at code t = T - 1, in (0, 1).
-      timesteps: [S] ints in [0, T), ascending: the steps that a shorter chain keeps; None for all.
+      timesteps: [S] ints in [0, T), ascending: the steps to keep; None for all.
 
     Returns:
-      A Schedule, of S steps if there are `timesteps`.
+      A Schedule of T steps, or of S if there are `timesteps`.
 
     Raises:
       ValueError: for an unknown name, T < 1, or a β outside (0, 1).
@@ -110,10 +110,10 @@ def make_schedule(name, num_timesteps, beta_start=1e-4, beta_end=0.02, timesteps
 
 
 def respace(betas, timesteps):
-    """The β's of a chain that takes only some of the steps (Nichol & Dhariwal 2021, Sec. 4).
+    """The β's of a sampler that takes only some of the steps (Nichol & Dhariwal 2021, Sec. 4).
 
-    Its ᾱ are those of the kept steps, so β_i = 1 - ᾱ_{τ_i} / ᾱ_{τ_{i-1}}. Whatever is built from
-    them, ancestral sampling or DDIM, is then a sampler of fewer steps.
+    It has the ᾱ of these steps, so β_i = 1 - ᾱ_{τ_i} / ᾱ_{τ_{i-1}}. Ancestral sampling and DDIM
+    work on this schedule as on any other.
 
     Args:
       betas: [T] float64.
@@ -126,19 +126,19 @@ def respace(betas, timesteps):
     return 1 - alpha_bars / np.append(1.0, alpha_bars[:-1])
 
 
-def uniform_spacing(num_timesteps, num_steps):
-    """Steps equally far apart, from 0: every 20th of 1000 if 50 are wanted."""
+def leading_spacing(num_timesteps, num_steps):
+    """Evenly spaced steps from 0 ("leading"): every 20th of 1000 for 50 steps."""
     return np.arange(num_steps) * num_timesteps // num_steps
 
 
 def quadratic_spacing(num_timesteps, num_steps):
-    """Steps further apart the noisier, up to 0.8 T (Song et al. 2020, App. D.2, and their code)."""
+    """Steps that grow with t, up to 0.8 T (Song et al. 2020, App. D.2, and their code)."""
     i = np.arange(num_steps)
     squares = 0.8 * num_timesteps * (i / max(num_steps - 1, 1)) ** 2
-    return np.maximum(i, squares.astype(int))  # where squares are less than one apart, every step
+    return np.maximum(i, squares.astype(int))  # every step where squares are less than one apart
 
 
-SPACINGS = {"uniform": uniform_spacing, "quadratic": quadratic_spacing}
+SPACINGS = {"leading": leading_spacing, "quadratic": quadratic_spacing}
 
 
 def from_betas(betas):
@@ -154,7 +154,7 @@ def from_betas(betas):
     alpha_bars = np.cumprod(alphas)
     alpha_bars_prev = np.append(1.0, alpha_bars[:-1])
     posterior_variance = betas * (1 - alpha_bars_prev) / (1 - alpha_bars)  # Eq. (7)
-    # β̃ is 0 at t = 0, where no noise is added; its logarithm needs a finite stand-in.
+    # β̃ is 0 at t = 0, where no noise is added; its logarithm is replaced by that of t = 1.
     first = posterior_variance[1] if len(betas) > 1 else betas[0]
     coefficients = dict(
         betas=betas,

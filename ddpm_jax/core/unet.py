@@ -1,8 +1,9 @@
-"""The U-Net of Ho et al. 2020 (App. B): predicts ε from x_t and t; and a classifier of x_t.
+"""The U-Net of Ho et al. 2020 (App. B), which predicts ε from x_t and t; and a classifier of x_t.
 
-Each level runs residual blocks at one resolution; levels are joined by strided convolutions down
-and nearest-neighbour upsampling up, with skip connections between them. Blocks at the attention
-resolutions are followed by single-head self-attention. The classifier is the way down alone.
+Each level has residual blocks at one resolution. Strided convolutions lead to the next level down,
+nearest-neighbour upsampling to the next level up, and skip connections join the two paths. At the
+attention resolutions, single-head self-attention follows each residual block. The classifier is the
+U-Net's down path and middle block.
 """
 
 import zlib
@@ -14,23 +15,23 @@ import jax
 import jax.numpy as jnp
 
 ONE = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
-# Ho's "zero" initialisation: not quite zero, so the first gradients are not either.
+# Ho's "zero" initialisation: slightly above zero, so that the first gradients are not zero.
 NEAR_ZERO = nn.initializers.variance_scaling(1e-10, "fan_avg", "uniform")
 
 
 def conv3x3(features, dtype, convolve, name, kernel_init=ONE, strides=1):
-    """A 3×3 convolution; SAME padding is (0, 1) for stride 2 on even sizes, as Ho's is."""
+    """A 3×3 convolution; with stride 2 on even sizes, SAME padding is (0, 1), as in Ho's code."""
     options = {"kernel_init": kernel_init, "dtype": dtype, "name": name}
     return nn.Conv(features, (3, 3), strides, conv_general_dilated=convolve, **options)
 
 
 def dense(features, dtype, name, kernel_init=ONE):
-    """A linear map of the last axis (on images: a 1×1 convolution)."""
+    """A linear layer on the last axis (on images: a 1×1 convolution)."""
     return nn.Dense(features, kernel_init=kernel_init, dtype=dtype, name=name)
 
 
 def group_norm(groups, dtype, name):
-    """GroupNorm with Ho's ε; its statistics are float32 whatever dtype is."""
+    """GroupNorm with Ho's ε; its statistics are float32 for every dtype."""
     return nn.GroupNorm(groups, epsilon=1e-6, dtype=dtype, name=name)
 
 
@@ -44,7 +45,7 @@ def timestep_embedding(t, dim):
 
     Args:
       t: [B], counted from 0.
-      dim: its size, even and at least 4.
+      dim: size of the embedding, even and at least 4.
 
     Returns:
       [B, dim] float32 (float64 under jax_enable_x64): sines, then cosines, at frequencies
@@ -57,16 +58,16 @@ def timestep_embedding(t, dim):
 
 
 def per_example_dropout(x, rate, keys, tag):
-    """Dropout whose mask depends on each example's key only, not on its place in a batch.
+    """Dropout whose mask depends only on each example's key, not on its place in the batch.
 
     Args:
       x: [B, ...].
-      rate: probability of a zero, in [0, 1).
+      rate: dropout probability, in [0, 1).
       keys: [B] PRNG keys.
-      tag: int that tells this layer from the others.
+      tag: int, another one for each layer.
 
     Returns:
-      x with zeros, the rest scaled by 1 / (1 - rate).
+      x with some values set to 0, and the others scaled by 1 / (1 - rate).
     """
 
     def keep_mask(key):
@@ -76,7 +77,7 @@ def per_example_dropout(x, rate, keys, tag):
 
 
 class ResBlock(nn.Module):
-    """norm, swish, conv, + time, norm, swish, dropout, conv; around it a shortcut."""
+    """norm, swish, conv, + time embedding, norm, swish, dropout, conv, + x."""
 
     channels: int
     dropout: float
@@ -100,7 +101,7 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the H·W positions, one head; around it a shortcut."""
+    """Single-head self-attention over the H·W positions, with a residual connection."""
 
     norm_groups: int
     dtype: jnp.dtype
@@ -113,9 +114,9 @@ class AttentionBlock(nn.Module):
         query = dense(channels, self.dtype, "query")(h)
         key = dense(channels, self.dtype, "key")(h)
         value = dense(channels, self.dtype, "value")(h)
-        # The softmax is float32 at least (jax.nn's is at most, too).
-        at_least = jnp.promote_types(query.dtype, jnp.float32)
-        scores = jnp.einsum("bqc,bkc->bqk", query, key, preferred_element_type=at_least)
+        # The softmax is computed in float32, or in float64 if the network is.
+        softmax_dtype = jnp.promote_types(query.dtype, jnp.float32)
+        scores = jnp.einsum("bqc,bkc->bqk", query, key, preferred_element_type=softmax_dtype)
         weights = nn.softmax(scores / channels**0.5).astype(value.dtype)
         h = jnp.einsum("bqk,bkc->bqc", weights, value)
         h = dense(channels, self.dtype, "proj", NEAR_ZERO)(h)
@@ -123,19 +124,19 @@ class AttentionBlock(nn.Module):
 
 
 class Network(nn.Module):
-    """What the U-Net and the classifier have in common: the way down and the middle.
+    """The layers that the U-Net and the classifier share: the down path and the middle block.
 
     Attributes:
       channels: width of the first level; a multiple of norm_groups.
       channel_mults: width of each level in multiples of `channels`.
-      num_res_blocks: residual blocks of a level on the way down; one more on the way up.
+      num_res_blocks: residual blocks per level of the down path; the up path has one more.
       attention_resolutions: heights of the feature maps that get attention.
       dropout: rate inside the residual blocks, in [0, 1).
       norm_groups: groups of every GroupNorm.
       dtype: of the computation (parameters are float32).
-      num_classes: K, the number of labels; 0 where there are none.
-      remat: whether the gradient computes a block's inside again rather than remembering it.
-      convolve: how 3×3 convolutions are computed; takes what lax.conv_general_dilated takes.
+      num_classes: K, the number of labels; 0 for an unconditional network.
+      remat: whether the backward pass recomputes each block's activations instead of storing them.
+      convolve: computes the 3×3 convolutions; has the arguments of lax.conv_general_dilated.
     """
 
     channels: int
@@ -150,7 +151,7 @@ class Network(nn.Module):
     convolve: Callable = jax.lax.conv_general_dilated
 
     def time_embedding(self, t):
-        """[B, 4 · channels], what every residual block is told of t."""
+        """The embedding of t for every residual block, [B, 4 · channels]."""
         temb = timestep_embedding(t, self.channels)
         temb = dense(4 * self.channels, self.dtype, "temb1")(temb)
         return dense(4 * self.channels, self.dtype, "temb2")(nn.swish(temb))
@@ -167,13 +168,13 @@ class Network(nn.Module):
         return block(self.norm_groups, self.dtype, name=name)(h)
 
     def level_block(self, h, features, name, context):
-        """A residual block, and attention behind it at the resolutions that have it."""
+        """A residual block, followed by attention at the attention resolutions."""
         h = self.res_block(h, features, name, context)
-        attends = h.shape[1] in self.attention_resolutions
-        return self.attention(h, f"{name}_attention") if attends else h
+        has_attention = h.shape[1] in self.attention_resolutions
+        return self.attention(h, f"{name}_attention") if has_attention else h
 
-    def way_down(self, x, context):
-        """What each layer makes of x, down to the lowest resolution: a list."""
+    def down_path(self, x, context):
+        """The outputs of all layers from x down to the lowest resolution, a list."""
         widths = [mult * self.channels for mult in self.channel_mults]
         h = conv3x3(self.channels, self.dtype, self.convolve, "conv_in")(x)
         skips = [h]
@@ -188,20 +189,20 @@ class Network(nn.Module):
                 skips.append(h)
         return skips
 
-    def middle(self, h, context):
+    def mid_block(self, h, context):
         """The blocks at the lowest resolution."""
         width = self.channel_mults[-1] * self.channels
         h = self.res_block(h, width, "middle_block0", context)
         h = self.attention(h, "middle_attention")
         return self.res_block(h, width, "middle_block1", context)
 
-    def last_norm(self, h):
-        """Before what the network says."""
+    def output_norm(self, h):
+        """The normalisation before the output layer."""
         return nn.swish(group_norm(self.norm_groups, self.dtype, "norm_out")(h))
 
 
 class UNet(Network):
-    """ε_θ(x_t, t), or whatever else of x_t the network is trained to predict.
+    """ε_θ(x_t, t), or another prediction target.
 
     Attributes:
       learned_variance: whether it also predicts a log variance; the others are Network's.
@@ -216,7 +217,7 @@ class UNet(Network):
         Args:
           x: [B, H, W, C]; the levels halve H and W, so both are multiples of 2^(levels - 1).
           t: [B] int32, in [0, T).
-          labels: [B] int32, in [0, K]; K, as None does, says nothing of the class.
+          labels: [B] int32, in [0, K]; K is "no class", and None is K for all.
           dropout_keys: [B] PRNG keys, or None for no dropout.
 
         Returns:
@@ -230,8 +231,8 @@ class UNet(Network):
             size, init = (self.num_classes + 1, temb.shape[-1]), nn.initializers.normal(1.0)
             temb += nn.Embed(*size, self.dtype, embedding_init=init, name="labels")(labels)
         context = temb, dropout_keys
-        skips = self.way_down(x, context)
-        h = self.middle(skips[-1], context)
+        skips = self.down_path(x, context)
+        h = self.mid_block(skips[-1], context)
         for level, mult in reversed(tuple(enumerate(self.channel_mults))):
             width = mult * self.channels
             for block in range(self.num_res_blocks + 1):
@@ -242,7 +243,7 @@ class UNet(Network):
         assert not skips
 
         channels = x.shape[-1] * (2 if self.learned_variance else 1)
-        h = conv3x3(channels, self.dtype, self.convolve, "conv_out", NEAR_ZERO)(self.last_norm(h))
+        h = conv3x3(channels, self.dtype, self.convolve, "conv_out", NEAR_ZERO)(self.output_norm(h))
         return h.astype(x.dtype)
 
 
@@ -251,7 +252,7 @@ class Classifier(Network):
 
     @nn.compact
     def __call__(self, x, t, dropout_keys=None):
-        """Says which class x is of.
+        """Classifies x.
 
         Args:
           x: [B, H, W, C], x_t.
@@ -262,12 +263,12 @@ class Classifier(Network):
           log p: [B, K], of x's dtype.
         """
         context = self.time_embedding(t), dropout_keys
-        h = self.last_norm(self.middle(self.way_down(x, context)[-1], context)).mean((1, 2))
+        h = self.output_norm(self.mid_block(self.down_path(x, context)[-1], context)).mean((1, 2))
         return nn.log_softmax(dense(self.num_classes, self.dtype, "logits")(h).astype(x.dtype))
 
 
 def param_shapes(model, image_shape):
-    """The tree of a network's parameters, as ShapeDtypeStructs.
+    """The shapes of a network's parameters, a tree of ShapeDtypeStructs.
 
     Args:
       model: the network.
@@ -279,9 +280,9 @@ def param_shapes(model, image_shape):
 
 
 def net_fn(model, params, dropout_keys=None):
-    """The network as diffusion.py wants it: (x_t [B, H, W, C], t [B]) to its output.
+    """The network as a function for diffusion.py: (x_t [B, H, W, C], t [B]) to its output.
 
-    A conditional one takes labels [B] as a third argument.
+    A conditional network takes labels [B] as a third argument.
     """
 
     def apply(x_t, t, *labels):

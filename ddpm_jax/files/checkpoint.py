@@ -1,9 +1,9 @@
-"""Checkpoints: Orbax, asynchronous, whole or not there.
+"""Checkpoints: written by Orbax, asynchronously and atomically.
 
-Step s lives in <workdir>/checkpoints/<s>/, as three items (params, ema_params, opt_state), so that
-sampling reads only the one it needs. A checkpoint that was being written when its process died has
-a temporary name and does not count. One that was damaged later is passed over for the one before
-it: sha256.json has a digest of each file, because Orbax reads flipped bits without a word.
+<workdir>/checkpoints/<step>/ has three items (params, ema_params, opt_state), so that sampling
+reads only the one that it needs. A checkpoint has a temporary name until it is complete. If it is
+damaged later, the checkpoint before it is used: sha256.json has a digest of each file, because
+Orbax does not detect flipped bits.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 
 ITEMS = ("params", "ema_params", "opt_state")
 DIGESTS = "sha256.json"
-NONE, ALL_DAMAGED = -1, -2  # no step of a checkpoint
-ROOM = 2**23  # bytes that a checkpoint and the run's other files may take besides the arrays
+NONE, ALL_DAMAGED = -1, -2  # instead of a step
+RESERVE = 2**23  # bytes for everything on the disk except a checkpoint's arrays
 
 NEEDED = ("_METADATA", "manifest.ocdbt", "d")  # files of an item, without which it cannot be read
 # What Orbax takes for a bucket's name, and TensorStore for a slash.
@@ -52,14 +52,14 @@ class LiteralPath(type(epath.Path())):
 
 @contextlib.contextmanager
 def open_manager(workdir, train):
-    """Yields a CheckpointManager that keeps the newest few and every Nth.
+    """Yields a CheckpointManager that keeps the newest checkpoints and every Nth step.
 
     Args:
       workdir: the run's folder.
-      train: the config's section: keep_checkpoints, keep_every (0: none for ever).
+      train: the config's section: keep_checkpoints, keep_every (0: none).
 
     Raises:
-      UserError: if the disk is full, be it while a checkpoint is written.
+      UserError: if the disk is full, also while a checkpoint is written.
     """
     keep = [preservation_policy.LatestN(train.keep_checkpoints)]
     if train.keep_every:
@@ -68,25 +68,25 @@ def open_manager(workdir, train):
     try:
         with _manager(workdir, preservation_policy=policy) as manager:
             yield manager
-    except (OSError, ValueError) as error:  # of Orbax's threads, ValueErrors
+    except (OSError, ValueError) as error:  # Orbax's threads raise ValueErrors
         if not is_disk_full(error):
             raise
         raise _disk_full(workdir) from None
 
 
 def save(manager, step, state):
-    """Starts writing a state; training may go on at once. Saving a step again does nothing.
+    """Starts to write a state in the background; does nothing if the step is already saved.
 
     Raises:
-      UserError: if there is no room for it.
+      UserError: if the disk has not enough space.
     """
     if step in manager.all_steps():
         return
     items = {name: getattr(state, name) for name in ITEMS}
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
     free = shutil.disk_usage(manager.directory).free if parallel.is_first() else 0
-    if parallel.of_first(free < size + ROOM):
-        manager.wait_until_finished()  # for the one before it
+    if parallel.broadcast_from_first(free < size + RESERVE):
+        manager.wait_until_finished()  # the previous checkpoint
         text = f"a checkpoint takes {size / 2**20:.0f} MiB"
         raise _disk_full(pathlib.Path(manager.directory).parent, text)
     manager.save(step, args=_to_save(parallel.as_global(items)))
@@ -94,27 +94,27 @@ def save(manager, step, state):
 
 def _disk_full(workdir, text=""):
     saved = latest_step(workdir)
-    rest = "no checkpoint was saved" if saved is None else f"step {saved} is saved"
-    return UserError(f"workdir={workdir}: no space left on the disk; {text and text + '; '}{rest}")
+    state = "no checkpoint was saved" if saved is None else f"step {saved} is saved"
+    return UserError(f"workdir={workdir}: no space left on the disk; {text and text + '; '}{state}")
 
 
 def restore(manager, state):
-    """Reads the newest checkpoint that is whole; newer ones are renamed.
+    """Reads the newest undamaged checkpoint; renames newer, damaged ones.
 
     Args:
       manager: from open_manager.
-      state: a TrainState of the wanted shapes and shardings.
+      state: a TrainState with the shapes and shardings.
 
     Returns:
-      The TrainState of that checkpoint, or `state` itself where there is none.
+      The TrainState of this checkpoint; `state` itself if there are no checkpoints.
 
     Raises:
-      UserError: if there are only damaged ones.
+      UserError: if all checkpoints are damaged.
     """
-    step = _newest_whole(manager.directory)
+    step = _newest_undamaged(manager.directory)
     if step is None:
         return state
-    _put_damaged_aside(manager, step)
+    _rename_damaged(manager, step)
     items = {name: getattr(state, name) for name in _items(step)}
     restored = _restore(manager, step, parallel.as_global(items))
     if step == 0:
@@ -124,12 +124,12 @@ def restore(manager, state):
 
 
 def save_imported(workdir, params):
-    """Writes parameters that were not trained here as step 0.
+    """Writes imported parameters as step 0.
 
-    That is all it holds: the EMA starts as a copy, and the optimizer as fresh as in any run.
+    This checkpoint has only `params`: `restore` copies them to the EMA, with a new optimizer state.
 
     Args:
-      workdir: the run's folder; has no checkpoint.
+      workdir: the run's folder, without checkpoints.
       params: a tree of arrays.
     """
     with _manager(workdir) as manager:
@@ -137,36 +137,38 @@ def save_imported(workdir, params):
 
 
 def latest_step(workdir):
-    """The step of the newest checkpoint, or None where there is none."""
+    """The step of the newest checkpoint, or None."""
     folder = _folder(workdir)
     return max(ocp.utils.checkpoint_steps(folder), default=None) if folder.exists() else None
 
 
 def restore_params(config, workdir):
-    """Reads the parameters (EMA or raw, `sample.use_ema`) of the newest checkpoint that is whole.
+    """Reads the parameters (EMA or raw, `sample.use_ema`) of the newest undamaged checkpoint.
 
     Returns:
-      (step, params), the parameters on all devices.
+      (step, params), replicated over all devices.
 
     Raises:
-      UserError: if there is no such checkpoint, or it is of another network.
+      UserError: if there is no such checkpoint, or it has another network.
     """
-    step = _newest_whole(_folder(workdir))
+    step = _newest_undamaged(_folder(workdir))
     if step is None:
         raise UserError(f"workdir={workdir}: has no checkpoint yet; train it first")
     params = unet.param_shapes(configs.make_model(config), image_shape(config))
-    here = parallel.replicated(jax.devices())  # those they were saved from may not exist
-    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=here), params)
+    sharding = parallel.replicated(jax.devices())  # the devices of the training may not exist
+    params = jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=sharding), params
+    )
     name = "ema_params" if config.sample.use_ema and step > 0 else "params"
-    # Orbax would say so at length, from several threads.
+    # Compare the shapes here: Orbax's own error is long, and comes from several threads.
     with _quiet():
         stored = ocp.StandardCheckpointer().metadata(_folder(workdir) / str(step) / name)
-    there, wanted = (
+    stored_shapes, shapes = (
         jax.tree.map(lambda array: array.shape, tree)
         for tree in (stored.item_metadata.tree, params)
     )
-    if there != wanted:
-        text = "its config.json describes another network than its checkpoint holds"
+    if stored_shapes != shapes:
+        text = "its config.json and its checkpoint have different networks"
         raise UserError(f"workdir={workdir}: {text}")
     with ocp.CheckpointManager(_folder(workdir), item_names=ITEMS) as manager:
         return step, _restore(manager, step, {name: params})[name]
@@ -185,7 +187,7 @@ def check_path(workdir):
 
 @contextlib.contextmanager
 def _quiet():
-    """Without Orbax's warning of a file that only its other checkpointers write."""
+    """Suppresses Orbax's warning about a file that only its other checkpointers write."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -201,7 +203,7 @@ def _folder(workdir):
 
 
 def _manager(workdir, **options):
-    """A CheckpointManager that writes DIGESTS into what it saves, before that gets its name."""
+    """A CheckpointManager that adds DIGESTS to a checkpoint, before it gets its final name."""
 
     def write_digests():
         if parallel.is_first():
@@ -248,47 +250,48 @@ def _to_save(items):
     return ocp.args.Composite(**trees)
 
 
-def _restore(manager, step, like):
-    """Reads the items of a checkpoint; `like` has their shapes and shardings."""
-    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    trees = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
+def _restore(manager, step, template):
+    """Reads the items of a checkpoint; `template` has their shapes and shardings."""
+    template = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+    trees = {name: ocp.args.StandardRestore(tree) for name, tree in template.items()}
     return parallel.as_local(dict(manager.restore(step, args=ocp.args.Composite(**trees))))
 
 
-def _newest_whole(folder):
-    """The newest step whose files are those that were written, or None where there is no step.
+def _newest_undamaged(folder):
+    """The step of the newest undamaged checkpoint, or None if there are no checkpoints.
 
     Raises:
       UserError: if all are damaged.
     """
-    step = parallel.of_first(_search(pathlib.Path(folder)) if parallel.is_first() else NONE)
+    local = _search(pathlib.Path(folder)) if parallel.is_first() else NONE
+    step = parallel.broadcast_from_first(local)
     if step == ALL_DAMAGED:
         raise UserError(f"{folder}: all checkpoints are damaged")
     return None if step == NONE else step
 
 
 def _search(folder):
-    """The newest whole step, or NONE, or ALL_DAMAGED."""
+    """The newest undamaged step, or NONE, or ALL_DAMAGED."""
     while True:
         steps = ocp.utils.checkpoint_steps(folder) if folder.exists() else []
         with_digests = [step for step in steps if (folder / str(step) / DIGESTS).exists()]
-        gone = False
+        deleted = False
         for step in sorted(steps, reverse=True):
-            wrong = _damage(folder / str(step), step in with_digests)
+            damage = _damage(folder / str(step), step in with_digests)
             if any(step > other for other in with_digests) and step not in with_digests:
-                wrong = f"{DIGESTS} is missing"  # older runs have none at all
+                damage = f"{DIGESTS} is missing"  # runs of old versions have no digests at all
             if not (folder / str(step)).exists():
-                gone = True  # the run that is being trained has deleted it, and has a newer one
-            elif not wrong:
+                deleted = True  # by a training process, which has saved a newer one
+            elif not damage:
                 return step
             else:
-                log.warning("the checkpoint of step %d is damaged: %s", step, wrong)
-        if not gone:
+                log.warning("the checkpoint of step %d is damaged: %s", step, damage)
+        if not deleted:
             return ALL_DAMAGED if steps else NONE
 
 
 def _damage(folder, has_digests):
-    """What is wrong with the files of a checkpoint; empty if nothing is."""
+    """Describes the damage of a checkpoint; empty if there is none."""
     step = int(folder.name)
     try:
         if not has_digests:
@@ -296,7 +299,7 @@ def _damage(folder, has_digests):
         digests = json.loads((folder / DIGESTS).read_text())
         for name, digest in digests.items():
             if _digest(folder / name) != digest:
-                return f"{name} is not what was written"
+                return f"{name} has changed since it was written"
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
     except (AttributeError, ValueError):
@@ -304,8 +307,8 @@ def _damage(folder, has_digests):
     return _missing(step, digests)
 
 
-def _put_damaged_aside(manager, step):
-    """Renames the checkpoints after this step, which will be saved again; deletes nothing."""
+def _rename_damaged(manager, step):
+    """Renames the damaged checkpoints after a step, so that these steps can be saved again."""
     later = [s for s in manager.all_steps() if s > step]
     if later and parallel.is_first():
         for path in (pathlib.Path(manager.directory) / str(s) for s in later):

@@ -1,7 +1,7 @@
-"""Datasets: a name to batches of uint8 images and labels, each a function of (seed, step).
+"""Datasets: from a name to batches of uint8 images and labels, each a function of (seed, step).
 
-A `Source` is a split of a dataset whose images are already of the size and channels that the
-config asks for. What fits in memory is read once; the rest is read at random as it is needed.
+A `Source` is a split of a dataset; its images have the config's size and channels. Small datasets
+are read into memory once, large ones by random access.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ DOWNLOAD_ERRORS = (
     download_manager.NonMatchingChecksumError,
     extractor.ExtractError,
 )
-EMPTY = "holds no images: it is a part of {} that rounds to 0; take more, as in 'train[:1]'"
+EMPTY = "holds no images: this fraction of {} rounds to 0; use a larger one, as 'train[:1]'"
 BLOCK = 1000  # images read at a time while a dataset is loaded
 
 
 class Batch(NamedTuple):
-    """Images, and what they show if the network is told."""
+    """Images, and their labels if the network is conditional."""
 
     images: np.ndarray  # uint8 [B, H, W, C]
     labels: np.ndarray | None  # int32 [B], in [0, K); None where data.num_classes is 0
@@ -49,11 +49,11 @@ class Source(NamedTuple):
     size: int
     read: Callable[[np.ndarray], Batch]  # indices [B] to new arrays
     label_names: tuple[str, ...]  # of each label; empty where data.num_classes is 0
-    sha256: str = ""  # of what tells these images, in this order, from others
+    sha256: str = ""  # identifies these images, in this order
 
 
 class BadSplit(Exception):
-    """A split that TFDS does not understand, that the dataset does not have, or that is empty."""
+    """A split that TFDS cannot parse, that the dataset does not have, or that is empty."""
 
 
 def open_source(data, field="split", arrays=None, in_memory=True):
@@ -61,42 +61,42 @@ def open_source(data, field="split", arrays=None, in_memory=True):
 
     Args:
       data: the config's section.
-      field: "split" or "eval_split", which says what to read as TFDS does: "train",
-        "train[:90%]", "train+test".
-      arrays: a Batch of all images, with data.name = "arrays"; its one split is "train".
-      in_memory: whether to read it into memory, where it takes at most `data.max_ram_gib`.
+      field: "split" or "eval_split", a field of `data` in TFDS's notation: "train", "train[:90%]",
+        "train+test".
+      arrays: a Batch of all images, for data.name = "arrays"; its only split is "train".
+      in_memory: whether to read the split into memory if it takes at most `data.max_ram_gib`.
 
     Returns:
       A Source.
 
     Raises:
       UserError: for an unknown dataset or split, a dataset that cannot be prepared, a folder
-        without images, unreadable images, or another number of classes than the config's.
+        without images, unreadable images, or a number of classes that is not the config's.
     """
-    own = {"digits": _open_digits, "folder": _open_folder}
-    own["arrays"] = functools.partial(_open_arrays, arrays)
-    opener = own.get(data.name, _open_tfds)
+    openers = {"digits": _open_digits, "folder": _open_folder}
+    openers["arrays"] = functools.partial(_open_arrays, arrays)
+    opener = openers.get(data.name, _open_tfds)
     try:
         source = opener(data, data[field])
     except BadSplit as error:
         raise UserError(f"data.{field}={data[field]!r}: {one_line(error)}") from None
     _check_classes(data, source)
-    in_bytes = source.size * np.prod(data.image_size) * data.channels
-    if not in_memory or in_bytes > data.max_ram_gib * 2**30:
+    num_bytes = source.size * np.prod(data.image_size) * data.channels
+    if not in_memory or num_bytes > data.max_ram_gib * 2**30:
         return source
     return _load(source, f"{data.name} {data[field]}")
 
 
 def batches(source, *, batch_size, seed, first_step, random_flip):
-    """Endless shuffled batches, read ahead by threads; of each, this process's part.
+    """Endless shuffled batches, prefetched by threads; this process's shard of each global batch.
 
-    Every image comes once an epoch; the order is another one in each epoch.
+    Every image occurs once per epoch; each epoch has another order.
 
     Args:
       source: a Source.
-      batch_size: images a global batch.
-      seed: decides the order and the flips.
-      first_step: number of the first batch; batch s is the same wherever one starts.
+      batch_size: images per global batch.
+      seed: of the order and the flips.
+      first_step: number of the first batch; batch s does not depend on it.
       random_flip: whether to mirror each image with probability ½.
 
     Returns:
@@ -104,8 +104,9 @@ def batches(source, *, batch_size, seed, first_step, random_flip):
     """
 
     def read(indices, rng):
-        flip = parallel.part(rng.random(len(indices)) < 0.5)  # the same however many processes
-        batch = source.read(parallel.part(indices))
+        # Drawn for the global batch, so that it does not depend on the number of processes.
+        flip = parallel.local_shard(rng.random(len(indices)) < 0.5)
+        batch = source.read(parallel.local_shard(indices))
         if random_flip:
             x = batch.images
             x[flip] = x[flip, :, ::-1]  # x is this batch's own copy
@@ -117,12 +118,12 @@ def batches(source, *, batch_size, seed, first_step, random_flip):
 
 
 def fit(image, data):
-    """Brings one image to `data.image_size` and `data.channels`.
+    """Converts one image to `data.image_size` and `data.channels`.
 
     Args:
       image: a PIL image.
-      data: the config's section; resize = "crop" cuts the longer side to the wanted shape
-        first, "squash" does not. Scaling is bicubic, antialiased.
+      data: the config's section; resize = "crop" first crops the longer side to the aspect ratio,
+        "squash" does not. Scaling is bicubic and antialiased.
 
     Returns:
       uint8 [H, W, C].
@@ -138,7 +139,7 @@ def fit(image, data):
 
 
 def _check_classes(data, source):
-    """The number of classes is the network's, too, so the config has to say it."""
+    """Raises a UserError unless the config has the dataset's number of classes."""
     names = source.label_names
     if data.num_classes != len(names):
         has = f"{data.name} has {len(names)} classes" + (f": {', '.join(names)}" if names else "")
@@ -148,23 +149,23 @@ def _check_classes(data, source):
 def _load(source, name):
     """Reads a whole source into memory."""
     blocks = np.array_split(np.arange(source.size), -(-source.size // BLOCK))
-    whole = None
+    examples = None
     with progress.bar(source.size, f"load {name}", "img") as bar:
         for block in blocks:
             batch = source.read(block)
-            if whole is None:
-                whole = jax.tree.map(
+            if examples is None:
+                examples = jax.tree.map(
                     lambda a: np.empty((source.size, *a.shape[1:]), a.dtype), batch
                 )
-            for array, part in zip(*map(jax.tree.leaves, (whole, batch)), strict=True):
-                array[block] = part
+            for array, rows in zip(*map(jax.tree.leaves, (examples, batch)), strict=True):
+                array[block] = rows
             bar.update(len(block))
-    return source._replace(read=_reader(whole))
+    return source._replace(read=_reader(examples))
 
 
-def _reader(whole):
-    """read of a Source whose examples are one Batch in memory."""
-    return lambda indices: jax.tree.map(lambda array: array[indices], whole)
+def _reader(examples):
+    """`read` of a Source whose examples are a Batch in memory."""
+    return lambda indices: jax.tree.map(lambda array: array[indices], examples)
 
 
 def _open_digits(data, split):
@@ -181,27 +182,27 @@ def _open_digits(data, split):
 
 
 def _open_arrays(arrays, data, split):
-    """A user's own arrays, see ddpm_jax.train."""
+    """Arrays of a user's program, see ddpm_jax.train."""
     if arrays is None:
-        text = "its images are arrays of a program, which has to give them to ddpm_jax.train again"
+        text = "its images are arrays of a program, which must pass them to ddpm_jax.train again"
         raise UserError(f"data.name='arrays': {text}")
     chosen = _select(split, len(arrays.images))
-    whole = jax.tree.map(lambda array: array[chosen], arrays)
+    examples = jax.tree.map(lambda array: array[chosen], arrays)
     names = tuple(map(str, range(data.num_classes)))
     digest = hashlib.sha256()
-    for array in jax.tree.leaves(whole):
+    for array in jax.tree.leaves(examples):
         digest.update(np.ascontiguousarray(array).tobytes())
-    return Source(len(chosen), _reader(whole), names, digest.hexdigest())
+    return Source(len(chosen), _reader(examples), names, digest.hexdigest())
 
 
 def _open_folder(data, split):
-    """Every image file below `data.path`; one split, "train". Its folders are the classes."""
+    """All image files below `data.path`; one split, "train". The classes are its subfolders."""
     files = _readable_files(data)
     labels, names = None, ()
     if data.num_classes:
         below = [os.path.relpath(file.path, data.path).split(os.sep) for file in files]
-        if alone := [f.path for f, parts in zip(files, below, strict=True) if len(parts) == 1]:
-            text = f"data.path={data.path!r}: {alone[0]} is in no class's folder"
+        if loose := [f.path for f, parts in zip(files, below, strict=True) if len(parts) == 1]:
+            text = f"data.path={data.path!r}: {loose[0]} is not in the folder of a class"
             raise UserError(f"{text} (data.num_classes={data.num_classes})")
         names = tuple(sorted({parts[0] for parts in below}))
         numbers = {name: number for number, name in enumerate(names)}
@@ -209,7 +210,7 @@ def _open_folder(data, split):
     chosen = _select(split, len(files))
     files = [files[i] for i in chosen]
     labels = None if labels is None else labels[chosen]
-    # The same files in another place are the same data.
+    # The digest has relative paths: the folder may be moved.
     digest = _digest(f"{os.path.relpath(f.path, data.path)} {f.size}" for f in files)
 
     def examples(indices):
@@ -221,28 +222,28 @@ def _open_folder(data, split):
 
 
 class File(NamedTuple):
-    """An image file, and what changes when its content does."""
+    """An image file; its size and time tell whether it has changed."""
 
     path: str
     size: int  # bytes
-    changed: int  # when, in nanoseconds
+    changed: int  # time of the last change, nanoseconds
 
 
 def _readable_files(data):
-    """The image files below `data.path`, sorted, but for those that cannot be read.
+    """The readable image files below `data.path`, sorted.
 
     Raises:
-      UserError: if there are none, or if some cannot be read and `data.skip_unreadable` is False.
+      UserError: if there are none, or if some are unreadable and `data.skip_unreadable` is False.
     """
     folder = data.path
     if not os.path.isdir(folder):  # no error for a long name
         raise UserError(f"data.path={folder!r}: is not a folder")
-    found = image_files.find(folder)
-    left_out = f" (there are others: {found.left_out})" if found.left_out else ""
-    if not found.images:
-        raise UserError(f"data.path={folder!r}: holds no images{left_out}")
-    files = tuple(map(_file, found.images))
-    checks = _check_all(folder, files, found.left_out, data.channels)
+    paths, others = image_files.find(folder)
+    if not paths:
+        text = f" (other files: {others})" if others else ""
+        raise UserError(f"data.path={folder!r}: holds no images{text}")
+    files = tuple(map(_file, paths))
+    checks = _check_all(folder, files, others, data.channels)
     unreadable = [
         f"{file.path} ({check.error})"
         for file, check in zip(files, checks, strict=True)
@@ -263,32 +264,32 @@ def _readable_files(data):
 def _file(path):
     try:
         status = path.stat()
-    except OSError:  # a link that leads nowhere
+    except OSError:  # a broken link
         return File(str(path), 0, 0)
     return File(str(path), status.st_size, status.st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=1)  # both splits of a run are of one folder
-def _check_all(folder, files, left_out, channels):
-    """Checks image files, and says what a user might not expect of them."""
+@functools.lru_cache(maxsize=1)  # the two splits of a run have the same folder
+def _check_all(folder, files, others, channels):
+    """Checks image files, and logs warnings about them."""
     with ThreadPoolExecutor() as pool, progress.bar(len(files), "check images", "img") as bar:
         checks = []
         for check in pool.map(lambda file: image_files.check(file.path, channels), files):
             checks.append(check)
             bar.update()
-    for remark in image_files.remarks(checks, left_out, channels):
-        log.warning("%s", printable(f"data.path={folder!r}: {remark}"))
+    for warning in image_files.warnings_of(checks, others, channels):
+        log.warning("%s", printable(f"data.path={folder!r}: {warning}"))
     return checks
 
 
 def _digest(texts):
-    """sha256 of texts, a line each."""
+    """sha256 of texts, one per line."""
     return hashlib.sha256("\n".join(texts).encode(errors="surrogateescape")).hexdigest()
 
 
 def _open_tfds(data, split):
-    """A TFDS dataset in array_record format, prepared first if it is not there yet."""
-    with parallel.first_goes_first():
+    """A TFDS dataset in array_record format, prepared first if necessary."""
+    with parallel.first_process_first():
         builder = _builder(data)
         if not builder.is_prepared():
             _prepare(builder, data.name)
@@ -296,44 +297,44 @@ def _open_tfds(data, split):
     label = features["label"] if data.num_classes and "label" in features else None
     if isinstance(label, tfds.features.ClassLabel):
         names = tuple(label.names)
-    # The files' bytes: decoding is the same for every dataset, and then runs in threads.
+    # Read the encoded images: threads decode them, in the same way for all datasets.
     raw = {"image": tfds.decode.SkipDecoding()}
     splits = builder.info.splits
     try:
-        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
-        if all((part.from_ or 0) == part.to for part in parts):
-            raise BadSplit(EMPTY.format(sum(splits[part.splitname].num_examples for part in parts)))
+        slices = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
+        if all((s.from_ or 0) == s.to for s in slices):
+            raise BadSplit(EMPTY.format(sum(splits[s.splitname].num_examples for s in slices)))
         stored = builder.as_data_source(split=split, decoders=raw)
     except ValueError as error:
         raise BadSplit(error) from None
 
     def examples(indices):
         try:
-            found = stored.__getitems__(indices.tolist())
+            rows = stored.__getitems__(indices.tolist())
         except (OSError, LookupError, RuntimeError, ValueError) as error:
             text = f"{builder.data_path} cannot be read ({one_line(error)[:200]})"
             raise UserError(f"data.name={data.name!r}: {text}") from None
-        labels = np.array([e["label"] for e in found], np.int32) if names else None
+        labels = np.array([row["label"] for row in rows], np.int32) if names else None
         origins = (f"data.name={data.name!r}: image {i} of {split}" for i in indices)
-        return [io.BytesIO(e["image"]) for e in found], origins, labels
+        return [io.BytesIO(row["image"]) for row in rows], origins, labels
 
     digest = _digest([builder.info.full_name, split])
     return _decoding_source(data, len(stored), examples, names, digest)
 
 
 def _builder(data):
-    """TFDS's builder of a dataset of images."""
+    """TFDS's builder of an image dataset."""
     data_dir = data.data_dir or None
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it cannot import
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its import errors
             builder = tfds.builder(data.name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
-        known = "digits, folder, or a TFDS name such as mnist, cifar10, tf_flowers, celeb_a"
-        raise UserError(f"data.name={data.name!r}: unknown dataset; use {known}") from None
+        names = "digits, folder, or a TFDS name such as mnist, cifar10, tf_flowers, celeb_a"
+        raise UserError(f"data.name={data.name!r}: unknown dataset; use {names}") from None
     except (ValueError, AssertionError, ImportError) as error:
         text = f"data.name={data.name!r}: {one_line(error)[:200]}"
-        if "already set to" in text:  # TFDS's own default is tfrecord, which needs TensorFlow
-            text += "; set data.data_dir to a folder in which it can be array_record"
+        if "already set to" in text:  # TFDS's default is tfrecord, which needs TensorFlow
+            text += "; set data.data_dir to another folder, for a copy in array_record format"
         raise UserError(text) from None
     features = builder.info.features
     if "image" not in features or not isinstance(features["image"], tfds.features.Image):
@@ -346,7 +347,7 @@ def _prepare(builder, name):
     data_dir = builder.data_path.parent.parent
     command = f"tfds build {name} --file_format=array_record --data_dir={data_dir}"
     log.info("preparing %s in %s (once)", name, builder.data_dir)
-    # Ten by default: without a network, 204 seconds.
+    # The default, 10, takes 204 seconds without a network.
     downloader.MAX_RETRIES = 2
     try:
         builder.download_and_prepare()
@@ -362,10 +363,10 @@ def _decoding_source(data, size, examples, label_names, digest):
 
     Args:
       data: the config's section.
-      size: how many there are.
-      examples: indices to (paths or binary files, how errors name each, labels).
+      size: number of images.
+      examples: indices to (paths or binary files, names for errors, labels).
       label_names: of each label.
-      digest: of which images they are.
+      digest: Source.sha256.
     """
 
     def decode(file, origin):
@@ -385,17 +386,17 @@ def _decoding_source(data, size, examples, label_names, digest):
 
 
 def _select(spec, size):
-    """Indices that a split spec picks from a dataset whose only split is "train".
+    """The indices of a split in a dataset whose only split is "train".
 
-    The order is shuffled, always the same way, so that a slice is a fair sample.
+    They are shuffled with a fixed seed, so that a slice is a random sample.
     """
     info = tfds.core.SplitInfo(name="train", shard_lengths=[size], num_bytes=0)
     try:
-        parts = tfds.core.ReadInstruction.from_spec(spec).to_absolute({"train": info})
+        slices = tfds.core.ReadInstruction.from_spec(spec).to_absolute({"train": info})
     except ValueError as error:
         raise BadSplit(error) from None
     order = np.random.default_rng(0).permutation(size)
-    chosen = np.concatenate([order[part.from_ : part.to] for part in parts])
+    chosen = np.concatenate([order[s.from_ : s.to] for s in slices])
     if len(chosen) == 0:
         raise BadSplit(EMPTY.format(size))
     return chosen

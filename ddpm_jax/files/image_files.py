@@ -1,6 +1,6 @@
-"""Image files: which files of a folder are images, and the one way in which they are decoded.
+"""Image files: finding them in a folder, checking and decoding them.
 
-Training data, the images that are edited, and masks all pass through `decode`.
+`decode` reads training data, inputs of the editing modes, and masks.
 """
 
 import collections
@@ -17,15 +17,15 @@ from PIL import Image, ImageCms, ImageOps
 from ddpm_jax.errors import one_line
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by number of channels
-# Formats that Pillow only recognises, or reads with the help of other programs.
+# Formats that Pillow cannot read, or reads only with other programs.
 NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-# An image of more pixels is refused when its header has been read, before they are decoded.
+# Larger images are refused after reading the header, before decoding.
 MAX_PIXELS = 100_000_000
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 warnings.simplefilter("error", Image.DecompressionBombWarning)
-# Pillow warns of metadata that it cannot read, which we do not need.
+# Pillow warns of unreadable metadata, which is not needed.
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-# What it raises for a file that is damaged, too large, or no image.
+# Pillow's errors for a file that is damaged, too large, or not an image.
 ERRORS = (
     ArithmeticError,
     EOFError,
@@ -39,23 +39,23 @@ ERRORS = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
-SMALL_RANGE = 32  # of 256 levels; images that use fewer are probably scaled wrongly
+SMALL_RANGE = 32  # of 256 levels; images with fewer are probably scaled wrongly
 
 
 class Files(NamedTuple):
-    """What `find` found below a folder."""
+    """The result of `find`."""
 
     images: list[pathlib.Path]  # sorted
-    left_out: str  # how many other files there are, and of which kinds; empty if none
+    others: str  # number and kinds of the other files; empty if there are none
 
 
 class Check(NamedTuple):
-    """What `check` learnt of an image file."""
+    """The result of `check`."""
 
-    error: str  # why it cannot be read; empty if it can
-    transparent: bool  # whether pixels are not opaque
-    low: int  # the smallest and the largest level, in [0, 255]
-    high: int
+    error: str  # why the file cannot be read; empty if it can
+    transparent: bool  # whether some pixels are not opaque
+    low: int  # the smallest level, in [0, 255]
+    high: int  # the largest level
 
 
 def extensions():
@@ -66,10 +66,10 @@ def extensions():
 
 
 def find(folder):
-    """The image files below a folder, by their suffixes; links to files and folders are followed.
+    """Finds image files below a folder by their suffixes; follows links to files and folders.
 
-    Hidden files and folders (and __MACOSX) are never images. A pipe or a device is none either: it
-    would be waited for. A link to a folder that it lies in is not followed.
+    Hidden files and folders, and __MACOSX, are skipped. So are pipes and devices, since reading
+    them would block, and links to a parent folder.
 
     Args:
       folder: a path.
@@ -80,64 +80,64 @@ def find(folder):
     Raises:
       OSError: for a folder that cannot be listed.
     """
-    known, images, left_out = extensions(), [], collections.Counter()
+    suffixes, images, others = extensions(), [], collections.Counter()
 
-    def visit(folder, above):
+    def visit(folder, parents):
         status = os.stat(folder)
-        above = above | {(status.st_dev, status.st_ino)}
+        parents = parents | {(status.st_dev, status.st_ino)}
         with os.scandir(folder) as entries:
             for entry in entries:
-                sort(entry, above)
+                add(entry, parents)
 
-    def sort(entry, above):
+    def add(entry, parents):
         path = pathlib.Path(entry.path)
         suffix = path.suffix.lower()
         if entry.name.startswith(".") or entry.name == "__MACOSX":
-            left_out["hidden"] += 1
+            others["hidden"] += 1
         elif entry.is_dir():
             status = os.stat(path)
-            if (status.st_dev, status.st_ino) in above:
-                left_out["a link to a folder around it"] += 1
+            if (status.st_dev, status.st_ino) in parents:
+                others["link to a parent folder"] += 1
             else:
-                visit(path, above)
-        elif suffix in known and (entry.is_file() or not path.exists()):  # a link to nothing
+                visit(path, parents)
+        elif suffix in suffixes and (entry.is_file() or not path.exists()):  # also broken links
             images.append(path)
         else:
-            left_out[suffix or "without a suffix"] += 1
+            others[suffix or "without a suffix"] += 1
 
     visit(folder, frozenset())
-    kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(5))
-    more = left_out.total() - sum(count for _, count in left_out.most_common(5))
+    kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
+    more = others.total() - sum(count for _, count in others.most_common(5))
     return Files(sorted(images), kinds + (f", {more} more" if more else ""))
 
 
 def decode(file, channels):
     """Decodes the first frame of an image file.
 
-    EXIF's orientation is applied. Of 16 bits the upper 8 are kept. Transparent pixels become white,
-    unless there are 4 channels.
+    The EXIF orientation is applied. Of 16 bits, the upper 8 are used. Transparent pixels become
+    white, unless there are 4 channels.
 
     Args:
       file: a path or a binary file.
       channels: 1 (gray), 3 (RGB) or 4 (RGB and alpha).
 
     Returns:
-      A Pillow image of 8 bits a channel.
+      A Pillow image with 8 bits per channel.
 
     Raises:
-      ERRORS: for what is no image, is damaged, or has values of no known range.
+      ERRORS: if the file is not an image, is damaged, or has values of an unknown range.
     """
     with _opened(file) as image:
         return to_channels(_upright(image), channels)
 
 
 def to_channels(image, channels):
-    """A Pillow image of any mode as one of 8 bits a channel; see `decode`."""
+    """Converts a Pillow image of any mode to 8 bits per channel; see `decode`."""
     if image.mode.startswith("I;16"):  # Pillow would clip at 255
         image = _upper_bits(image)
     if image.mode in ("I", "F"):
         raise ValueError(f"its values ({image.mode}, 32 bits) have no known range")
-    if image.mode == "LAB":  # which no matrix converts
+    if image.mode == "LAB":  # needs a profile; `convert` cannot do it
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
     if image.has_transparency_data and channels != 4:
@@ -148,13 +148,13 @@ def to_channels(image, channels):
 
 
 def reason(error):
-    """Why a file cannot be read: the text of one of ERRORS."""
+    """The text of one of ERRORS: why a file cannot be read."""
     text = getattr(error, "strerror", None) or one_line(error) or type(error).__name__
-    return "not an image that Pillow knows" if "cannot identify" in text else text
+    return "not an image format that Pillow reads" if "cannot identify" in text else text
 
 
 def check(path, channels):
-    """Decodes an image file, a JPEG at an eighth of its size, to see whether that works.
+    """Checks that an image file can be decoded; of a JPEG, only at an eighth of its size.
 
     Args:
       path: of the file.
@@ -176,16 +176,16 @@ def check(path, channels):
         return Check(reason(error), False, 255, 0)
 
 
-def remarks(checks, left_out, channels):
-    """What a user might not expect of image files, a text each.
+def warnings_of(checks, others, channels):
+    """Yields warnings about a folder's image files.
 
     Args:
       checks: the Check of each file.
-      left_out: of the Files that they are of.
-      channels: to which they are decoded.
+      others: of Files.
+      channels: of the decoded images.
     """
-    if left_out:
-        yield f"left out, as they are no images: {left_out}"
+    if others:
+        yield f"skipped files that are not images: {others}"
     transparent = sum(check.transparent for check in checks)
     if transparent and channels != 4:
         yield f"transparent pixels become white, in {transparent} images"
@@ -193,17 +193,17 @@ def remarks(checks, left_out, channels):
     high = max((check.high for check in checks), default=255)
     if 0 <= high - low < SMALL_RANGE:
         yield (
-            f"the images use only the levels {low} to {high} of 255; are they files of 16 bits of "
-            "which fewer are used? Scale them first"
+            f"the images use only the levels {low} to {high} of 255. If they are files of 16 bits "
+            "that use fewer bits, scale them first"
         )
 
 
 @contextlib.contextmanager
 def _opened(file):
-    """Opens a path or a binary file as Pillow image, whose pixels are not decoded yet.
+    """Opens a path or a binary file as a Pillow image, without decoding its pixels.
 
-    Pillow 13 maps a TIFF that it opens by its path into memory, and then mixes up its rows where
-    EXIF says that it lies on its side. So the file is opened here.
+    The file is opened here, not by Pillow: Pillow 13 memory-maps a TIFF that it opens by its path,
+    and then reads rows in the wrong order if the EXIF orientation is a quarter turn.
     """
     with contextlib.ExitStack() as stack:
         if isinstance(file, str | os.PathLike):
@@ -212,14 +212,14 @@ def _opened(file):
 
 
 def _upright(image):
-    """An opened image as EXIF says it is to be seen."""
-    if image.mode == "I" and image.format == "PPM":  # which are of 16 bits
+    """An opened image with its EXIF orientation applied."""
+    if image.mode == "I" and image.format == "PPM":  # these have 16 bits
         image = Image.fromarray(np.asarray(image).astype(np.uint16))
     return ImageOps.exif_transpose(image)
 
 
 def _upper_bits(image):
-    """A gray image of 16 bits as one of 8; a level that stands for transparency stays so."""
+    """Converts a gray image of 16 bits to 8 bits; keeps a transparent level transparent."""
     levels, transparent = np.asarray(image), image.info.get("transparency")
     gray = (levels >> 8).astype(np.uint8)
     if transparent is None:

@@ -1,4 +1,4 @@
-"""Images between disk and the model: uint8 ↔ [-1, 1], pictures of many of them, animations."""
+"""Image arrays: uint8 ↔ [-1, 1], grids and strips of images, PNG files, animations."""
 
 import contextlib
 import itertools
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ddpm_jax.files.workdir import atomic_write
 
-# Otherwise ffmpeg is started through a fork, of which JAX warns.
+# Without this, ffmpeg is started by a fork, for which JAX warns.
 os.environ.setdefault("IMAGEIO_FFMPEG_NO_PREVENT_SIGINT", "1")
 
 
@@ -22,19 +22,19 @@ def to_float(images):
 
 
 def to_uint8(x):
-    """[-1, 1] to the nearest of the 256 levels, uint8; what lies outside is clipped."""
+    """[-1, 1] to the nearest of the 256 levels, uint8; other values are clipped."""
     return jnp.round(jnp.clip((x + 1) * 127.5, 0, 255)).astype(jnp.uint8)
 
 
 def grid(images, columns=None, smallest=64):
-    """Lays images out in rows, with white lines between them.
+    """Arranges images in rows, with white lines between them.
 
-    Small images are enlarged by a whole factor (nearest neighbour) so that one can look at them.
+    Small images are enlarged by a whole factor (nearest neighbour) to make them visible.
 
     Args:
       images: uint8 [N, H, W, C], C = 1, 3 or 4.
-      columns: images a row; by default about as many as rows.
-      smallest: pixels, up to which an image is enlarged.
+      columns: images per row; by default about the number of rows.
+      smallest: size in pixels up to which images are enlarged.
 
     Returns:
       uint8 [height, width, C].
@@ -83,7 +83,7 @@ def strips(frames, titles=()):
 
 
 def to_rgb(picture):
-    """uint8 [H, W, C] to [H, W, 3]: gray repeated, and what is transparent on white."""
+    """uint8 [H, W, C] to [H, W, 3]: gray is repeated, transparent pixels are blended with white."""
     if picture.shape[-1] == 4:
         alpha = picture[..., 3:] / np.float32(255)
         return (picture[..., :3] * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
@@ -91,12 +91,12 @@ def to_rgb(picture):
 
 
 def write_animation(path, pictures, seconds=0.05):
-    """Writes pictures as a .gif or .mp4 that stays on the last one for two seconds.
+    """Writes pictures as a .gif or .mp4, which shows the last picture for two seconds.
 
     Args:
-      path: its suffix decides.
-      pictures: iterable of uint8 [H, W, C], all of one size.
-      seconds: that each is shown.
+      path: its suffix decides the format.
+      pictures: iterable of uint8 [H, W, C], all of the same size.
+      seconds: duration of each picture.
     """
     write = {".gif": _write_gif, ".mp4": _write_mp4}[path.suffix]
     with atomic_write(path) as temporary:
@@ -104,7 +104,7 @@ def write_animation(path, pictures, seconds=0.05):
 
 
 def _to_even_rgb(picture):
-    """Videos have three channels and even sides."""
+    """Converts a picture to three channels and even height and width, as videos need."""
     height, width, _ = picture.shape
     even = ((0, height % 2), (0, width % 2), (0, 0))
     return np.pad(to_rgb(picture), even, constant_values=255)
@@ -129,7 +129,7 @@ def _write_mp4(path, pictures, seconds):
     options = {"fps": 1 / seconds, "macro_block_size": 2, "output_params": ["-f", "mp4"]}
     video = imageio_ffmpeg.write_frames(str(path), first.shape[1::-1], **options)
     with contextlib.closing(video):
-        video.send(None)  # it starts
+        video.send(None)  # starts ffmpeg
         for last in itertools.chain([first], pictures):
             video.send(last.tobytes())
         for _ in range(round(2 / seconds)):

@@ -1,12 +1,12 @@
 """The files of a run, except its checkpoints.
 
 runs/cifar10/
-  config.json          what the run was made with
+  config.json          the run's config
   checkpoints/<step>/  see checkpoint.py
-  metrics.jsonl        one JSON object a log point; TensorBoard events beside it
-  data.json            which images it is trained on, and what each class is called
+  metrics.jsonl        one JSON object per log line; TensorBoard events beside it
+  data.json            digest of the training images, and the names of the classes
   samples/             grids and arrays of images
-  show/, report.html   pictures of it, see show.py
+  show/, report.html   visualizations, see show.py
 """
 
 import contextlib
@@ -32,14 +32,14 @@ from ddpm_jax.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 
-START_ANEW = "use those again, or start another run with another --workdir"
+START_ANEW = "use the same data, or start a new run with another --workdir"
 
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yields a temporary path beside `path`, and renames it to that when all went well.
+    """Yields a temporary path beside `path`, and renames it to `path` if there was no error.
 
-    Of several processes, which all come here, only the first one's file stays.
+    All processes call this; only the first process's file is kept.
     """
     path = pathlib.Path(path)
     if not parallel.is_first():
@@ -57,15 +57,15 @@ def atomic_write(path):
 
 @contextlib.contextmanager
 def lock(folder, purpose, waits=False):
-    """Keeps other programs from doing the same in a folder, as long as this one lives.
+    """Locks a folder for one purpose: no other program can hold the same lock at the same time.
 
     Args:
-      folder: where.
-      purpose: names the file, .<purpose>.lock.
-      waits: whether to wait for another program rather than to raise.
+      folder: the folder.
+      purpose: the lock file is .<purpose>.lock.
+      waits: whether to wait for another program, or to raise an error.
 
     Raises:
-      UserError: if another program is at it, or the folder cannot be written.
+      UserError: if another program holds the lock, or the folder cannot be written.
     """
     path, holder = pathlib.Path(folder) / f".{purpose}.lock", ""
     with contextlib.ExitStack() as stack:
@@ -74,13 +74,13 @@ def lock(folder, purpose, waits=False):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 file = stack.enter_context(path.open("a+"))
             holder = _hold(file, waits)
-        if parallel.of_first(holder != ""):
-            raise UserError(f"{folder}: another program is at work in it ({purpose}){holder}")
+        if parallel.broadcast_from_first(holder != ""):
+            raise UserError(f"{folder}: is in use by another program ({purpose}){holder}")
         yield
 
 
 def _hold(file, waits):
-    """Locks an open file, until its process ends; returns who else has it."""
+    """Locks an open file until this process ends; returns the other process if it is locked."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -90,7 +90,7 @@ def _hold(file, waits):
             return holder
         log.info("waiting for another program in %s%s", pathlib.Path(file.name).parent, holder)
         fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:  # not every network's file system can
+    except OSError as error:  # some network file systems have no locks
         log.warning("%s cannot be locked (%s)", file.name, error.strerror)
     file.truncate(0)
     print(os.getpid(), "on", socket.gethostname(), file=file, flush=True)
@@ -98,18 +98,18 @@ def _hold(file, waits):
 
 
 def check_free(flag, folder):
-    """Raises a UserError unless a folder can be made, or is empty."""
+    """Raises a UserError unless a folder is empty, or does not exist and can be created."""
     with named_errors(flag, folder):
         path = pathlib.Path(folder).resolve()
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise UserError(f"{flag}={folder}: exists, and is not an empty folder")
-    check_writable(path.parent, flag)  # which it is renamed into
+    check_writable(path.parent, flag)  # new_folder renames within the parent
 
 
 def check_writable(folder, flag="workdir"):
-    """Raises a UserError unless files can be made in a folder, or it can be made itself.
+    """Raises a UserError unless files can be created in a folder, or the folder can be created.
 
-    To be called before what takes long: what has been computed could not be kept.
+    Call it before slow computations, so that their results are not lost.
     """
     if not parallel.is_first():
         return
@@ -122,11 +122,11 @@ def check_writable(folder, flag="workdir"):
 
 @contextlib.contextmanager
 def new_folder(flag, folder):
-    """Yields a temporary folder beside `folder`, and renames it to that when all went well.
+    """Yields a temporary folder beside `folder`, and renames it to `folder` if there was no error.
 
     Args:
-      flag: where the user named it, for errors.
-      folder: one that check_free has accepted.
+      flag: the user's name of the folder, for errors.
+      folder: a folder that check_free has accepted.
 
     Raises:
       UserError: if it cannot be written.
@@ -134,19 +134,19 @@ def new_folder(flag, folder):
     with named_errors(flag, folder):
         path = pathlib.Path(folder).resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
-        around = tempfile.mkdtemp(prefix=f".{path.name[:100]}.", dir=path.parent)
+        outer = tempfile.mkdtemp(prefix=f".{path.name[:100]}.", dir=path.parent)
         try:
-            temporary = pathlib.Path(around) / "new"  # mkdtemp's own is for our eyes only
+            temporary = pathlib.Path(outer) / "new"  # only its owner can read mkdtemp's folder
             temporary.mkdir()
             yield temporary
             os.replace(temporary, path)
         finally:
-            shutil.rmtree(around, ignore_errors=True)
+            shutil.rmtree(outer, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def named_errors(flag, folder):
-    """Turns what the file system says into a UserError."""
+    """Turns errors of the file system into a UserError."""
     try:
         yield
     except OSError as error:
@@ -157,26 +157,27 @@ def load_config(workdir):
     """Reads a run's config.json.
 
     Returns:
-      A locked ConfigDict, or None where there is no run yet.
+      A locked ConfigDict, or None if there is no run yet.
 
     Raises:
-      UserError: if the file is not a JSON object, or holds what no config does.
+      UserError: if the file is not a JSON object, or not a config.
     """
     path = pathlib.Path(workdir) / "config.json"
     if not os.path.exists(path):  # no error for a long name
         return None
     fields = read_json(path)
     try:
-        return ml_collections.ConfigDict(configs.with_tuples(fields)).lock()
+        config = ml_collections.ConfigDict(configs.with_tuples(fields)).lock()
+        return configs.rename_old_values(config)
     except (AttributeError, RecursionError, ValueError) as error:
         raise UserError(f"{path}: is not a config ({one_line(error)})") from None
 
 
 def saved_config(workdir):
-    """The whole config of a run; fields that are newer than the run have their defaults.
+    """The complete config of a run; fields that are newer than the run are added.
 
     Raises:
-      UserError: if there is no run, or its config.json does not hold a config.
+      UserError: if there is no run, or its config.json is not a config.
     """
     config = load_config(workdir)
     if config is None:
@@ -206,7 +207,7 @@ def read_json(path, object_hook=None):
 
 
 def _parsed(path, object_hook=None):
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # opening a pipe would block
         raise UserError(f"{path}: is not a file")
     try:
         return json.loads(path.read_text(), object_hook=object_hook)
@@ -217,10 +218,10 @@ def _parsed(path, object_hook=None):
 
 
 def to_json(value, **options):
-    """JSON of nested dicts and lists; numbers that are not finite are null, as it has none.
+    """JSON of nested dicts and lists; non-finite numbers become null, since JSON has none.
 
     Args:
-      value: what to write.
+      value: the dict or list.
       **options: of json.dumps.
     """
 
@@ -241,11 +242,11 @@ def save_config(config, workdir):
 
 
 def save_data(source, workdir):
-    """Writes data.json: what the run is trained on.
+    """Writes data.json, which identifies the training images.
 
     Args:
-      source: its training images.
-      workdir: its folder.
+      source: the training images.
+      workdir: the run's folder.
     """
     fields = {"images": source.size, "sha256": source.sha256, "label_names": source.label_names}
     with atomic_write(pathlib.Path(workdir) / "data.json") as path:
@@ -253,13 +254,13 @@ def save_data(source, workdir):
 
 
 def check_same_data(source, workdir, moved):
-    """Raises a UserError unless a run was trained on just these images, in this order.
+    """Raises a UserError unless a run was trained on exactly these images, in this order.
 
     Args:
-      source: what it is to be trained on.
-      workdir: its folder.
-      moved: whether they are in another place than they were; of runs without data.json, which are
-        older than that file, nothing else is known.
+      source: the training images.
+      workdir: the run's folder.
+      moved: whether data.path has changed; for runs of old versions, which have no data.json, this
+        is the only check.
     """
     check_same_classes(source, workdir)
     path = pathlib.Path(workdir) / "data.json"
@@ -269,12 +270,12 @@ def check_same_data(source, workdir, moved):
     count = saved.get("images", "unknown")
     change = f"{count} images -> {source.size}"
     if count == source.size:
-        change = f"as many images ({count}), but other files or in another order"
+        change = f"the same number of images ({count}), but other files or another order"
     raise UserError(f"workdir={workdir}: was trained on other data: {change}; {START_ANEW}")
 
 
 def check_same_classes(source, workdir):
-    """Raises a UserError if the classes of a run were others than those of these images."""
+    """Raises a UserError if a run and these images have different classes."""
     names = load_label_names(workdir)
     if names and source.label_names and names != source.label_names:
         change = f"{', '.join(names)} -> {', '.join(source.label_names)}"
@@ -283,7 +284,7 @@ def check_same_classes(source, workdir):
 
 
 def load_label_names(workdir):
-    """The classes' names in data.json (of older runs, in labels.json); () where there are none."""
+    """The classes' names from data.json, or labels.json of old versions; () without classes."""
     path = pathlib.Path(workdir) / "data.json"
     names = read_json(path).get("label_names") if path.exists() else None
     if names is None:
@@ -301,14 +302,14 @@ def write_npz(path, **arrays):
 
 
 def read_metrics(workdir):
-    """The lines of metrics.jsonl, as dicts of numbers; none where there is no such file."""
+    """The lines of metrics.jsonl as dicts of numbers; an empty list if there is no file."""
     path = pathlib.Path(workdir) / "metrics.jsonl"
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     return [values for values in map(_values, lines) if values is not None]
 
 
 def _values(line):
-    """{name: number} of a line of metrics.jsonl, null as NaN; None if it is not such a line."""
+    """{name: number} of a line of metrics.jsonl, with null as NaN; None if it is not valid."""
     try:
         values = json.loads(line, object_hook=nan_for_null)
     except (RecursionError, ValueError):
@@ -319,10 +320,10 @@ def _values(line):
 
 
 class Metrics:
-    """Appends to metrics.jsonl and to TensorBoard's event file, in the first of the processes.
+    """Appends to metrics.jsonl and to TensorBoard's event file, in the first process.
 
-    What an interrupted run logged after `step`, the checkpoint it resumes from, is dropped, as is
-    a line it did not finish: those steps are about to be done again.
+    A resumed run repeats the steps after its checkpoint. So lines after `step`, the checkpoint's
+    step, are removed, and so is an incomplete line.
     """
 
     def __init__(self, workdir, step):
@@ -330,16 +331,16 @@ class Metrics:
         path = workdir / "metrics.jsonl" if first else pathlib.Path(os.devnull)
         if path.is_file():
             lines = path.read_text(errors="replace").splitlines(keepends=True)
-            whole = ((line, _values(line)) for line in lines if line.endswith("\n"))
-            kept = [line for line, values in whole if values and values["step"] <= step]
-            if len(kept) < len(lines):
+            complete = ((line, _values(line)) for line in lines if line.endswith("\n"))
+            until_step = [line for line, values in complete if values and values["step"] <= step]
+            if len(until_step) < len(lines):
                 with atomic_write(path) as temporary:
-                    temporary.write_text("".join(kept))
+                    temporary.write_text("".join(until_step))
         self._file = path.open("a")
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
         self._events = RecordWriter(open(workdir / name if first else os.devnull, "wb"))  # noqa: SIM115
         self._write_event(0, file_version="brain.Event:2")
-        # TensorBoard drops what other files have from this step on.
+        # TensorBoard ignores events of other files from this step on.
         self._write_event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step, **values):

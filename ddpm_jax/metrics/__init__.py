@@ -1,1 +1,1 @@
-"""How good samples are: Inception features and the distances between sets of them."""
+"""Sample quality: Inception features, and distances between sets of features."""

@@ -13,7 +13,7 @@ import scipy.linalg
 
 
 class Statistics(NamedTuple):
-    """What FID knows of a set of features."""
+    """Statistics of a set of features, for FID."""
 
     count: int
     mean: np.ndarray  # [D]
@@ -21,20 +21,20 @@ class Statistics(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A number, and the standard error of it."""
+    """A number and its standard error."""
 
     value: float
-    error: float | None  # None where it cannot be told
+    error: float | None  # None if it cannot be estimated
 
 
 def statistics(chunks):
-    """Mean and covariance of features that come in chunks; memory does not grow with them.
+    """Mean and covariance of features in chunks; its memory does not depend on their number.
 
     Args:
       chunks: iterable of [N, D] arrays.
 
     Returns:
-      Statistics of all of them together.
+      Statistics of all chunks.
     """
     count, mean, scatter = 0, 0.0, 0.0
     for chunk in chunks:
@@ -57,8 +57,8 @@ def frechet_distance(a, b):
       b: Statistics, of the same D.
 
     Returns:
-      A float. The trace of the root is the sum of the roots of C_a^½ C_b C_a^½'s eigenvalues, which
-      stay real and defined where a covariance is singular.
+      A float. The trace of the root is the sum of the roots of the eigenvalues of C_a^½ C_b C_a^½.
+      They are real, also if a covariance is singular.
     """
     values, vectors = scipy.linalg.eigh(a.covariance)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
@@ -75,13 +75,13 @@ def kernel_distance(a, b, subsets=100, size=1000, seed=0):
     Args:
       a: [N, D] features.
       b: [M, D] features.
-      subsets: how many.
-      size: features of each set in a subset, drawn without replacement; at most N and M.
+      subsets: number of subsets.
+      size: features per subset, drawn without replacement; at most N and M.
       seed: of the draws.
 
     Returns:
-      An Estimate. As many subsets as the smaller set fills are independent; that many count for the
-      error.
+      An Estimate. For the error, the number of independent subsets is that of disjoint subsets in
+      the smaller set.
     """
     smaller = min(len(a), len(b))
     rng, size = np.random.default_rng(seed), min(size, smaller)
@@ -101,10 +101,10 @@ def _kernel(x, y):
 
 
 def precision_recall(real, fake, neighbours=3, block=1000):
-    """How many fakes lie in the manifold of the real, and the reverse.
+    """The fraction of fakes in the manifold of the real features, and the reverse.
 
-    A set's manifold is the union of balls around its features, each as large as the distance to
-    its k-th nearest neighbour in the set.
+    The manifold of a set is the union of balls around its features; the radius of a ball is the
+    distance to the k-th nearest neighbour in the set.
 
     Args:
       real: [N, D] features.
@@ -120,16 +120,16 @@ def precision_recall(real, fake, neighbours=3, block=1000):
 
 
 def _covered(points, centres, neighbours, block):
-    """The fraction of points in the manifold of the centres; distances are squared throughout."""
+    """The fraction of points in the manifold of the centres; all distances are squared."""
     neighbours = min(neighbours, len(centres) - 1)
     norms = np.square(centres).sum(axis=1)
 
-    def distances(some):
-        return np.square(some).sum(axis=1)[:, None] + norms - 2 * some @ centres.T
+    def distances(x):
+        return np.square(x).sum(axis=1)[:, None] + norms - 2 * x @ centres.T
 
     radii = np.concatenate(
         [
-            # The nearest one is the centre itself.
+            # Index 0 is the centre itself.
             np.partition(distances(centres[i : i + block]), neighbours, axis=1)[:, neighbours]
             for i in range(0, len(centres), block)
         ]
@@ -142,15 +142,15 @@ def _covered(points, centres, neighbours, block):
 
 
 def inception_score(chunks, count, splits=10):
-    """exp(E[KL(p(y | x) ‖ p(y))]): a mean over splits of the samples.
+    """exp(E[KL(p(y | x) ‖ p(y))]), averaged over splits of the samples.
 
     Args:
       chunks: iterable of [N, classes] arrays, log p(y | x).
-      count: samples in all of them.
-      splits: how many, each of consecutive samples.
+      count: samples in all chunks.
+      splits: number of splits, each of consecutive samples.
 
     Returns:
-      An Estimate, whose error is the standard deviation over splits (as published scores have it).
+      An Estimate; its error is the standard deviation over splits, as in published scores.
     """
     splits = min(splits, count)
     marginal, negative_entropy, size = [0.0] * splits, [0.0] * splits, [0] * splits

@@ -1,4 +1,4 @@
-"""Inception features of many images, in files that survive a kill."""
+"""Inception features of many images, in files from which an interrupted run resumes."""
 
 import numpy as np
 
@@ -8,12 +8,12 @@ from ddpm_jax.metrics import inception
 
 
 def make_extractor(params, resize, batch_size):
-    """Builds images → features over all devices; it compiles once.
+    """Builds a function from images to features, over all devices; it compiles once.
 
     Args:
       params: of the Inception network.
       resize: "tf1" or "torch", see inception.preprocess.
-      batch_size: images at a time, a multiple of the devices.
+      batch_size: images at a time, a multiple of the number of devices.
 
     Returns:
       extract(images), uint8 [N, H, W, C] to float32 [N, 2048].
@@ -27,42 +27,42 @@ def make_extractor(params, resize, batch_size):
     params = parallel.replicate(params)
 
     def extract(images):
-        parts = []
+        batches = []
         for first in range(0, len(images), batch_size):
             batch = images[first : first + batch_size]
             padding = np.zeros((batch_size - len(batch), *batch.shape[1:]), np.uint8)
             padded = np.concatenate([batch, padding])
-            out = parallel.merge(features(params, parallel.split(parallel.part(padded))))
-            parts.append(out[: len(batch)])
-        return np.concatenate(parts)
+            out = parallel.gather(features(params, parallel.shard(parallel.local_shard(padded))))
+            batches.append(out[: len(batch)])
+        return np.concatenate(batches)
 
     return extract
 
 
 def collect(folder, count, size, rows_of, description, stop=signals.never):
-    """Computes a row for each of many images, some at a time, and keeps them in files.
+    """Computes one row per image, in batches, and saves the rows in files.
 
-    A killed run goes on after the last whole file.
+    An interrupted run resumes after the last complete file.
 
     Args:
-      folder: where the files go, rows_<first>.npy.
-      count: images.
+      folder: for the files, rows_<first>.npy.
+      count: number of images.
       size: images at a time.
       rows_of: (first, last) to an array [last - first, …].
       description: for the progress bar.
       stop: from signals.catch.
 
     Raises:
-      signals.Stopped: if a signal came before the end.
+      signals.Stopped: if a signal interrupts it.
     """
-    if parallel.of_first(sum(map(len, _files(folder).values())) >= count):
+    if parallel.broadcast_from_first(sum(map(len, _files(folder).values())) >= count):
         return
-    with lock(folder, "rows", waits=True):  # it may be computing just this
-        there = _files(folder)
+    with lock(folder, "rows", waits=True):  # another program may compute the same rows
+        files = _files(folder)
         if parallel.is_first():
-            for path in set(folder.glob("rows_*.npy")) - there.keys():
-                path.unlink()  # what comes after a file that is missing
-        done = parallel.of_first(sum(map(len, there.values())))
+            for path in set(folder.glob("rows_*.npy")) - files.keys():
+                path.unlink()  # files after a missing file
+        done = parallel.broadcast_from_first(sum(map(len, files.values())))
         with progress.bar(count, description, "img", initial=min(done, count)) as bar:
             for first in range(done, count, size):
                 last = min(first + size, count)
@@ -72,22 +72,22 @@ def collect(folder, count, size, rows_of, description, stop=signals.never):
                 bar.update(last - first)
                 if last < count:
                     signals.check(stop)
-        parallel.barrier()  # all of them will read the files
+        parallel.barrier()  # all processes read the files afterwards
 
 
 def _files(folder):
-    """{path: rows} (mapped, not read) of what collect has written, up to the first gap."""
-    found, done = {}, 0
+    """The files of `collect` up to the first gap: {path: rows}, memory-mapped."""
+    files, done = {}, 0
     for path in sorted(folder.glob("rows_*.npy")):
         if path.name != f"rows_{done:07d}.npy":
             break
-        found[path] = np.load(path, mmap_mode="r")
-        done += len(found[path])
-    return found
+        files[path] = np.load(path, mmap_mode="r")
+        done += len(files[path])
+    return files
 
 
 def chunks(folder, count, size=1000):
-    """Yields the first `count` rows that collect has written, about `size` at a time."""
+    """Yields the first `count` rows of `collect`, about `size` at a time."""
     block = []
     for rows in _files(folder).values():
         block.append(rows[:count])
@@ -100,5 +100,5 @@ def chunks(folder, count, size=1000):
 
 
 def rows(folder, count):
-    """The first `count` rows in one array."""
+    """The first `count` rows of `collect` in one array."""
     return np.concatenate(list(chunks(folder, count)))

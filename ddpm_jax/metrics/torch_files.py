@@ -1,8 +1,7 @@
-"""Reads tensors out of PyTorch's files, without PyTorch, and without running what is pickled there.
+"""Reads tensors from PyTorch's files, without PyTorch, and without running pickled code.
 
-Three kinds: a TorchScript archive, the zip of today's torch.save, and the stream of torch.save
-before version 1.6. Of their pickles only tensors, containers and empty modules are rebuilt; a file
-that asks for anything else is refused.
+It reads TorchScript archives, torch.save's zip files, and its streams before version 1.6. Only
+tensors, containers and empty modules are unpickled; other files are refused.
 """
 
 import collections
@@ -21,7 +20,7 @@ DTYPES = {
     "IntStorage": np.dtype("<i4"),
     "BoolStorage": np.dtype("?"),
 }
-# What unpickling says of a file that is damaged, or of another kind.
+# Errors of unpickling for a damaged file, or another kind of file.
 DAMAGE = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
@@ -35,15 +34,15 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 
 class Module:
-    """What a pickled module becomes: its state."""
+    """Stands for a pickled module; has only its state."""
 
     def __setstate__(self, state):
-        """Takes what was pickled."""
+        """Stores the pickled state."""
         self.state = state
 
 
 class Storage(collections.namedtuple("Storage", "dtype key size")):
-    """The memory of a tensor; `array` once it has been read."""
+    """The memory of a tensor: its key in the file, and its size in elements."""
 
 
 class _Tensor(collections.namedtuple("_Tensor", "storage offset shape strides")):
@@ -60,7 +59,7 @@ def read(path):
       {"module.name": numpy array}, in the order of the file.
 
     Raises:
-      UserError: if it is not such a file, is damaged, or holds more than tensors.
+      UserError: if it is another kind of file, is damaged, or has other objects than tensors.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -73,28 +72,28 @@ def read(path):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows tensors and the containers around them, and nothing else."""
+    """Unpickles only tensors and their containers."""
 
     def find_class(self, module, name):
         if module.startswith("torch") and name in DTYPES:
             return name
-        known = {
+        allowed = {
             ("torch._utils", "_rebuild_tensor"): _rebuild,
             ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
             ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
             ("torch.jit._pickle", "build_intlist"): list,
             ("collections", "OrderedDict"): collections.OrderedDict,
         }
-        if (module, name) in known:
-            return known[module, name]
-        if module.startswith("__torch__."):  # a class that TorchScript compiled
+        if (module, name) in allowed:
+            return allowed[module, name]
+        if module.startswith("__torch__."):  # a class compiled by TorchScript
             return Module
-        raise pickle.UnpicklingError(f"asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"has a {module}.{name}")
 
     def persistent_load(self, pid):
         kind, dtype, key, _, size, *_ = pid
         if kind != "storage":
-            raise pickle.UnpicklingError(f"asks for a {kind}")
+            raise pickle.UnpicklingError(f"has a {kind}")
         return Storage(DTYPES[dtype], key, size)
 
 
@@ -118,7 +117,7 @@ def _read_zip(path):
 
 
 def _read_stream(path):
-    """magic, version, system, object, keys: a pickle each; then the storages, in that order."""
+    """Reads pickles of magic, version, system, object and keys; then the storages in this order."""
     with open(path, "rb") as file:
         if _Unpickler(file).load() != LEGACY_MAGIC:
             raise pickle.UnpicklingError("not a file of torch.save")

@@ -1,7 +1,7 @@
-"""From images to images: interpolation, inpainting, image-to-image, and to noise and back.
+"""Image editing: interpolation, inpainting, image-to-image, and DDIM inversion.
 
-Each is a task of generate.make_sampler: where the reverse process starts, what a step is, and which
-steps are taken. Images and masks come from files of exactly the model's size.
+Each is a task of generate.make_sampler, which defines the first x, the step, and the order of the
+steps. Images and masks are files of exactly the model's size.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ from ddpm_jax.runs import generate
 
 log = logging.getLogger(__name__)
 
-WEIGHTS = np.linspace(0, 1, 11)  # λ of the paper's figure 8, and both ends
-MOST_BYTES = 2**31  # of the images of an .npz file
-# What reading an array from an archive raises that is damaged, or of another kind.
+WEIGHTS = np.linspace(0, 1, 11)  # λ: 0, 1 and the values of the paper's figure 8
+MAX_BYTES = 2**31  # of the images of an .npz file
+# Errors when reading an array from a damaged archive, or from another kind of file.
 ARCHIVE_ERRORS = (
     ArithmeticError,
     EOFError,
@@ -51,48 +51,49 @@ ARCHIVE_ERRORS = (
 
 
 def start_index(config, chain):
-    """A chain's step for `sample.t`: the noisiest that is not above it."""
+    """The index in a chain of `sample.t`: of the last step with τ ≤ t."""
     t = config.sample.t if config.sample.t >= 0 else config.diffusion.num_timesteps // 2
     return int(np.searchsorted(chain.timesteps, t, side="right")) - 1
 
 
 def start_t(config):
-    """The network's step at which that is."""
+    """The network's t at start_index."""
     chain = generate.make_chain(config)
     return int(chain.timesteps[start_index(config, chain)])
 
 
-def noised(chain, t, image, keys, number):
-    """x_t ~ q(x_t | image) for uint8 images, with the noise of this number of their keys."""
+def diffuse_images(chain, t, image, keys, key_step):
+    """x_t ~ q(x_t | image) for uint8 images; the keys are folded with key_step for the noise."""
     x0 = images.to_float(image)
-    eps = sampling.noise(keys, number, x0.shape[1:])
+    eps = sampling.noise(keys, key_step, x0.shape[1:])
     return diffusion.q_sample(chain.schedule, x0, jnp.full(len(x0), t), eps)
 
 
 def img2img_task(config, chain):
-    """Denoises x_t ~ q(x_t | image); inputs are {"image": uint8 [B, H, W, C]}."""
+    """The task of denoising x_t ~ q(x_t | image); inputs are {"image": uint8 [B, H, W, C]}."""
     first = start_index(config, chain)
     _, step_of, _ = generate.from_noise(config, chain)
 
     def start(keys, inputs):
-        return noised(chain, first, inputs["image"], keys, config.diffusion.num_timesteps)
+        return diffuse_images(chain, first, inputs["image"], keys, config.diffusion.num_timesteps)
 
     return start, step_of, np.arange(first + 1)[::-1]
 
 
 def interpolate_task(config, chain):
-    """Denoises (1 - λ) x_t + λ x'_t, two images' q-samples (Ho et al., Sec. 4.4 and Fig. 8).
+    """The task of denoising (1 - λ) x_t + λ x'_t, with x_t and x'_t diffused from two images (Ho et
+    al., Sec. 4.4 and Fig. 8).
 
-    The inputs are {"image", "other": uint8 [B, H, W, C], "weight": λ [B]}. The noise is that of an
-    image's number, whatever λ is.
+    The inputs are {"image", "other": uint8 [B, H, W, C], "weight": λ [B]}. The noise depends on an
+    image's index, not on λ.
     """
     first = start_index(config, chain)
     _, step_of, steps = img2img_task(config, chain)
     total = config.diffusion.num_timesteps
 
     def start(keys, inputs):
-        one = noised(chain, first, inputs["image"], keys, total)
-        other = noised(chain, first, inputs["other"], keys, total + 1)
+        one = diffuse_images(chain, first, inputs["image"], keys, total)
+        other = diffuse_images(chain, first, inputs["other"], keys, total + 1)
         weight = inputs["weight"][:, None, None, None]
         return (1 - weight) * one + weight * other
 
@@ -100,22 +101,25 @@ def interpolate_task(config, chain):
 
 
 def inpaint_task(config, chain):
-    """Paints where a mask says; inputs are {"image": uint8 [B, H, W, C], "known": [B, H, W, 1]}."""
+    """The task of inpainting; inputs are {"image": uint8 [B, H, W, C], "known_mask": [B, H, W, 1]}.
+
+    Pixels where known_mask is False are generated.
+    """
     start, _, _ = generate.from_noise(config, chain)
-    wanted, total = config.sample, config.diffusion.num_timesteps
-    plan = sampling.inpaint_plan(len(chain.timesteps), wanted.jump_length, wanted.resamplings)
+    section, total = config.sample, config.diffusion.num_timesteps
+    plan = sampling.inpaint_plan(len(chain.timesteps), section.jump_length, section.resamplings)
     ts, ups = map(jnp.asarray, plan)
 
     def step_of(predict_fn, keys, inputs):
         x0 = images.to_float(inputs["image"])
 
         def step(x, n):
-            # Steps are taken more than once, each time with noise of its own.
-            own = jax.vmap(jax.random.fold_in, (0, None))(keys, total + 1 + n)
-            eps = sampling.prior(own, total, x.shape[1:])
-            reverse = generate.make_step(config, chain, predict_fn, own)
+            # A t may occur more than once, each time with other noise.
+            step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, total + 1 + n)
+            eps = sampling.prior(step_keys, total, x.shape[1:])
+            reverse = generate.make_step(config, chain, predict_fn, step_keys)
             return sampling.inpaint_step(
-                chain.schedule, reverse, x, ts[n], ups[n], x0, inputs["known"], eps
+                chain.schedule, reverse, x, ts[n], ups[n], x0, inputs["known_mask"], eps
             )
 
         return step
@@ -123,8 +127,8 @@ def inpaint_task(config, chain):
     return start, step_of, np.arange(len(plan[0]))
 
 
-def encode_task(config, chain):
-    """DDIM's way from an image to noise; inputs are {"image": uint8 [B, H, W, C]}."""
+def ddim_inversion_task(config, chain):
+    """The task of DDIM inversion; inputs are {"image": uint8 [B, H, W, C]}."""
 
     def start(keys, inputs):
         return images.to_float(inputs["image"])
@@ -135,17 +139,17 @@ def encode_task(config, chain):
     return start, step_of, np.arange(len(chain.timesteps))
 
 
-def decode_task(config, chain):
-    """The way back; inputs are {"noise": [B, H, W, C]}."""
+def ddim_sampling_task(config, chain):
+    """The task of sampling from given noise; inputs are {"noise": [B, H, W, C]}."""
     _, step_of, steps = generate.from_noise(config, chain)
     return lambda keys, inputs: inputs["noise"], step_of, steps
 
 
 def img2img(config, workdir, paths):
-    """Noises images to `sample.t`, and denoises them again.
+    """Diffuses images to `sample.t`, and denoises them.
 
-    Writes samples/img2img_t<t>_….npz (`images`, uint8) and a .png: on the left what went in, on the
-    right what came out. The other functions here do the same under their names.
+    Writes samples/img2img_t<t>_….npz (`images`, uint8) and a .png with the inputs on the left and
+    the results on the right. The other functions here write such files under their own names.
 
     Args:
       config: the run's config, checked.
@@ -155,89 +159,89 @@ def img2img(config, workdir, paths):
     Raises:
       UserError: for images that do not fit the run; nothing is written then.
     """
-    given = read_images(config, paths)
-    step, sampler = generate.restore_sampler(config, workdir, task=img2img_task, in_turn=False)
-    out = sampler(np.arange(len(given)), {"image": given}).x
-    rows = np.stack([given, out], axis=1)
-    write(config, workdir, step, f"img2img_t{start_t(config)}", given, rows, images=out)
+    x = read_images(config, paths)
+    step, sampler = generate.restore_sampler(config, workdir, task=img2img_task, cycle_labels=False)
+    out = sampler(np.arange(len(x)), {"image": x}).x
+    rows = np.stack([x, out], axis=1)
+    write(config, workdir, step, f"img2img_t{start_t(config)}", x, rows, images=out)
 
 
 def interpolate(config, workdir, paths):
     """Interpolates between the first and second image, the third and fourth, and so on."""
-    given = read_images(config, paths)
-    if len(given) % 2:
-        raise UserError(f"--images: holds {len(given)} images; interpolate needs pairs")
-    step, sampler = generate.restore_sampler(config, workdir, task=interpolate_task, in_turn=False)
-    pairs, count = len(given) // 2, len(WEIGHTS)
+    x = read_images(config, paths)
+    if len(x) % 2:
+        raise UserError(f"--images: holds {len(x)} images; interpolate needs pairs")
+    options = {"task": interpolate_task, "cycle_labels": False}
+    step, sampler = generate.restore_sampler(config, workdir, **options)
+    pairs, count = len(x) // 2, len(WEIGHTS)
     inputs = {
-        "image": given[::2].repeat(count, axis=0),
-        "other": given[1::2].repeat(count, axis=0),
+        "image": x[::2].repeat(count, axis=0),
+        "other": x[1::2].repeat(count, axis=0),
         "weight": np.tile(WEIGHTS.astype(np.float32), pairs),
     }
     out = sampler(np.arange(pairs).repeat(count), inputs).x
     out = out.reshape(pairs, count, *out.shape[1:])
-    rows = np.concatenate([given[::2, None], out, given[1::2, None]], axis=1)
+    rows = np.concatenate([x[::2, None], out, x[1::2, None]], axis=1)
     name = f"interpolate_t{start_t(config)}"
-    write(config, workdir, step, name, given, rows, images=out, weights=WEIGHTS)
+    write(config, workdir, step, name, x, rows, images=out, weights=WEIGHTS)
 
 
 def inpaint(config, workdir, paths, mask):
-    """Paints the white parts of a mask anew; what is black stays, bit for bit."""
-    given = read_images(config, paths)
-    known = read_mask(config, mask, len(given))
+    """Generates the pixels where a mask is white; the other pixels do not change."""
+    x = read_images(config, paths)
+    known_mask = read_mask(config, mask, len(x))
     jump, steps = config.sample.jump_length, len(generate.make_chain(config).timesteps)
     if config.sample.resamplings > 1 and jump >= steps:
-        raise UserError(
-            f"sample.jump_length={jump}: must be below the {steps} steps that are taken"
-        )
-    step, sampler = generate.restore_sampler(config, workdir, task=inpaint_task, in_turn=False)
-    out = sampler(np.arange(len(given)), {"image": given, "known": known}).x
-    wanted, masked = config.sample, np.where(known, given, 128).astype(np.uint8)
-    repeats = f"_r{wanted.resamplings}j{wanted.jump_length}" if wanted.resamplings > 1 else ""
-    rows = np.stack([given, masked, out], axis=1)
+        raise UserError(f"sample.jump_length={jump}: must be below the {steps} sampling steps")
+    step, sampler = generate.restore_sampler(config, workdir, task=inpaint_task, cycle_labels=False)
+    out = sampler(np.arange(len(x)), {"image": x, "known_mask": known_mask}).x
+    section, masked = config.sample, np.where(known_mask, x, 128).astype(np.uint8)
+    repeats = f"_r{section.resamplings}j{section.jump_length}" if section.resamplings > 1 else ""
+    rows = np.stack([x, masked, out], axis=1)
     write(config, workdir, step, f"inpaint{repeats}", masked, rows, images=out)
 
 
 def invert(config, workdir, paths):
-    """Encodes images to noise with DDIM, decodes that, and says how far off it comes back.
+    """DDIM inversion: encodes images to noise, decodes the noise, and logs the RMSE.
 
-    The .npz holds `noise` (x_T, float32), too.
+    The .npz also has `noise` (x_T, float32).
     """
     config = config.copy_and_resolve_references()
-    config.sample.update(sampler="ddim", eta=0.0)  # randomness could not be undone
-    given = read_images(config, paths)
-    options = {"task": encode_task, "in_turn": False, "finish": lambda x: x}
+    config.sample.update(sampler="ddim", eta=0.0)  # only the deterministic sampler is invertible
+    x = read_images(config, paths)
+    options = {"task": ddim_inversion_task, "cycle_labels": False, "finish": lambda x: x}
     step, encode = generate.restore_sampler(config, workdir, **options)
-    _, decode = generate.restore_sampler(config, workdir, task=decode_task, in_turn=False)
-    numbers = np.arange(len(given))
-    noise = encode(numbers, {"image": given}).x
-    out = decode(numbers, {"noise": noise}).x
-    rmse = float(np.sqrt(np.mean(np.square(np.float64(out) - given))))
+    options = {"task": ddim_sampling_task, "cycle_labels": False}
+    _, decode = generate.restore_sampler(config, workdir, **options)
+    indices = np.arange(len(x))
+    noise = encode(indices, {"image": x}).x
+    out = decode(indices, {"noise": noise}).x
+    rmse = float(np.sqrt(np.mean(np.square(np.float64(out) - x))))
     steps = config.sample.num_steps or config.diffusion.num_timesteps
-    log.info("%d steps and back: RMSE %.3g of 255", steps, rmse)
-    rows = np.stack([given, out], axis=1)
-    write(config, workdir, step, "invert", given, rows, images=out, noise=noise)
+    log.info("DDIM inversion, %d steps and back: RMSE %.3g of 255", steps, rmse)
+    rows = np.stack([x, out], axis=1)
+    write(config, workdir, step, "invert", x, rows, images=out, noise=noise)
 
 
-def write(config, workdir, step, name, given, rows, **arrays):
+def write(config, workdir, step, name, inputs, rows, **arrays):
     """Writes samples/<name>_<step>_<settings>_<digest of the inputs>.npz, and a picture.
 
     Args:
       config: the run's config.
       workdir: the run's folder.
       step: of the checkpoint.
-      name: what was done.
-      given: the inputs, which decide the digest.
+      name: the beginning of the files' names.
+      inputs: the input images, for the digest.
       rows: uint8 [N, columns, H, W, C], the picture.
       **arrays: of the .npz.
     """
-    # The inputs have no name of their own; what is made of others goes to another file.
-    digest = hashlib.sha256(given.tobytes()).hexdigest()[:8]
+    # Results for other inputs must have another name.
+    digest = hashlib.sha256(inputs.tobytes()).hexdigest()[:8]
     settings = f"{step:06d}_{generate.settings(config, workdir)}_{digest}"
     path = pathlib.Path(workdir) / "samples" / f"{name}_{settings}.npz"
     run_files.write_npz(path, **arrays)
-    shown = rows[: max(1, generate.GRID_IMAGES // rows.shape[1])]
-    images.write_png(path.with_suffix(".png"), images.strips(shown.swapaxes(0, 1)))
+    rows = rows[: max(1, generate.GRID_IMAGES // rows.shape[1])]
+    images.write_png(path.with_suffix(".png"), images.strips(rows.swapaxes(0, 1)))
     log.info("wrote %s and .png", path)
 
 
@@ -247,34 +251,34 @@ def read_images(config, paths):
     Args:
       config: its data section is used.
       paths: image files, folders of them, or .npz files with `images`, in this order. Files are
-        decoded as training data are: upright, and with the channels of the model.
+        decoded as training data are: upright, and with the model's channels.
 
     Returns:
       uint8 [N, H, W, C].
 
     Raises:
-      UserError: for a path that is not there, an image that cannot be read, or one of another size.
+      UserError: for a missing path, an unreadable image, or an image of another size.
     """
-    shape, found = configs.image_shape(config), []
+    shape, pairs = configs.image_shape(config), []  # (path, image)
     for path in map(pathlib.Path, paths):
         if path.suffix == ".npz":
-            found += [(path, image) for image in _arrays(path, shape)]
+            pairs += [(path, image) for image in _arrays(path, shape)]
             continue
         is_folder = os.path.isdir(path)  # no error for a long name
         files = image_files.find(path) if is_folder else image_files.Files([path], "")
-        found += [(p, _pixels("images", p, shape[-1])) for p in files.images]
+        pairs += [(p, _pixels("images", p, shape[-1])) for p in files.images]
         checks = [image_files.check(p, shape[-1]) for p in files.images]
-        for remark in image_files.remarks(checks, files.left_out, shape[-1]):
-            log.warning("%s", printable(f"--images={path}: {remark}"))
-    if not found:
+        for warning in image_files.warnings_of(checks, files.others, shape[-1]):
+            log.warning("%s", printable(f"--images={path}: {warning}"))
+    if not pairs:
         raise UserError(f"--images={','.join(map(str, paths))}: holds no images")
-    for path, image in found:
+    for path, image in pairs:
         _check_shape("images", path, image.shape, shape)
-    return np.stack([image for _, image in found])
+    return np.stack([image for _, image in pairs])
 
 
 def read_mask(config, path, count):
-    """Reads a mask of the images' size: black (below 128) is known, white is to be painted.
+    """Reads a mask of the images' size: black pixels (below 128) are known, white ones generated.
 
     Returns:
       bool [count, H, W, 1], True where known.
@@ -284,37 +288,37 @@ def read_mask(config, path, count):
     known = mask < 128
     if known.all() or not known.any():
         low, high = int(mask.min()), int(mask.max())
-        paints = "nothing" if known.all() else "everything (what is transparent counts as white)"
-        text = f"its values are {low} to {high} of 255, so it paints {paints}"
-        log.warning("%s", printable(f"--mask={path}: {text}; white from 128 on is painted"))
+        pixels = "no pixel" if known.all() else "all pixels (transparent counts as white)"
+        text = f"its values are {low} to {high} of 255, so {pixels} will be generated"
+        log.warning("%s", printable(f"--mask={path}: {text}; those from 128 on are generated"))
     return np.broadcast_to(known, (count, *known.shape))
 
 
-def _arrays(path, wanted):
-    """`images` of an .npz file, uint8 [N, *wanted]; read only if their header says that they are.
+def _arrays(path, shape_of_image):
+    """Reads `images` of an .npz file, uint8 [N, *shape_of_image]; its header is checked first.
 
-    Nothing is unpickled, and what else the archive holds is not looked at.
+    Nothing is unpickled, and no other array of the archive is read.
     """
     with _images_of(path) as (file, size):
         shape, dtype = _header(file)
     if dtype != np.uint8 or len(shape) < 4:
         raise UserError(f"--images={path}: `images` is {dtype} {shape}, not uint8 [N, H, W, C]")
-    _check_shape("images", path, shape[-3:], wanted)
-    if math.prod(shape) > min(size, MOST_BYTES):
-        text = f"`images` claims to be {shape} in {size} bytes; {MOST_BYTES} are allowed"
+    _check_shape("images", path, shape[-3:], shape_of_image)
+    if math.prod(shape) > min(size, MAX_BYTES):
+        text = f"`images` has shape {shape} but {size} bytes; {MAX_BYTES} are allowed"
         raise UserError(f"--images={path}: {text}")
     with _images_of(path) as (file, _):
-        return np.lib.format.read_array(file).reshape(-1, *wanted)
+        return np.lib.format.read_array(file).reshape(-1, *shape_of_image)
 
 
 @contextlib.contextmanager
 def _images_of(path):
-    """Opens `images` in an .npz file: (the file of it, its size)."""
-    if not os.path.isfile(path):  # a pipe would be waited for
+    """Opens `images` in an .npz file: (file, size in bytes)."""
+    if not os.path.isfile(path):  # opening a pipe would block
         raise UserError(f"--images={path}: no such file")
     try:
         with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
-            warnings.simplefilter("error", UserWarning)  # of headers that Python 2 wrote
+            warnings.simplefilter("error", UserWarning)  # for headers written by Python 2
             member = archive.getinfo("images.npy")
             with archive.open(member) as file:
                 yield file, member.file_size
@@ -324,7 +328,7 @@ def _images_of(path):
 
 def _header(file):
     """(shape, dtype) of an .npy file."""
-    if np.lib.format.read_magic(file) != (1, 0):  # later ones have headers of any length
+    if np.lib.format.read_magic(file) != (1, 0):  # later versions have headers of any length
         raise ValueError("must be of version 1.0 of the .npy format")
     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     return shape, dtype
@@ -332,7 +336,7 @@ def _header(file):
 
 def _pixels(flag, path, channels):
     """uint8 [H, W, channels] of an image file, decoded as training data are."""
-    if not os.path.isfile(path):  # a pipe would be waited for
+    if not os.path.isfile(path):  # opening a pipe would block
         raise UserError(f"--{flag}={path}: cannot be read (no such file)")
     try:
         array = np.asarray(image_files.decode(path, channels))
@@ -342,7 +346,7 @@ def _pixels(flag, path, channels):
     return array.reshape(*array.shape[:2], channels)
 
 
-def _check_shape(flag, path, found, wanted):
-    if found != wanted:
-        found, wanted = ("x".join(map(str, shape)) for shape in (found, wanted))
-        raise UserError(f"--{flag}={path}: is {found} (height, width, channels), not {wanted}")
+def _check_shape(flag, path, shape, expected):
+    if shape != expected:
+        shape, expected = ("x".join(map(str, s)) for s in (shape, expected))
+        raise UserError(f"--{flag}={path}: is {shape} (height, width, channels), not {expected}")

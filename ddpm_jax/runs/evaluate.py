@@ -1,10 +1,10 @@
-"""How good a run is: FID and its like, bits/dim, and how each number was obtained.
+"""Evaluation of a run: FID and related scores, bits/dim, and the provenance of each number.
 
-What takes long is kept in files whose folder is named after all that the numbers depend on, so a
-killed evaluation goes on where it was, and another one does not mix with it:
+Slow intermediate results are kept in files. The name of their folder is a digest of everything that
+they depend on. So an interrupted evaluation resumes, and different evaluations do not mix:
 
-  <cache_dir>/<digest>/           a dataset's features
-  <workdir>/evaluation/<digest>/  a run's: features of its samples, terms of its bound
+  <cache_dir>/<digest>/           features of a dataset
+  <workdir>/evaluation/<digest>/  features of a run's samples, terms of its VLB
 """
 
 import hashlib
@@ -27,11 +27,11 @@ from ddpm_jax.runs import generate
 
 log = logging.getLogger(__name__)
 
-SHARD = 1000  # images of a dataset in a file of features
-HASHED = 2**31  # bytes of images, up to which all of a split tell it from others
+IMAGES_PER_FILE = 1000  # of a dataset, in a file of features
+MAX_HASHED = 2**31  # bytes of images; of a larger split only some images are hashed
 PROGRESSIVE_IMAGES = 8
-FORMAT = 1  # of what is cached; counts up when features or terms are computed otherwise
-# Two evaluations that both have a score, and differ in one of these fields, cannot be compared.
+FORMAT = 1  # of the cache; increment it when features or terms are computed in another way
+# Evaluations cannot be compared by a score if they differ in one of its fields.
 COMPARABLE = {
     "fid": """
         dataset split_sha256 eval_split_sha256 image_size channels num_samples resize
@@ -40,7 +40,7 @@ COMPARABLE = {
     "kid": ["scored_features"],
     "bits_per_dim": "bits_per_dim_sha256 bits_per_dim_images image_size channels ema".split(),
 }
-# What bits/dim do not depend on (they are computed for every variance).
+# Fields that bits/dim do not depend on (they are computed for every variance).
 SAMPLING = """
     variance sampler sampler_steps spacing eta label guidance classifier_sha256
 """.split()
@@ -67,16 +67,16 @@ PUBLISHED = {
 
 
 class Reference(NamedTuple):
-    """What is known of a dataset's split."""
+    """Statistics and features of a dataset's split."""
 
     statistics: distances.Statistics
-    features: np.ndarray  # [max_features, 2048], its first ones
+    features: np.ndarray  # [max_features, 2048], of its first images
 
 
 def evaluate(config, workdir, stop=signals.never):
-    """Measures a run's newest checkpoint as the config's evaluate section says.
+    """Evaluates a run's newest checkpoint, as the config's evaluate section says.
 
-    Writes evaluation.json, and with bits/dim evaluation.npz and .png; and prints a table.
+    Writes evaluation.json, for bits/dim also evaluation.npz and .png, and prints a table.
 
     Args:
       config: the run's config, checked.
@@ -87,50 +87,51 @@ def evaluate(config, workdir, stop=signals.never):
       The content of evaluation.json.
 
     Raises:
-      UserError: if there is no checkpoint, no dataset, no Inception weights, or if the run was
-        trained on other classes than the dataset's.
-      signals.Stopped: if a signal came before the end; the same call goes on from there.
+      UserError: if there is no checkpoint, dataset, or Inception weights; or if the classes of the
+        run and of the dataset differ.
+      signals.Stopped: if a signal interrupts it; the same call resumes it.
     """
-    wanted, workdir = config.evaluate, pathlib.Path(workdir)
-    weights = inception.load(wanted.inception_weights) if wanted.num_samples else None
+    section, workdir = config.evaluate, pathlib.Path(workdir)
+    weights = inception.load(section.inception_weights) if section.num_samples else None
     train, test = (data.open_source(config.data, field) for field in ("split", "eval_split"))
     run_files.check_same_classes(train, workdir)
     step, params = checkpoint.restore_params(config, workdir)
-    guides = generate.run_guides(config, workdir)
+    guidance = generate.guidance_for_run(config, workdir)
     generate.warn_of_chain(config)
     generate.warn_of_young_ema(config, step)
     log.info("evaluating step %d", step)
-    found = sampling_provenance(config, step, params, guides["classifier"])
-    made = dict(found)  # what samples depend on
-    found |= {
+    provenance = sampling_provenance(config, step, params, guidance["classifier"])
+    results = provenance | {
         "dataset": config.data.name,
         "split": config.data.split,
         "split_sha256": describe(config.data, config.data.split, train)["images_sha256"],
         "eval_split": config.data.eval_split,
         "eval_split_sha256": describe(config.data, config.data.eval_split, test)["images_sha256"],
     }
-    if wanted.num_samples:
-        found |= sample_quality(config, workdir, made, params, guides, weights, train, test, stop)
-    if wanted.bits_per_dim_images:
-        found |= bits_per_dim(config, workdir, made, params, test, stop)
-        draw_progressive(config, workdir, params, guides, stop)
+    if section.num_samples:
+        results |= sample_quality(
+            config, workdir, provenance, params, guidance, weights, train, test, stop
+        )
+    if section.bits_per_dim_images:
+        results |= bits_per_dim(config, workdir, provenance, params, test, stop)
+        draw_progressive(config, workdir, params, guidance, stop)
     with run_files.atomic_write(workdir / "evaluation.json") as path:
-        path.write_text(run_files.to_json(found, indent=2) + "\n")
+        path.write_text(run_files.to_json(results, indent=2) + "\n")
     if parallel.is_first():
         published = PUBLISHED if is_papers(config) else {}
-        print("\n".join(table({str(workdir): found}, published)))
+        print("\n".join(table({str(workdir): results}, published)))
     log.info("wrote %s", workdir / "evaluation.json")
-    return found
+    return results
 
 
 def sampling_provenance(config, step, params, classifier):
-    """What a run's samples and its bound depend on: {field: value}.
+    """Everything that a run's samples and its VLB depend on: {field: value}.
 
     Args:
       config: the run's config.
       step: of the checkpoint.
       params: of the network.
-      classifier: (model, params) that guides, or None.
+      classifier: (model, params) for classifier guidance, or None.
     """
     return {
         "step": step,
@@ -154,12 +155,12 @@ def sampling_provenance(config, step, params, classifier):
 
 
 def describe(section, split, source):
-    """What tells a split's images from others: {field: value}; of a large one, 1,000 are hashed."""
-    in_bytes = source.size * int(np.prod(section.image_size)) * section.channels
-    count = source.size if in_bytes <= HASHED else min(source.size, 1000)
-    chosen, digest = np.linspace(0, source.size - 1, count).astype(int), hashlib.sha256()
-    for part in np.array_split(chosen, -(-count // SHARD)):
-        digest.update(source.read(part).images.tobytes())
+    """Identifies a split's images: {field: value}; of a large split, 1,000 images are hashed."""
+    num_bytes = source.size * int(np.prod(section.image_size)) * section.channels
+    count = source.size if num_bytes <= MAX_HASHED else min(source.size, 1000)
+    hashed, digest = np.linspace(0, source.size - 1, count).astype(int), hashlib.sha256()
+    for indices in np.array_split(hashed, -(-count // IMAGES_PER_FILE)):
+        digest.update(source.read(indices).images.tobytes())
     return {
         "dataset": section.name,
         "split": split,
@@ -170,51 +171,52 @@ def describe(section, split, source):
     }
 
 
-def sample_quality(config, workdir, made, params, guides, weights, train, test, stop):
-    """FID against both splits, KID, precision, recall, and with a classifier Inception Score."""
-    wanted = config.evaluate
-    how = {"resize": wanted.resize, "weights_sha256": weights.sha256}
+def sample_quality(config, workdir, provenance, params, guidance, weights, train, test, stop):
+    """FID for both splits, KID, precision, recall; Inception Score if `weights` has a head."""
+    section = config.evaluate
+    inputs = {"resize": section.resize, "weights_sha256": weights.sha256}
     size = config.sample.batch_size
-    extract = features.make_extractor(weights.params, wanted.resize, size)
-    against, against_test = (
-        reference(config, field, source, extract, how, stop)
+    extract = features.make_extractor(weights.params, section.resize, size)
+    reference, reference_test = (
+        reference_features(config, field, source, extract, inputs, stop)
         for field, source in (("split", train), ("eval_split", test))
     )
 
-    kept = {"images": "kept"} if wanted.keep_images else {}
-    folder = _folder(workdir / "evaluation", {**made, **how, **kept})
-    sample = generate.make_sampler(config, **guides)
+    with_images = {"images": "kept"} if section.keep_images else {}
+    folder = _folder(workdir / "evaluation", {**provenance, **inputs, **with_images})
+    sample = generate.make_sampler(config, **guidance)
 
-    def of_samples(first, last):
-        # Another size would be compiled again.
+    def features_of_samples(first, last):
+        # A smaller last batch would compile again.
         x = sample(params, np.arange(first, first + size), stop=stop).x
-        if wanted.keep_images:
+        if section.keep_images:
             run_files.write_npz(folder / f"images_{first:07d}.npz", images=x[: last - first])
         return extract(x)[: last - first]
 
-    features.collect(folder, wanted.num_samples, size, of_samples, "evaluate samples", stop)
-    statistics = distances.statistics(features.chunks(folder, wanted.num_samples))
+    count = section.num_samples
+    features.collect(folder, count, size, features_of_samples, "evaluate samples", stop)
+    statistics = distances.statistics(features.chunks(folder, count))
     warnings = [
         f"{name}: {few.count} images, so the covariance is singular; do not compare its FID"
         for name, few in (
             ("samples", statistics),
-            (f"fid ({config.data.split})", against.statistics),
-            (f"fid_test ({config.data.eval_split})", against_test.statistics),
+            (f"fid ({config.data.split})", reference.statistics),
+            (f"fid_test ({config.data.eval_split})", reference_test.statistics),
         )
         if few.count <= inception.FEATURES
     ]
     for warning in warnings:
         log.warning("%s", warning)
-    fakes = features.rows(folder, min(wanted.max_features, statistics.count))
-    kid = distances.kernel_distance(against.features, fakes)
-    precision, recall = distances.precision_recall(against.features, fakes)
+    fakes = features.rows(folder, min(section.max_features, count))
+    kid = distances.kernel_distance(reference.features, fakes)
+    precision, recall = distances.precision_recall(reference.features, fakes)
     scores = {
-        "num_samples": wanted.num_samples,
-        "scored_features": [len(against.features), len(fakes)],  # by KID, precision, recall
+        "num_samples": count,
+        "scored_features": [len(reference.features), len(fakes)],  # for KID, precision, recall
         "gray_repeated_to_rgb": config.data.channels == 1,
-        **how,
-        "fid": distances.frechet_distance(against.statistics, statistics),
-        "fid_test": distances.frechet_distance(against_test.statistics, statistics),
+        **inputs,
+        "fid": distances.frechet_distance(reference.statistics, statistics),
+        "fid_test": distances.frechet_distance(reference_test.statistics, statistics),
         "kid": kid.value,
         "kid_error": kid.error,
         "precision": precision,
@@ -222,24 +224,24 @@ def sample_quality(config, workdir, made, params, guides, weights, train, test, 
         "warnings": warnings,
     }
     if weights.head is not None:
-        # Without the bias, as the score was first computed.
+        # Without the bias, as in the original Inception Score.
         kernel, _ = weights.head
-        chunks = features.chunks(folder, wanted.num_samples)
-        logs = (np.asarray(jax.nn.log_softmax(chunk @ kernel)) for chunk in chunks)
-        score = distances.inception_score(logs, wanted.num_samples)
+        chunks = features.chunks(folder, count)
+        log_probs = (np.asarray(jax.nn.log_softmax(chunk @ kernel)) for chunk in chunks)
+        score = distances.inception_score(log_probs, count)
         scores |= {"inception_score": score.value, "inception_score_error": score.error}
     return scores
 
 
-def reference(config, field, source, extract, how, stop=signals.never):
-    """Features of a split: from the cache, or computed and put there.
+def reference_features(config, field, source, extract, provenance, stop=signals.never):
+    """Features of a split: from the cache, or computed and cached.
 
     Args:
-      config: its data and evaluate sections.
+      config: its data and evaluate sections are used.
       field: "split" or "eval_split".
       source: the split's images.
       extract: from features.make_extractor.
-      how: what extract depends on.
+      provenance: everything that extract depends on.
       stop: from signals.catch.
 
     Returns:
@@ -247,16 +249,16 @@ def reference(config, field, source, extract, how, stop=signals.never):
     """
     if source.size < 2:
         raise UserError(f"data.{field}={config.data[field]!r}: holds 1 image, FID needs 2 or more")
-    provenance = {**describe(config.data, config.data[field], source), **how}
+    provenance = {**describe(config.data, config.data[field], source), **provenance}
     cache = pathlib.Path(config.evaluate.cache_dir or "~/.cache/ddpm_jax").expanduser()
     with run_files.named_errors("evaluate.cache_dir", cache):
         folder = _folder(cache, provenance)
     name = f"features of {config.data.name} {config.data[field]}"
 
-    def of_images(first, last):
+    def features_of_images(first, last):
         return extract(source.read(np.arange(first, last)).images)
 
-    features.collect(folder, source.size, SHARD, of_images, name, stop)
+    features.collect(folder, source.size, IMAGES_PER_FILE, features_of_images, name, stop)
     path = folder / "statistics.npz"
     if path.exists():
         with np.load(path) as arrays:
@@ -264,12 +266,12 @@ def reference(config, field, source, extract, how, stop=signals.never):
     else:
         statistics = distances.statistics(features.chunks(folder, source.size))
         run_files.write_npz(path, **statistics._asdict())
-    some = features.rows(folder, min(config.evaluate.max_features, source.size))
-    return Reference(statistics, some)
+    first_rows = features.rows(folder, min(config.evaluate.max_features, source.size))
+    return Reference(statistics, first_rows)
 
 
-def bits_per_dim(config, workdir, made, params, test, stop):
-    """The bound's mean over images, its parts, and the progressive code.
+def bits_per_dim(config, workdir, provenance, params, test, stop):
+    """The mean VLB over images, its parts, and progressive lossy compression.
 
     Writes evaluation.npz (the terms over t) and evaluation.png.
     """
@@ -280,36 +282,36 @@ def bits_per_dim(config, workdir, made, params, test, stop):
         section.eval_split = split
         source = data.open_source(section, "eval_split")
     count = min(config.evaluate.bits_per_dim_images, source.size)
-    about = describe(section, split, source)
-    made = {name: value for name, value in made.items() if name not in SAMPLING}
-    folder = _folder(workdir / "evaluation", {**made, **about})
-    rows_of = make_bound_rows(config, params, source)
-    features.collect(folder, count, config.sample.batch_size, rows_of, "evaluate bits/dim", stop)
+    description = describe(section, split, source)
+    provenance = {name: value for name, value in provenance.items() if name not in SAMPLING}
+    folder = _folder(workdir / "evaluation", {**provenance, **description})
+    vlb_rows = make_vlb_rows(config, params, source)
+    features.collect(folder, count, config.sample.batch_size, vlb_rows, "evaluate bits/dim", stop)
     rows = features.rows(folder, count)
 
-    num_timesteps, variances = config.diffusion.num_timesteps, bound_variances(config)
+    num_timesteps, variances = config.diffusion.num_timesteps, vlb_variances(config)
     prior, *parts = np.split(rows, range(1, rows.shape[1], num_timesteps), axis=1)
     *terms, x0_mse = parts
     terms = dict(zip(variances, terms, strict=True))
-    found = {"bits_per_dim_split": split, "bits_per_dim_images": count}
-    found |= {"bits_per_dim_sha256": about["images_sha256"]}
-    for name, values in terms.items():
+    results = {"bits_per_dim_split": split, "bits_per_dim_images": count}
+    results |= {"bits_per_dim_sha256": description["images_sha256"]}
+    for variance, values in terms.items():
         rate = prior[:, 0] + values[:, 1:].sum(axis=1, dtype=np.float64)
-        parts = {"bits_per_dim": rate + values[:, 0], "rate": rate, "distortion": values[:, 0]}
-        for part, of_images in parts.items():
-            mean, error = _mean(of_images)
-            found |= {f"{part}_{name}": mean, f"{part}_{name}_error": error}
-            if name == config.diffusion.variance:
-                found |= {part: mean, f"{part}_error": error}
+        scores = {"bits_per_dim": rate + values[:, 0], "rate": rate, "distortion": values[:, 0]}
+        for name, per_image in scores.items():
+            mean, error = _mean(per_image)
+            results |= {f"{name}_{variance}": mean, f"{name}_{variance}_error": error}
+            if variance == config.diffusion.variance:
+                results |= {name: mean, f"{name}_error": error}
 
     curves = {f"terms_{name}": values.mean(0, dtype=np.float64) for name, values in terms.items()}
-    mine, mse = curves[f"terms_{config.diffusion.variance}"], x0_mse.mean(0, dtype=np.float64)
-    rate, rmse = likelihood.progressive_code(mine, mse, prior.mean(dtype=np.float64))
+    rates, mse = curves[f"terms_{config.diffusion.variance}"], x0_mse.mean(0, dtype=np.float64)
+    rate, rmse = likelihood.progressive_code(rates, mse, prior.mean(dtype=np.float64))
     curves |= {"rate": rate, "rmse": rmse}
     run_files.write_npz(workdir / "evaluation.npz", prior=prior.mean(dtype=np.float64), **curves)
     draw_curves(workdir / "evaluation.png", curves)
     tenths = np.unique(np.linspace(0, num_timesteps, 11).round().astype(int))[1:]
-    return found | {
+    return results | {
         "prior_bits_per_dim": float(prior.mean(dtype=np.float64)),
         "rmse": rmse[-1],
         "progressive": [
@@ -325,15 +327,15 @@ def _mean(values):
     return float(values.mean()), error and float(error)
 
 
-def bound_variances(config):
-    """The variances that bits/dim are computed for: the fixed ones, and what was learned."""
+def vlb_variances(config):
+    """The variances that bits/dim are computed for: the fixed ones, and the learned one if any."""
     learned = config.diffusion.variance == "learned"
     return diffusion.VARIANCES if learned else diffusion.FIXED_VARIANCES
 
 
-def make_bound_rows(config, params, source):
-    """Builds (first, last) → [N, 1 + (V + 1) T]: an image's L_T, terms of each of V variances, MSE
-    of x0. A conditional network is told the labels."""
+def make_vlb_rows(config, params, source):
+    """Builds (first, last) → [N, 1 + (V + 1) T]: for each image L_T, the VLB's terms for each of V
+    variances, and the MSE of x0. A conditional network gets the labels."""
     schedule, model = configs.make_schedule(config), configs.make_model(config)
     size = config.sample.batch_size
 
@@ -341,47 +343,48 @@ def make_bound_rows(config, params, source):
         x0, keys = images.to_float(batch.images), sampling.image_keys(config.sample.seed, indices)
         predict_fn = generate.unguided_predict(config, schedule, unet.net_fn(model, params))
         if batch.labels is not None:
-            predict_fn = generate.labelled(predict_fn, batch.labels)
-        bound = likelihood.bound(
+            predict_fn = generate.with_labels(predict_fn, batch.labels)
+        vlb = likelihood.vlb(
             schedule,
             diffusion.clipped(predict_fn) if config.diffusion.clip_x0 else predict_fn,
             x0,
             lambda t: sampling.noise(keys, t, x0.shape[1:]),
-            variances=bound_variances(config),
+            variances=vlb_variances(config),
         )
-        terms = [bound.terms[variance].T for variance in bound_variances(config)]
-        return jnp.concatenate([bound.prior[:, None], *terms, bound.x0_mse.T], axis=1)
+        terms = [vlb.terms[variance].T for variance in vlb_variances(config)]
+        return jnp.concatenate([vlb.prior[:, None], *terms, vlb.x0_mse.T], axis=1)
 
     rows = parallel.pmap(rows, in_axes=(None, 0, 0))
 
-    def rows_of(first, last):
-        indices = np.minimum(first + np.arange(size), last - 1)  # the last one fills the batch
-        mine = parallel.part(indices)
-        out = rows(params, *parallel.split((source.read(mine), mine)))
-        return parallel.merge(out)[: last - first]
+    def vlb_rows(first, last):
+        indices = np.minimum(first + np.arange(size), last - 1)  # padded with the last image
+        local = parallel.local_shard(indices)
+        out = rows(params, *parallel.shard((source.read(local), local)))
+        return parallel.gather(out)[: last - first]
 
-    return rows_of
+    return vlb_rows
 
 
 def draw_curves(path, curves):
-    """The bound over t, and rate against distortion."""
+    """Plots the VLB's terms over t, and distortion over rate."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     over_t, trade = figure.subplots(1, 2)
     for name in sorted(name for name in curves if name.startswith("terms_")):
         over_t.semilogy(curves[name], label=name.removeprefix("terms_"))
-    over_t.set(xlabel="t", ylabel="bits/dim", title="terms of the bound")
+    over_t.set(xlabel="t", ylabel="bits/dim", title="terms of the VLB")
     over_t.legend()
     trade.plot(curves["rate"], curves["rmse"])
-    trade.set(xlabel="rate (bits/dim)", ylabel="RMSE of x0 (0 to 255)", title="progressive code")
+    title = "progressive lossy compression"
+    trade.set(xlabel="rate (bits/dim)", ylabel="RMSE of x0 (0 to 255)", title=title)
     with run_files.atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def draw_progressive(config, workdir, params, guides, stop):
-    """A few images' predicted x0 along the reverse process, to evaluation_progressive.png."""
+def draw_progressive(config, workdir, params, guidance, stop):
+    """Draws the x0 predicted along the reverse process, to evaluation_progressive.png."""
     steps = config.sample.num_steps or config.diffusion.num_timesteps
-    seen = tuple(np.unique(np.linspace(steps - 1, 0, 10).round().astype(int))[::-1].tolist())
-    sample = generate.make_sampler(config, **guides, x0_at=seen)
+    x0_at = tuple(np.unique(np.linspace(steps - 1, 0, 10).round().astype(int))[::-1].tolist())
+    sample = generate.make_sampler(config, **guidance, x0_at=x0_at)
     frames = sample(params, np.arange(PROGRESSIVE_IMAGES), stop=stop).x0_frames
     images.write_png(workdir / "evaluation_progressive.png", images.strips(frames))
 
@@ -393,7 +396,7 @@ def compare(workdirs):
       workdirs: folders with an evaluation.json.
 
     Raises:
-      UserError: if one has none, or they were not obtained in the same way.
+      UserError: if an evaluation is missing, or the evaluations are not comparable.
     """
     results = {}
     for workdir in workdirs:
@@ -402,11 +405,11 @@ def compare(workdirs):
             raise UserError(f"--workdirs={workdir}: has no evaluation.json; evaluate it first")
         results[str(workdir)] = run_files.read_json(path, run_files.nan_for_null)
     for score, fields in COMPARABLE.items():
-        have = [found for found in results.values() if score in found]
+        scored = [evaluation for evaluation in results.values() if score in evaluation]
         different = [
-            f"{name} {' / '.join(str(found.get(name)) for found in have)}"
+            f"{name} {' / '.join(str(evaluation.get(name)) for evaluation in scored)}"
             for name in fields
-            if len({str(found.get(name)) for found in have}) > 1
+            if len({str(evaluation.get(name)) for evaluation in scored}) > 1
         ]
         if different:
             text = f"{score} cannot be compared, it differs in {', '.join(different)}"
@@ -418,21 +421,22 @@ def table(results, published):
     """Yields the lines of a Markdown table.
 
     Args:
-      results: {name: evaluation}, a column for each.
+      results: {name: evaluation}, one column each.
       published: {field, or number of reverse steps: text}, the last column; {} for none.
     """
     columns = [*results, *(["published"] if published else [])]
     yield f"| | {' | '.join(columns)} |"
     yield "|---" * (len(columns) + 1) + "|"
-    for name in dict.fromkeys(name for found in results.values() for name in found):
+    for name in dict.fromkeys(name for evaluation in results.values() for name in evaluation):
         if name not in ("progressive", "warnings") and not name.endswith("_error"):
-            yield _row(name, [_cell(found, name) for found in results.values()], published, name)
+            cells = [_cell(evaluation, name) for evaluation in results.values()]
+            yield _row(name, cells, published, name)
     codes = [
         {
             step["steps"]: f"{step['rate']:.5f}, {step['rmse']:.5f}"
-            for step in found.get("progressive", [])
+            for step in evaluation.get("progressive", [])
         }
-        for found in results.values()
+        for evaluation in results.values()
     ]
     for steps in sorted({steps for code in codes for steps in code}):
         cells = [code.get(steps, "") for code in codes]
@@ -444,14 +448,14 @@ def _row(label, cells, published, key):
     return f"| {label} | {' | '.join([*cells, *last])} |"
 
 
-def _cell(found, name):
-    value, error = found.get(name, ""), found.get(f"{name}_error")
+def _cell(evaluation, name):
+    value, error = evaluation.get(name, ""), evaluation.get(f"{name}_error")
     text = f"{value:.5g}" if isinstance(value, float) else str(value)
     return f"{text} ± {error:.2g}" if error is not None and np.isfinite(error) else text
 
 
 def is_papers(config):
-    """Whether a config is the paper's CIFAR-10 model, measured as the paper did."""
+    """Whether a config is the paper's CIFAR-10 model, with the paper's evaluation."""
     fields = configs.flatten(config)
     papers = {
         "data.name": "cifar10",
@@ -488,7 +492,7 @@ def digest_of(params):
 
 
 def _folder(parent, provenance):
-    """The folder for what depends on just this; provenance.json in it says on what."""
+    """The folder of results with this provenance, which is written to provenance.json in it."""
     provenance = {"format": FORMAT, **provenance}
     text = run_files.to_json(provenance, indent=2, sort_keys=True) + "\n"
     folder = parent / hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,12 +1,12 @@
-"""Weights of diffusers' UNet2DModel, in and out.
+"""Import and export of weights of diffusers' UNet2DModel.
 
-Its folders are flat, or a pipeline with a subfolder for each part:
+A folder in diffusers' format is flat, or a pipeline with a subfolder for each component:
 
   config.json                            unet/config.json
   diffusion_pytorch_model.safetensors    unet/diffusion_pytorch_model.safetensors
   scheduler_config.json                  scheduler/scheduler_config.json
 
-Its tensors are laid out as PyTorch's: convolutions [out, in, height, width], dense maps [out, in].
+Tensors have PyTorch's layout: convolutions [out, in, height, width], linear layers [out, in].
 """
 
 import json
@@ -30,10 +30,10 @@ from ddpm_jax.files import workdir as run_files
 
 log = logging.getLogger(__name__)
 
-VERSION = "0.42.1"  # of diffusers, whose files these are
+VERSION = "0.42.1"  # of diffusers, whose format the export writes
 TENSORS = "diffusion_pytorch_model.safetensors"
 
-# The fields of a UNet2DModel that our U-Net has one value of: (diffusers' default, that value).
+# Fields of a UNet2DModel for which our U-Net has one value: (diffusers' default, our value).
 FIXED = {
     "center_input_sample": (False, False),
     "time_embedding_type": ("positional", "positional"),
@@ -50,7 +50,7 @@ FIXED = {
     "class_embed_type": (None, None),
     "num_class_embeds": (None, None),
 }
-# The others, with diffusers' defaults.
+# The other fields, with diffusers' defaults.
 DEFAULTS = {
     "sample_size": None,
     "in_channels": 3,
@@ -67,7 +67,7 @@ DEFAULTS = {
     "dropout": 0.0,
     "num_train_timesteps": None,  # of an embedding that we do not have
 }
-# The same of a scheduler, and the fields that ancestral sampling of all steps takes no notice of.
+# The fields of a scheduler, with diffusers' defaults.
 SCHEDULER = {
     "num_train_timesteps": 1000,
     "beta_start": 1e-4,
@@ -78,10 +78,11 @@ SCHEDULER = {
     "clip_sample": True,
     "clip_sample_range": 1.0,
     "prediction_type": "epsilon",
-    "predict_epsilon": True,  # what prediction_type was called first
+    "predict_epsilon": True,  # an older name of prediction_type
     "thresholding": False,
     "rescale_betas_zero_snr": False,
 }
+# Fields of a scheduler that ancestral sampling of all steps does not use.
 UNUSED = """
     dynamic_thresholding_ratio sample_max_value timestep_spacing steps_offset set_alpha_to_one
 """.split()
@@ -92,13 +93,13 @@ SCHEDULES = {
     "sigmoid": "sigmoid",
 }
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
-# fixed_small_log takes the square root another way.
+# fixed_small_log is the same variance, computed from its logarithm.
 VARIANCES = {
     "fixed_small": "fixed_small",
     "fixed_small_log": "fixed_small",
     "fixed_large": "fixed_large",
 }
-# Our modules and parameters, in diffusers' words.
+# diffusers' names of our modules and parameters.
 MODULES = {
     "conv_in": "conv_in",
     "conv_out": "conv_out",
@@ -126,24 +127,24 @@ MODULES = {
     "scale": "weight",
     "bias": "bias",
 }
-# The names of attention layers before diffusers 0.15; the published weights have them.
+# Names of attention layers before diffusers 0.15, which the published weights use.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def import_run(config, weights, workdir, overrides=()):
-    """Makes a run of a folder of diffusers: sampled from, or trained further, like any other.
+    """Imports a folder in diffusers' format as a run, for sampling or further training.
 
-    Its parameters and their EMA are the weights, its step is 0.
+    The weights are both its parameters and their EMA; its step is 0.
 
     Args:
-      config: what the folder does not say is taken from here.
+      config: for the fields that the folder does not define.
       weights: the folder.
-      workdir: where the run goes; must not exist, or be empty.
+      workdir: the run's folder; must not exist, or be empty.
       overrides: names of the fields that the user set; see read_run.
 
     Raises:
-      UserError: for a network that our U-Net cannot express, a folder that is not whole, or a
-        workdir that holds something; nothing is written then.
+      UserError: for a network that our U-Net does not support, an incomplete folder, or a workdir
+        that is not empty; nothing is written then.
     """
     run_files.check_free("workdir", workdir)
     checkpoint.check_path(workdir)
@@ -155,25 +156,25 @@ def import_run(config, weights, workdir, overrides=()):
 
 
 def is_diffusers(folder):
-    """Whether a folder has the config of a network of diffusers, for all that its name says."""
+    """Whether a folder has the config of a diffusers network."""
     path = _find(pathlib.Path(folder), "unet", "config.json")
     return path is not None and "_class_name" in run_files.read_json(path)
 
 
 def read_run(config, weights, overrides=()):
-    """Reads a folder of diffusers.
+    """Reads a folder in diffusers' format.
 
     Args:
-      config: what the folder does not say is taken from here.
+      config: for the fields that the folder does not define.
       weights: the folder.
-      overrides: names of the fields that the user set; one that the folder decides otherwise is an
-        error, unless it changes nothing about the weights' meaning (as dropout).
+      overrides: names of the fields that the user set. A value that contradicts the folder is an
+        error, unless it does not change the function of the weights (as dropout).
 
     Returns:
       (config, params): checked, and a tree of arrays.
 
     Raises:
-      UserError: for a network that our U-Net cannot express, or a folder that is not whole.
+      UserError: for a network that our U-Net does not support, or an incomplete folder.
     """
     weights = pathlib.Path(weights)
     _check_pipeline(weights)
@@ -187,13 +188,13 @@ def read_run(config, weights, overrides=()):
     if schedule is not None:
         fields |= diffusion_fields(run_files.read_json(schedule), schedule)
 
-    given = configs.flatten(config)
+    user_fields = configs.flatten(config)
     for name in fields.keys() & set(overrides):
         if name in configs.FREE["use"]:
-            fields[name] = given[name]
-        elif fields[name] != given[name]:
+            fields[name] = user_fields[name]
+        elif fields[name] != user_fields[name]:
             text = f"{weights} has {fields[name]!r}"
-            raise UserError(f"--config.{name}={given[name]!r}: {text}")
+            raise UserError(f"--config.{name}={user_fields[name]!r}: {text}")
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(fields)
     configs.check(config, "import")
@@ -202,12 +203,13 @@ def read_run(config, weights, overrides=()):
     log.info("read %s: %s", weights, ", ".join(f"{k}={v}" for k, v in fields.items()))
     if schedule is None:
         chain = ", ".join(f"{name}={value}" for name, value in config.diffusion.items())
-        log.warning("no scheduler_config.json in %s: the chain is the config's, %s", weights, chain)
+        text = "no scheduler_config.json in %s: the diffusion process is the config's, %s"
+        log.warning(text, weights, chain)
     return config, params
 
 
 def export_run(config, workdir, weights):
-    """Writes a run's newest checkpoint as a folder that diffusers' DDPMPipeline loads.
+    """Writes a run's newest checkpoint as a folder for diffusers' DDPMPipeline.
 
     Args:
       config: the run's config; `sample.use_ema` chooses the parameters.
@@ -215,8 +217,8 @@ def export_run(config, workdir, weights):
       weights: the folder to write; must not exist, or be empty.
 
     Raises:
-      UserError: for a network that diffusers cannot express, no checkpoint, or a folder that holds
-        something; nothing is written then.
+      UserError: for a network that diffusers does not support, a missing checkpoint, or a folder
+        that is not empty; nothing is written then.
     """
     run_files.check_free("weights", weights)
     files = {
@@ -235,31 +237,31 @@ def export_run(config, workdir, weights):
         for name, content in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(run_files.to_json(content, indent=2) + "\n")
-        # PyTorch's readers ask where the tensors come from.
+        # PyTorch's readers require this metadata.
         safetensors.numpy.save_file(tensors, folder / "unet" / TENSORS, metadata={"format": "pt"})
     which = "EMA" if config.sample.use_ema else "raw"
     log.info("wrote %s: the %s parameters of step %d", weights, which, step)
     steps = config.diffusion.num_timesteps
     if steps != 1000:
-        log.info("a DDPMPipeline takes 1000 steps unless told: num_inference_steps=%d", steps)
+        log.info("call the DDPMPipeline with num_inference_steps=%d; its default is 1000", steps)
 
 
 def network_fields(network, origin, image_size=None):
-    """What a UNet2DModel's config says, in the fields of ours.
+    """Converts a UNet2DModel's config to fields of our config.
 
     Args:
       network: the content of its config.json.
       origin: the file, for errors.
-      image_size: (H, W), for a file that does not say it.
+      image_size: (H, W), for a file without sample_size.
 
     Returns:
       {"section.field": value}.
 
     Raises:
-      UserError: naming the first field that our U-Net cannot express.
+      UserError: that names the first field that our U-Net does not support.
     """
-    silent = {name: default for name, (default, _) in FIXED.items()}
-    fields = {"_class_name": None, **silent, **DEFAULTS, **network}
+    defaults = {name: default for name, (default, _) in FIXED.items()}
+    fields = {"_class_name": None, **defaults, **DEFAULTS, **network}
     if fields["sample_size"] is None:
         fields["sample_size"] = image_size
     elif _is_size(fields["sample_size"]):
@@ -268,7 +270,7 @@ def network_fields(network, origin, image_size=None):
 
     widths, size = fields["block_out_channels"], fields["sample_size"]
     attends = _attends(fields["down_block_types"], "DownBlock2D")
-    # Older files are silent about dropout, which matters in training only.
+    # Older files have no dropout; it matters only in training.
     dropout = {"model.dropout": float(network["dropout"])} if "dropout" in network else {}
     return dropout | {
         "data.image_size": tuple(size),
@@ -286,7 +288,7 @@ def network_fields(network, origin, image_size=None):
 
 
 def _check_network(fields, origin):
-    """Raises a UserError that names the first field of a UNet2DModel that does not fit."""
+    """Raises a UserError that names the first field of a UNet2DModel that is not supported."""
 
     def require(fits, name, allowed):
         if not fits:
@@ -311,8 +313,8 @@ def _check_network(fields, origin):
         unused = name.startswith("downsample") and len(widths) == 1
         require(same or unused, name, f"our U-Net has {_json(ours)}")
     for name in sorted(fields):
-        known = name in FIXED or name in DEFAULTS or name.startswith("_") or fields[name] is None
-        require(known, name, "is not a field that our U-Net knows")
+        supported = name in FIXED or name in DEFAULTS or name.startswith("_")
+        require(supported or fields[name] is None, name, "is not supported by our U-Net")
 
     factor = 2 ** (len(widths) - 1)
     fits = _are_sizes(size) and len(size) == 2 and all(side % factor == 0 for side in size)
@@ -344,7 +346,7 @@ def _check_network(fields, origin):
 
 
 def diffusion_fields(scheduler, origin):
-    """What a DDPMScheduler's or DDIMScheduler's config says, in the fields of ours.
+    """Converts a DDPMScheduler's or DDIMScheduler's config to fields of our config.
 
     Args:
       scheduler: the content of its scheduler_config.json.
@@ -354,7 +356,7 @@ def diffusion_fields(scheduler, origin):
       {"section.field": value}.
 
     Raises:
-      UserError: naming the first field that our diffusion cannot express.
+      UserError: that names the first field that our diffusion process does not support.
     """
     fields = {**SCHEDULER, **scheduler}
 
@@ -368,11 +370,12 @@ def diffusion_fields(scheduler, origin):
         return choices[fields[name]]
 
     classes = ("DDPMScheduler", "DDIMScheduler")
-    allowed = f"must be {' or '.join(classes)} (without the file, --config says the chain)"
+    allowed = f"must be {' or '.join(classes)} (without this file, --config defines the diffusion)"
     require(fields.get("_class_name") in classes, "_class_name", allowed)
     for name in sorted(fields):
-        known = name in SCHEDULER or name in UNUSED or name.startswith("_")
-        require(known or fields[name] is None, name, "is not a field that our diffusion knows")
+        supported = name in SCHEDULER or name in UNUSED or name.startswith("_")
+        allowed = "is not supported by our diffusion process"
+        require(supported or fields[name] is None, name, allowed)
     for name in ("thresholding", "rescale_betas_zero_snr"):
         require(fields[name] is False, name, "must be false")
     require(isinstance(fields["clip_sample"], bool), "clip_sample", "must be true or false")
@@ -402,7 +405,7 @@ def diffusion_fields(scheduler, origin):
 
 
 def _schedule_of(betas, steps, start, end):
-    """The name of the schedule that has these β's, or None."""
+    """The name of the schedule with these β's, or None."""
     try:
         betas = np.asarray(betas, np.float64)
     except (OverflowError, TypeError, ValueError):
@@ -415,12 +418,12 @@ def _schedule_of(betas, steps, start, end):
 
 
 def diffusers_network(config):
-    """The config.json of the UNet2DModel that computes what a config's network does."""
+    """The config.json of the UNet2DModel that equals a config's network."""
     model, size = config.model, config.data.image_size
     mults = model.channel_mults
     if mults[0] != 1:
         raise UserError(f"model.channel_mults={mults!r}: diffusers needs 1 as the first")
-    if config.data.num_classes:  # its pipelines have no labels
+    if config.data.num_classes:  # diffusers' pipelines have no labels
         raise UserError(f"data.num_classes={config.data.num_classes}: diffusers' pipelines need 0")
     attends = [size[0] // 2**level in model.attention_resolutions for level in range(len(mults))]
     return {
@@ -443,26 +446,26 @@ def diffusers_network(config):
 
 
 def diffusers_scheduler(config):
-    """The scheduler_config.json of the DDPMScheduler that takes a config's reverse steps."""
+    """The scheduler_config.json of the DDPMScheduler for a config's ancestral sampling."""
     diffusion = config.diffusion
     betas = configs.make_schedule(config).betas
     scale, name = 1.0, diffusion.schedule
     if name == "linear_rescaled":
         scale, name = 1000 / diffusion.num_timesteps, "linear"
-    theirs = {ours: theirs for theirs, ours in SCHEDULES.items()}[name]
+    beta_schedule = {ours: theirs for theirs, ours in SCHEDULES.items()}[name]
     predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
-    for field, known in (("prediction", predictions), ("variance", VARIANCES)):
-        if diffusion[field] not in known:
-            text = f"diffusers has only {', '.join(known)}"
+    for field, supported in (("prediction", predictions), ("variance", VARIANCES)):
+        if diffusion[field] not in supported:
+            text = f"diffusers has only {', '.join(supported)}"
             raise UserError(f"diffusion.{field}={diffusion[field]!r}: {text}")
     return {
         "_class_name": "DDPMScheduler",
         "_diffusers_version": VERSION,
         "num_train_timesteps": diffusion.num_timesteps,
-        "beta_schedule": theirs,
+        "beta_schedule": beta_schedule,
         "beta_start": scale * diffusion.beta_start,
         "beta_end": scale * diffusion.beta_end,
-        # DDIMScheduler does not know sigmoid, but takes β's.
+        # DDIMScheduler has no sigmoid, but accepts β's.
         "trained_betas": np.asarray(betas).tolist() if name == "sigmoid" else None,
         "variance_type": diffusion.variance,
         "clip_sample": diffusion.clip_x0,
@@ -471,7 +474,7 @@ def diffusers_scheduler(config):
 
 
 def diffusers_tensors(params, levels):
-    """Our parameters (or their gradients) as diffusers names and lays them out.
+    """Our parameters (or their gradients) with diffusers' names and layout.
 
     Args:
       params: the network's tree.
@@ -491,8 +494,8 @@ def tensor_name(path, levels):
     """diffusers' name of one of our parameters.
 
     Args:
-      path: its place in the tree, as ("up0_block1", "conv1", "kernel").
-      levels: of the U-Net; diffusers counts those of the way up from below.
+      path: its path in the tree, as ("up0_block1", "conv1", "kernel").
+      levels: of the U-Net; diffusers counts the levels of the up path from the lowest resolution.
 
     Returns:
       As "up_blocks.3.resnets.1.conv1.weight".
@@ -501,20 +504,21 @@ def tensor_name(path, levels):
 
 
 def _block_name(module, levels):
-    side, level, what, attention = re.fullmatch(
+    side, level, layer, attention = re.fullmatch(
         r"(down|up)(\d+)_(conv|block\d+)(_attention)?", module
     ).groups()
     level = int(level)
-    if what == "conv":  # ours leads into a level, or out of it; diffusers' always out of it
-        below = f"down_blocks.{level - 1}.downsamplers.0.conv"
-        return below if side == "down" else f"up_blocks.{levels - 1 - level}.upsamplers.0.conv"
-    place = level if side == "down" else levels - 1 - level
+    # A downsampling convolution belongs to the level after it here, before it in diffusers.
+    if layer == "conv":
+        down = f"down_blocks.{level - 1}.downsamplers.0.conv"
+        return down if side == "down" else f"up_blocks.{levels - 1 - level}.upsamplers.0.conv"
+    index = level if side == "down" else levels - 1 - level
     kind = "attentions" if attention else "resnets"
-    return f"{side}_blocks.{place}.{kind}.{what.removeprefix('block')}"
+    return f"{side}_blocks.{index}.{kind}.{layer.removeprefix('block')}"
 
 
 def to_diffusers(name, array):
-    """A parameter of ours in PyTorch's layout."""
+    """Converts one of our parameters to PyTorch's layout."""
     if array.ndim == 4:
         return array.transpose(3, 2, 0, 1)
     if "conv_shortcut" in name and array.ndim == 2:
@@ -530,37 +534,37 @@ def from_diffusers(name, array):
 
 
 def read_params(path, config, flip_sin_to_cos=False):
-    """Reads a network's parameters, tensor by tensor: in memory are the file and the result.
+    """Reads a network's parameters, tensor by tensor, to save memory.
 
     Args:
       path: a .safetensors file.
-      config: its data and model sections say what has to be in it.
-      flip_sin_to_cos: whether its time embedding has the cosines first.
+      config: its data and model sections define the expected tensors.
+      flip_sin_to_cos: whether the time embedding has the cosines first.
 
     Returns:
       A tree of float32 arrays.
 
     Raises:
-      UserError: if it is missing, damaged, or lacks or has tensors that it should not.
+      UserError: if the file is missing or damaged, or has missing or unexpected tensors.
     """
     shapes = unet.param_shapes(configs.make_model(config), configs.image_shape(config))
     shapes, levels = traverse_util.flatten_dict(shapes), len(config.model.channel_mults)
-    names = {place: tensor_name(place, levels) for place in shapes}
+    names = {param: tensor_name(param, levels) for param in shapes}
     expected = {
-        name: jax.eval_shape(lambda p, name=name: to_diffusers(name, p), shapes[place]).shape
-        for place, name in names.items()
+        name: jax.eval_shape(lambda p, name=name: to_diffusers(name, p), shapes[param]).shape
+        for param, name in names.items()
     }
     with _open(path) as file:
         keys = file.keys()
         stored = {_new_name(name): name for name in keys}
         if len(stored) < len(keys):
-            twice = _listed(set(keys) - set(stored.values()))
-            raise UserError(f"{path}: has tensors under an old and a new name: {twice}")
+            duplicates = _listed(set(keys) - set(stored.values()))
+            raise UserError(f"{path}: has tensors under an old and a new name: {duplicates}")
         _check_tensors(path, file, stored, expected)
         params = {}
-        for place, name in names.items():
+        for param, name in names.items():
             array = from_diffusers(name, file.get_tensor(stored[name]))
-            params[place] = jnp.asarray(array, jnp.float32)
+            params[param] = jnp.asarray(array, jnp.float32)
     if flip_sin_to_cos:
         kernel = params["temb1", "kernel"]  # [embedding, out]
         params["temb1", "kernel"] = jnp.roll(kernel, len(kernel) // 2, axis=0)
@@ -568,7 +572,7 @@ def read_params(path, config, flip_sin_to_cos=False):
 
 
 def _check_tensors(path, file, stored, expected):
-    """Raises a UserError that names what a file has too little, too much or of another shape."""
+    """Raises a UserError that names missing, unexpected and mismatched tensors of a file."""
     problems = {
         "lacks": expected.keys() - stored.keys(),
         "has, and should not,": stored.keys() - expected.keys(),
@@ -586,17 +590,17 @@ def _check_tensors(path, file, stored, expected):
 
 
 def _listed(names, most=4):
-    """A few names, and how many there are besides."""
+    """The first few names, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(sorted(names)[:most]) + more
 
 
 def _new_name(name):
-    """A tensor's name as diffusers writes it today."""
-    parts = name.split(".")
-    if "attentions" in parts and parts[-2] in OLD_NAMES:
-        parts[-2] = OLD_NAMES[parts[-2]]
-    return ".".join(parts)
+    """A tensor's name in today's diffusers."""
+    modules = name.split(".")
+    if "attentions" in modules and modules[-2] in OLD_NAMES:
+        modules[-2] = OLD_NAMES[modules[-2]]
+    return ".".join(modules)
 
 
 def _open(path):
@@ -606,37 +610,37 @@ def _open(path):
         if pickle.exists():
             folder = str(path.parent)
             raise UserError(
-                f"{pickle}: is a pickle, which is not read; diffusers writes safetensors beside "
-                f"it: UNet2DModel.from_pretrained({folder!r}).save_pretrained({folder!r})"
+                f"{pickle}: is a pickle, which is not read; convert it to safetensors with "
+                f"diffusers: UNet2DModel.from_pretrained({folder!r}).save_pretrained({folder!r})"
             )
         raise UserError(f"{path}: no such file")
     try:
         return safetensors.safe_open(path, framework="np")
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: is not a whole safetensors file ({one_line(error)})") from None
+        raise UserError(f"{path}: is not a complete safetensors file ({one_line(error)})") from None
 
 
 def _check_pipeline(folder):
-    """Raises a UserError for a pipeline with more parts than a network and a scheduler."""
+    """Raises a UserError for a pipeline with other components than a network and a scheduler."""
     index = folder / "model_index.json"
     if os.path.isfile(index):
-        parts = {name for name in run_files.read_json(index) if not name.startswith("_")}
-        if parts - {"unet", "scheduler"}:
-            others = ", ".join(sorted(parts - {"unet", "scheduler"}))
-            raise UserError(f"{index}: has {others}; our pipeline is unet and scheduler")
+        components = {name for name in run_files.read_json(index) if not name.startswith("_")}
+        if others := components - {"unet", "scheduler"}:
+            names = ", ".join(sorted(others))
+            raise UserError(f"{index}: has {names}; only unet and scheduler are supported")
 
 
-def _find(folder, part, name):
-    """The file `name` of a part of a pipeline, in either layout, or None."""
-    places = [folder / part, folder]
+def _find(folder, component, name):
+    """The path of the file `name` of a pipeline's component, in either layout, or None."""
+    folders = [folder / component, folder]
     if folder.absolute().name == "unet":
-        places.append(folder.absolute().parent / part)
-    paths = (place / name for place in places)
+        folders.append(folder.absolute().parent / component)
+    paths = (folder / name for folder in folders)
     return next((path for path in paths if os.path.isfile(path)), None)  # no error for a long name
 
 
 def _json(value):
-    """A value as it stands in a JSON file."""
+    """A value as in a JSON file."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -649,7 +653,7 @@ def _are_sizes(value):
 
 
 def _attends(types, plain):
-    """Whether each of these blocks has attention; None if one is of another type."""
+    """Whether each block has attention, a list; None if a block has another type."""
     if not isinstance(types, list | tuple):
         return None
     kinds = {plain: False, f"Attn{plain}": True}

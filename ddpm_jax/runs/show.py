@@ -1,14 +1,14 @@
-"""Pictures of a config and of its run: schedule, data, both processes, losses; and one page of all.
+"""Visualizes a config and its run: schedule, data, both processes, losses; and a report.
 
 show/schedule.png          β, ᾱ, SNR, β̃
-show/data.png              images that it is trained on
-show/forward.png           some of them at a few steps of q
+show/data.png              training images
+show/forward.png           x_t of some training images at some t (forward process)
 show/samples.png           images from the newest checkpoint
-show/denoising.png         some of them on their way, x_t
-show/denoising_x0.png      and the x0 that the network takes them for
-show/reverse.gif, .mp4     the whole way
+show/denoising.png         x_t of some samples at some t (reverse process)
+show/denoising_x0.png      the x0 predicted at these t
+show/reverse.gif, .mp4     the reverse process as an animation
 show/losses.png            from metrics.jsonl
-report.html                all of it, with the settings, in one file
+report.html                all of these, with the settings, in one file
 """
 
 import base64
@@ -29,20 +29,20 @@ from ddpm_jax.runs import generate
 
 log = logging.getLogger(__name__)
 
-GRIDS = 6  # of those that training drew, in the report
+MAX_GRIDS = 6  # of the grids that training drew, in the report
 
-# What the report shows, and what it says of each.
+# The report's sections, with their pictures and captions.
 SECTIONS = {
     "Samples": {"samples.png": "from the newest checkpoint"},
-    "The reverse process": {
+    "Reverse process": {
         "reverse.mp4": "from noise to images",
-        "denoising.png": "x<sub>t</sub>, after the step from t",
-        "denoising_x0.png": "the image that the network takes it for",
+        "denoising.png": "x<sub>t</sub>, after the step at t",
+        "denoising_x0.png": "x<sub>0</sub> predicted at t",
     },
     "Losses": {"losses.png": "on a logarithmic scale"},
     "Data": {
-        "data.png": "what it is trained on",
-        "forward.png": "the forward process",
+        "data.png": "training images",
+        "forward.png": "forward process",
     },
     "Schedule": {"schedule.png": "over t"},
 }
@@ -71,12 +71,12 @@ td {{ border-bottom: 1px solid #ddd; padding: 0.1rem 1rem 0.1rem 0; }}
 
 
 def show(config, workdir, source=None):
-    """Draws everything that there is to draw, and writes report.html.
+    """Visualizes a config, and its run if there is one; writes the pictures and report.html.
 
     Args:
-      config: checked; its `show` section says how much.
-      workdir: the run's folder; without a run in it, only the config is drawn.
-      source: the images that are trained on, if they are open already.
+      config: checked; its `show` section is used.
+      workdir: the run's folder; without a run, only the schedule and the data are drawn.
+      source: the training images, if they are open already.
 
     Raises:
       UserError: for a dataset that cannot be opened.
@@ -84,13 +84,13 @@ def show(config, workdir, source=None):
     workdir = pathlib.Path(workdir)
     folder = workdir / "show"
     step = checkpoint.latest_step(workdir)
-    if config.data.name and source is None:  # an imported run may have none
+    if config.data.name and source is None:  # imported runs have no dataset
         try:
             source = data.open_source(config.data, in_memory=False)
         except UserError as error:
-            if step is None:  # else there is more to show
+            if step is None:  # a run can be shown without its data
                 raise
-            log.warning("without the data: %s", error)
+            log.warning("the report has no data: %s", error)
     draw_schedule(folder / "schedule.png", configs.make_schedule(config))
     if source is not None:
         draw_data(config, folder, source)
@@ -106,14 +106,14 @@ def show(config, workdir, source=None):
 
 
 def draw_schedule(path, schedule):
-    """β, ᾱ, the signal-to-noise ratio ᾱ / (1 - ᾱ), and β̃ over t."""
+    """Plots β, ᾱ, the signal-to-noise ratio ᾱ / (1 - ᾱ), and β̃ over t."""
     ratio = np.square(np.float64(schedule.sqrt_recip_alpha_bars_minus_one)) ** -1.0
     figure = Figure(figsize=(12, 3), layout="constrained")
     panels = (
         ("β", schedule.betas, "linear"),
         ("ᾱ", schedule.alpha_bars, "linear"),
         ("SNR = ᾱ / (1 - ᾱ)", ratio, "log"),
-        ("β̃, the posterior's variance", schedule.posterior_variance, "linear"),
+        ("β̃, the posterior variance", schedule.posterior_variance, "linear"),
     )
     for axes, (title, values, scale) in zip(figure.subplots(1, 4), panels, strict=True):
         axes.plot(np.asarray(values))
@@ -122,13 +122,13 @@ def draw_schedule(path, schedule):
 
 
 def draw_data(config, folder, source):
-    """A grid of the data, and the forward process of its first images."""
+    """Draws a grid of the data, and the forward process of its first images."""
     x = source.read(np.arange(min(source.size, config.sample.num_samples, generate.GRID_IMAGES)))
     images.write_png(folder / "data.png", images.grid(x.images, config.sample.columns))
     schedule = configs.make_schedule(config)
-    some, ts = x.images[: config.show.num_images], timesteps(config)[::-1]
-    keys = sampling.image_keys(config.sample.seed, jnp.arange(len(some)))
-    x0, frames = images.to_float(some), [some]
+    first, ts = x.images[: config.show.num_images], timesteps(config)[::-1]
+    keys = sampling.image_keys(config.sample.seed, jnp.arange(len(first)))
+    x0, frames = images.to_float(first), [first]
     for t in ts:
         eps = sampling.noise(keys, t, x0.shape[1:])
         x_t = diffusion.q_sample(schedule, x0, jnp.full(len(x0), t), eps)
@@ -138,34 +138,35 @@ def draw_data(config, folder, source):
 
 
 def timesteps(config):
-    """The steps of the strips, noisiest first."""
+    """The t of the strips, noisiest first."""
     total = config.diffusion.num_timesteps
     tenths = np.linspace(total - 1, 0, min(10, total)).round().astype(int).tolist()
     return sorted(set(config.show.timesteps or tenths), reverse=True)
 
 
 def draw_reverse(config, workdir, folder):
-    """Samples, what they were on the way, and an animation of it."""
+    """Draws samples, their frames during the reverse process, and an animation."""
     taus = generate.make_chain(config).timesteps
-    # Of a shorter chain, the steps that are nearest.
+    # With fewer steps than T, the nearest ones.
     strip = {int(np.abs(taus - t).argmin()) for t in timesteps(config)}
     last, count = len(taus) - 1, min(config.show.num_frames, len(taus))
     animated = set(np.linspace(0, last, count).round().astype(int).tolist()) | {0}
     frames_at, x0_at = (sorted(steps, reverse=True) for steps in (strip | animated, strip))
     _, sample = generate.restore_sampler(config, workdir, frames_at=frames_at, x0_at=x0_at)
-    found = sample(np.arange(min(config.sample.num_samples, generate.GRID_IMAGES)))
-    generate.write_grid(folder / "samples.png", config, found.x)
+    samples = sample(np.arange(min(config.sample.num_samples, generate.GRID_IMAGES)))
+    generate.write_grid(folder / "samples.png", config, samples.x)
 
     titles = [f"t = {taus[i]}" for i in x0_at]
-    seen, moving = (
+    in_strip, in_animation = (
         [frames_at.index(i) for i in steps] for steps in (x0_at, sorted(animated)[::-1])
     )
-    for name, frames in (("denoising", found.frames[seen]), ("denoising_x0", found.x0_frames)):
-        some = frames[:, : config.show.num_images]
-        images.write_png(folder / f"{name}.png", images.strips(some, titles))
+    strips = {"denoising": samples.frames[in_strip], "denoising_x0": samples.x0_frames}
+    for name, frames in strips.items():
+        first = frames[:, : config.show.num_images]
+        images.write_png(folder / f"{name}.png", images.strips(first, titles))
     columns = generate.grid_columns(config)
     for suffix in ("gif", "mp4"):
-        pictures = (images.grid(found.frames[i], columns, smallest=32) for i in moving)
+        pictures = (images.grid(samples.frames[i], columns, smallest=32) for i in in_animation)
         try:
             images.write_animation(folder / f"reverse.{suffix}", pictures)
         except (IndexError, OSError, RuntimeError) as error:  # ffmpeg is missing, or fails
@@ -173,14 +174,14 @@ def draw_reverse(config, workdir, folder):
 
 
 def draw_losses(path, lines):
-    """The loss over steps, and by quarter of t."""
+    """Plots the loss over steps, and by quarter of t."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     over_steps, over_t = figure.subplots(1, 2)
     for name, label in (
         ("loss", "training"),
         ("epoch_loss", "training, mean of an epoch"),
         ("eval_loss", "held out"),
-        ("eval_loss_ema", "held out, averaged parameters"),
+        ("eval_loss_ema", "held out, EMA"),
     ):
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:
@@ -203,7 +204,7 @@ def save(figure, path):
 
 
 def write_report(config, workdir, step, lines):
-    """Puts what was drawn into report.html; it needs no other file."""
+    """Writes report.html, with all pictures embedded."""
     folder, parts = workdir / "show", []
     if step is not None:
         parts.append(f"<p>Checkpoint of step {step:,}.</p>")
@@ -218,11 +219,11 @@ def write_report(config, workdir, step, lines):
         parts += [f"<h2>{title}</h2>", *drawn] if drawn else []
     grids = sorted((workdir / "samples").glob("step_*.png"), key=lambda p: int(p.stem[5:]))
     if grids:
-        chosen = np.unique(np.linspace(0, len(grids) - 1, min(GRIDS, len(grids))).round())
-        shown = "".join(
+        chosen = np.unique(np.linspace(0, len(grids) - 1, min(MAX_GRIDS, len(grids))).round())
+        figures = "".join(
             embedded(grids[int(i)], f"step {int(grids[int(i)].stem[5:]):,}") for i in chosen
         )
-        parts.append(f'<h2>Samples while training</h2><div class="grids">{shown}</div>')
+        parts.append(f'<h2>Samples during training</h2><div class="grids">{figures}</div>')
     parts.append(f"<h2>Settings</h2>{rows(configs.flatten(config))}")
     title = html.escape(f"{config.data.name or 'imported'}: {workdir.name}")
     with run_files.atomic_write(workdir / "report.html") as path:
@@ -230,13 +231,13 @@ def write_report(config, workdir, step, lines):
 
 
 def rows(fields):
-    """A table of names and values."""
+    """An HTML table of names and values."""
     cells = (f"<tr><td>{html.escape(str(k))}<td>{html.escape(str(v))}" for k, v in fields.items())
     return f"<table>{''.join(cells)}</table>"
 
 
 def embedded(path, caption):
-    """A picture or a video as part of a page."""
+    """An HTML figure with an embedded picture or video."""
     content = base64.b64encode(path.read_bytes()).decode()
     if path.suffix == ".mp4":
         inner = (

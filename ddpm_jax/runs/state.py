@@ -13,8 +13,8 @@ from ddpm_jax import cpu
 
 @flax.struct.dataclass
 class TrainState:
-    """All that training carries from step to step; there is no PRNG key: noise depends on
-    (seed, step, example) only, which makes resuming exact."""
+    """The state of training. It has no PRNG key: noise depends only on (seed, step, example), so
+    that resuming is exact."""
 
     step: jax.Array  # int32, updates done so far
     params: Any
@@ -23,16 +23,16 @@ class TrainState:
 
 
 def learning_rate(optim, num_steps):
-    """Linear warm-up from 0, then constant or a cosine down to 0 at the last step.
+    """Linear warm-up from 0, then constant, or a cosine to 0 at the last step.
 
-    As in Ho's code, update number n (from 0) uses n / warmup_steps, so the first one moves nothing.
+    As in Ho's code, update n (from 0) has n / warmup_steps of the rate, so the first update is 0.
 
     Args:
       optim: the config's section: learning_rate, warmup_steps, decay.
       num_steps: updates in the whole run.
 
     Returns:
-      A function of the update's number.
+      A function of n.
     """
     decay_steps = max(num_steps - optim.warmup_steps, 1)
     after = {
@@ -59,7 +59,7 @@ def make_optimizer(optim, num_steps):
 
 
 def create_state(model, optimizer, image_shape, seed):
-    """A fresh state: parameters from `seed`, the EMA a copy of them.
+    """An initial state: parameters from `seed`, and an EMA equal to them.
 
     Args:
       model: a linen module, called as model(x_t, t).
@@ -85,7 +85,7 @@ def create_state(model, optimizer, image_shape, seed):
 def apply_gradients(state, grads, optimizer, ema_decay, applies=True):
     """One update: optimizer, then ema = decay · ema + (1 - decay) · params (no bias correction).
 
-    Where `applies` is false only the step counts.
+    If `applies` is false, only `step` changes.
     """
     step = state.step + 1
 
@@ -98,8 +98,8 @@ def apply_gradients(state, grads, optimizer, ema_decay, applies=True):
     def keep(state, grads):
         return state.replace(step=step)
 
-    # To choose between the two results nearly doubles the update's time on a CPU (60 and 110 ms,
-    # CIFAR-10's network); a branch would have a GPU wait for `applies`.
+    # On a CPU, selecting between both results nearly doubles the update's time (60 and 110 ms for
+    # CIFAR-10's network). On a GPU, a branch would wait for `applies`.
     if cpu.is_used():
         return jax.lax.cond(applies, apply, keep, state, grads)
     choose = functools.partial(jnp.where, applies)

@@ -36,7 +36,7 @@ def step_keys(seed, step, indices):
 
 
 def draw(keys, image_shape, num_timesteps):
-    """What one training example needs from its key.
+    """The random variables of each training example, drawn with its key.
 
     Args:
       keys: [B] PRNG keys.
@@ -47,20 +47,20 @@ def draw(keys, image_shape, num_timesteps):
       t: [B] int32, uniform in [0, T).
       eps: [B, H, W, C], standard normal.
       dropout_keys: [B] PRNG keys.
-      coins: [B], uniform in [0, 1): whether the network is told the label.
+      label_uniforms: [B], uniform in [0, 1), which decide whether the label is dropped.
     """
 
-    def one(key):
-        t_key, eps_key, dropout_key, coin_key = jax.random.split(key, 4)
+    def draw_one(key):
+        t_key, eps_key, dropout_key, label_key = jax.random.split(key, 4)
         t = jax.random.randint(t_key, (), 0, num_timesteps)
-        eps, coin = jax.random.normal(eps_key, image_shape), jax.random.uniform(coin_key)
-        return t, eps, dropout_key, coin
+        eps, label_uniform = jax.random.normal(eps_key, image_shape), jax.random.uniform(label_key)
+        return t, eps, dropout_key, label_uniform
 
-    return jax.vmap(one)(keys)
+    return jax.vmap(draw_one)(keys)
 
 
 def make_loss(config, model, schedule):
-    """Builds the loss that a config asks for.
+    """Builds the loss of a config.
 
     Args:
       config: its model and diffusion sections are used.
@@ -69,7 +69,7 @@ def make_loss(config, model, schedule):
 
     Returns:
       loss(params, x0 [B, H, W, C], labels [B] or None, t [B], eps [B, H, W, C], dropout_keys) →
-      [B]: L_simple; the bound's term of t, bits/dim, not clipped; or the cross-entropy, nats.
+      [B]: L_simple; the VLB's term at t, bits/dim, without clipping; or the cross-entropy, nats.
     """
     section = config.diffusion
     variance = section.variance
@@ -77,51 +77,51 @@ def make_loss(config, model, schedule):
     def simple(net_fn, x0, labels, t, eps):
         return diffusion.simple_loss(schedule, net_fn, x0, t, eps, section.prediction)
 
-    def bound(net_fn, x0, labels, t, eps):
+    def vlb(net_fn, x0, labels, t, eps):
         predict_fn = generate.unguided_predict(config, schedule, net_fn)
-        terms, _ = likelihood.bound_terms(schedule, predict_fn, x0, t, eps, variances=(variance,))
+        terms, _ = likelihood.vlb_terms(schedule, predict_fn, x0, t, eps, variances=(variance,))
         return terms[variance]
 
     def cross_entropy(net_fn, x0, labels, t, eps):
         log_p = net_fn(diffusion.q_sample(schedule, x0, t, eps), t)
         return -jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
 
-    classifies = config.model.kind == "classifier"
-    loss_of = cross_entropy if classifies else {"simple": simple, "bound": bound}[section.loss]
+    is_classifier = config.model.kind == "classifier"
+    loss_of = cross_entropy if is_classifier else {"simple": simple, "vlb": vlb}[section.loss]
 
     def loss(params, x0, labels, t, eps, dropout_keys=None):
-        told = () if labels is None or classifies else (labels,)
+        condition = () if labels is None or is_classifier else (labels,)
         apply = unet.net_fn(model, params, dropout_keys)
-        return loss_of(lambda x_t, t: apply(x_t, t, *told), x0, labels, t, eps)
+        return loss_of(lambda x_t, t: apply(x_t, t, *condition), x0, labels, t, eps)
 
     return loss
 
 
-def mean_over_parts(function, batch, parts):
-    """The mean of function(part of the batch), one part after another: only one takes memory.
+def mean_over_microbatches(function, batch, count):
+    """The mean of function over microbatches, one after another to save memory.
 
     Args:
       function: a batch to a tree of arrays, each a mean over the batch.
       batch: a tree of arrays [B, ...].
-      parts: how many equal ones; divides B.
+      count: number of microbatches; divides B.
 
     Returns:
       The tree of function's means over the whole batch.
     """
-    if parts == 1:
+    if count == 1:
         return function(batch)
-    batch = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), batch)
+    batch = jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), batch)
     shapes = jax.eval_shape(function, jax.tree.map(lambda a: a[0], batch))
     total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-    def add(total, part):
-        # In a loop that is unrolled, too, the next one begins when this one is done.
-        total, part = jax.lax.optimization_barrier((total, part))
-        return jax.tree.map(jnp.add, total, function(part)), None
+    def add(total, microbatch):
+        # In the unrolled loop, too, a microbatch must wait until the one before it is done.
+        total, microbatch = jax.lax.optimization_barrier((total, microbatch))
+        return jax.tree.map(jnp.add, total, function(microbatch)), None
 
-    # On a CPU, a gradient inside a loop takes a dozen times as long.
+    # On a CPU, a gradient inside a loop takes about 12 times as long.
     total, _ = jax.lax.scan(add, total, batch, unroll=cpu.is_used())
-    return jax.tree.map(lambda x: x / parts, total)
+    return jax.tree.map(lambda x: x / count, total)
 
 
 def train_step(
@@ -138,46 +138,47 @@ def train_step(
 ):
     """One update of Algorithm 1; runs under parallel.pmap.
 
-    A loss or gradient that is not finite changes nothing, but that the step counts.
+    After a non-finite loss or gradient, only the state's step changes.
 
     Args:
       state: a TrainState.
-      batch: a data.Batch, this device's part of the global one.
+      batch: a data.Batch, this device's shard of the global batch.
       loss_fn: from make_loss.
       num_timesteps: T.
       optimizer: an optax transformation; it clips the gradient after the mean over devices.
       ema_decay: of the parameters' moving average, in [0, 1).
-      label_dropout: (rate, the label that replaces dropped ones), for classifier-free guidance.
+      label_dropout: (rate, the label for "no class"), for classifier-free guidance.
       seed: int.
-      accumulate: parts of the batch whose gradients are computed one after another.
+      accumulate: microbatches of the shard, for gradient accumulation.
 
     Returns:
-      (state, metrics), means over the global batch: loss, the gradient's norm before clipping; of
-      each quarter of the timesteps [4] the share of examples, and their loss times that share; and
-      whether the update was applied.
+      (state, metrics), means over the global batch: the loss; the gradient's norm before clipping;
+      for each quarter of the timesteps [4] the share of examples, and their loss times this share;
+      and whether the update was applied.
     """
     x0, labels = images.to_float(batch.images), batch.labels
     keys = step_keys(seed, state.step, parallel.example_indices(len(x0)))
-    t, eps, dropout_keys, coins = draw(keys, x0.shape[1:], num_timesteps)
+    t, eps, dropout_keys, label_uniforms = draw(keys, x0.shape[1:], num_timesteps)
     if labels is not None:
         rate, null_label = label_dropout
-        labels = jnp.where(coins < rate, null_label, labels)
+        labels = jnp.where(label_uniforms < rate, null_label, labels)
 
     def mean_loss(params, x0, labels, t, eps, dropout_keys):
         losses = loss_fn(params, x0, labels, t, eps, dropout_keys)
         quarter = jax.nn.one_hot(4 * t // num_timesteps, 4)
-        of_quarters = {"share": quarter.mean(0), "loss_share": (losses[:, None] * quarter).mean(0)}
-        return losses.mean(), of_quarters
+        quarters = {"share": quarter.mean(0), "loss_share": (losses[:, None] * quarter).mean(0)}
+        return losses.mean(), quarters
 
     def loss_and_gradient(examples):
         return jax.value_and_grad(mean_loss, has_aux=True)(state.params, *examples)
 
-    found = mean_over_parts(loss_and_gradient, (x0, labels, t, eps, dropout_keys), accumulate)
-    (loss, of_quarters), grads = jax.lax.pmean(found, parallel.AXIS)
+    examples = x0, labels, t, eps, dropout_keys
+    means = mean_over_microbatches(loss_and_gradient, examples, accumulate)
+    (loss, quarters), grads = jax.lax.pmean(means, parallel.AXIS)
     norm = optax.tree.norm(grads)
     applied = jnp.isfinite(loss) & jnp.isfinite(norm)
     state = states.apply_gradients(state, grads, optimizer, ema_decay, applied)
-    return state, {"loss": loss, "grad_norm": norm, **of_quarters, "applied": applied}
+    return state, {"loss": loss, "grad_norm": norm, **quarters, "applied": applied}
 
 
 def make_train_step(config, model, schedule, optimizer, devices=None):
@@ -197,14 +198,14 @@ def make_train_step(config, model, schedule, optimizer, devices=None):
             accumulate=config.optim.accumulate,
         )
 
-    # The state goes in and out replicated, and its memory is used again.
+    # The state is replicated before and after, and its buffers are reused.
     return parallel.pmap(
         step, in_axes=(None, 0), out_axes=(None, None), donate_argnums=0, devices=devices
     )
 
 
 def make_eval_loss(config, model, schedule, source):
-    """The held-out loss: the same images, timesteps (spread evenly) and noise every time.
+    """The held-out loss: with the same images, timesteps (evenly spaced) and noise every time.
 
     Args:
       config: its train, model and diffusion sections are used.
@@ -213,8 +214,8 @@ def make_eval_loss(config, model, schedule, source):
       source: the held-out images.
 
     Returns:
-      eval_loss(params, stop=never) → the mean over the first `train.eval_images` images; or None
-      as soon as stop() is true.
+      eval_loss(params, stop=never) → the mean over the first `train.eval_images` images; None if
+      stop() becomes true.
     """
     loss_fn = make_loss(config, model, schedule)
     count, size = min(config.train.eval_images, source.size), config.train.batch_size
@@ -232,9 +233,9 @@ def make_eval_loss(config, model, schedule, source):
     def eval_loss(params, stop=signals.never):
         total = 0.0
         for first in range(0, count, size):
-            indices = parallel.part(first + np.arange(size))  # those from `count` on are padding
+            indices = parallel.local_shard(first + np.arange(size))  # from `count` on: padding
             batch = source.read(np.minimum(indices, count - 1))
-            total += float(batch_loss(params, parallel.split(batch), parallel.split(indices)))
+            total += float(batch_loss(params, parallel.shard(batch), parallel.shard(indices)))
             if stop():
                 return None
         return total / count
@@ -243,37 +244,36 @@ def make_eval_loss(config, model, schedule, source):
 
 
 class Span(NamedTuple):
-    """The steps that one call of `train` is to do."""
+    """The steps of one call of `train`."""
 
-    first: int  # it starts from the state after this step
+    first: int  # the step of the first state
     last: int
-    epoch: fractions.Fraction  # steps of one
+    epoch: fractions.Fraction  # steps per epoch
 
     def due(self, step, interval):
-        """Whether a multiple of an interval in steps, or a fraction of them, is reached."""
+        """Whether the step reaches a multiple of an interval, which may be a fraction."""
         reached = step > 0 and step // interval > (step - 1) // interval
         return step == self.last or reached
 
 
 def train(config, workdir, arrays=None):
-    """Trains as a config says, from scratch or from the run's newest checkpoint.
+    """Trains a run from scratch, or resumes it from its newest checkpoint.
 
     Args:
       config: checked (see configs.py).
-      workdir: the run's folder; nothing is written before the inputs are known to be good.
-      arrays: a data.Batch of all images, where they are not in files.
+      workdir: the run's folder; nothing is written before all inputs are checked.
+      arrays: a data.Batch of all images, if they are not in files.
 
     Returns:
-      0 when the run is finished, or the number of the signal that ended it early (what was trained
-      is saved first).
+      0 when the run is finished, or the number of the signal that stopped it (after saving).
 
     Raises:
-      UserError: for a folder that holds another run, or in which another program trains; bad data,
-        at the start or later (what was trained is saved first); or losses that are not finite.
+      UserError: if the folder holds another run, or another program trains in it; for invalid data
+        (during training, after saving); or for non-finite losses.
     """
     workdir = pathlib.Path(workdir)
     source, eval_source = open_data(config, workdir, arrays)
-    guides = generate.who_guides(config, source.label_names)
+    guidance = generate.guidance_for(config, source.label_names)
     last = configs.num_steps(config.train, source.size)
     schedule, model = configs.make_schedule(config), configs.make_model(config)
     optimizer = states.make_optimizer(config.optim, last)
@@ -291,10 +291,10 @@ def train(config, workdir, arrays=None):
         step_fn = make_train_step(config, model, schedule, optimizer)
         if span.first < last:
             if parallel.is_first():
-                (workdir / "report.html").unlink(missing_ok=True)  # it will be out of date
+                (workdir / "report.html").unlink(missing_ok=True)  # it is written again at the end
             describe_memory(step_fn, state, source, config.train.batch_size)
         eval_loss = make_eval_loss(config, model, schedule, eval_source)
-        sample = generate.make_sampler(config, **guides) if config.model.kind == "unet" else None
+        sample = generate.make_sampler(config, **guidance) if config.model.kind == "unet" else None
         with contextlib.closing(run_files.Metrics(workdir, span.first)) as metrics:
             actions = make_actions(config, workdir, span, metrics, eval_loss, sample, stop)
             steps = updates(config, state, step_fn, source)
@@ -307,20 +307,20 @@ def train(config, workdir, arrays=None):
         manager.wait_until_finished()
         caught, step = stop(), manager.latest_step()
         if caught:
-            saved = "nothing was trained" if step is None else f"step {step} is saved"
+            saved = "no step was trained" if step is None else f"step {step} is saved"
             log.info("stopped by %s; %s", signal.Signals(caught).name, saved)
     return caught
 
 
 def open_data(config, workdir, arrays):
-    """Opens what a run is trained on, and its held-out images: two Sources.
+    """Opens the training and the held-out images: two Sources.
 
     Raises:
-      UserError: for bad data; and for a run that was begun with another config or other data.
+      UserError: for invalid data, or a run that was started with another config or other data.
     """
     checkpoint.check_path(workdir)
     saved = run_files.load_config(workdir)
-    # At step 0 is a run that was imported: nothing depends on data and seed yet.
+    # A run at step 0 was imported: it does not depend on data and seed yet.
     trained = saved is not None and checkpoint.latest_step(workdir) != 0
     if saved is not None:
         configs.check_same_run(saved, config, workdir, "train" if trained else "use")
@@ -334,19 +334,21 @@ def open_data(config, workdir, arrays):
 
 
 def make_actions(config, workdir, span, metrics, eval_loss, sample, stop):
-    """What shows how training goes: {name: (interval in steps, action(step, state))}.
+    """Actions that show the progress of training: {name: (interval in steps, action(step, state))}.
+
+    A signal may have stopped the run before all actions of its last step were done. So at
+    span.first, an action runs only if its result is missing.
 
     Args:
       config: its train and sample sections are used.
       workdir: the run's folder.
-      span: the steps to do; what the run has done at its first one, it does not do again. A signal
-        may have come before all of that was done.
-      metrics: where the numbers go.
+      span: the steps to do.
+      metrics: a run_files.Metrics.
       eval_loss: from make_eval_loss.
-      sample: from generate.make_sampler; None for a classifier, which draws nothing.
+      sample: from generate.make_sampler; None for a classifier.
       stop: from signals.catch.
     """
-    every = config.train
+    section = config.train
     logged = {k for x in run_files.read_metrics(workdir) if x["step"] == span.first for k in x}
 
     def end_epoch(step, state):
@@ -367,17 +369,17 @@ def make_actions(config, workdir, span, metrics, eval_loss, sample, stop):
             generate.warn_of_young_ema(config, step)
             write_grid(path, sample, config, state, stop)
 
-    actions = {"the epoch's loss": (span.epoch, end_epoch)} if every.num_epochs else {}
-    actions["the held-out loss"] = every.eval_every, evaluate
+    actions = {"the epoch's loss": (span.epoch, end_epoch)} if section.num_epochs else {}
+    actions["the held-out loss"] = section.eval_every, evaluate
     if sample is not None:
-        actions["the sample grid"] = every.sample_every, draw
+        actions["the sample grid"] = section.sample_every, draw
     return actions
 
 
 def attempt(name, action):
-    """Does what only shows how training goes; where it fails, training goes on with a warning.
+    """Runs an action that training does not depend on; if it fails, warns and continues.
 
-    Of several processes, none can know whether the others have failed, too; they end.
+    With several processes, the error is raised: a process cannot know whether the others failed.
     """
     try:
         action()
@@ -385,13 +387,13 @@ def attempt(name, action):
         if jax.process_count() > 1:
             raise
         text = one_line(error) if isinstance(error, UserError) else repr(error)
-        log.warning("%s failed, and was left out: %s", name, printable(text))
+        log.warning("%s failed, and was skipped: %s", name, printable(text))
 
 
 def updates(config, state, step_fn, source):
-    """Endless training: yields (state, values of the step that led to it, error).
+    """Trains without end: yields (state, metrics of the last step, error).
 
-    At first there are no values. A UserError says that the data of the next step cannot be read.
+    The first metrics are None. The error is a UserError if the next batch cannot be read.
     """
     batches = data.batches(
         source,
@@ -408,43 +410,43 @@ def updates(config, state, step_fn, source):
         except UserError as caught:  # grain has added lines of its own
             error = UserError(str(caught).partition("\n")[0])
         yield state, values, error
-        state, values = step_fn(state, parallel.split(batch))
+        state, values = step_fn(state, parallel.shard(batch))
 
 
 def run_loop(config, workdir, span, steps, metrics, save, actions, stop):
-    """Trains to the last step or to a signal, and does what is due on the way.
+    """Trains to the last step or until a signal; logs, saves, and runs the actions when due.
 
     Args:
-      config: its train section, and optim.max_skipped.
+      config: its train section and optim.max_skipped are used.
       workdir: the run's folder.
       span: the steps to do.
       steps: from `updates`.
-      metrics: where the losses go.
-      save: (step, state), comes first: whatever fails after it costs no steps.
-      actions: from make_actions; done in this order, and all at the last step.
+      metrics: a run_files.Metrics.
+      save: (step, state); called before the actions, so that a failing action loses no steps.
+      actions: from make_actions; they run in this order, and all at the last step.
       stop: from signals.catch; when it is true, the state is saved and the loop ends.
 
     Raises:
-      UserError: after more than optim.max_skipped updates in a row that were not applied; or where
-        data could not be read, when what was trained is saved.
+      UserError: after more than optim.max_skipped consecutive skipped updates; or for unreadable
+        data, after saving.
     """
-    every = config.train
-    pending, skipped = [], 0  # values of the steps since the last log point; not applied, in a row
-    mark = span.first, time.monotonic()  # the clock of images/s
+    section = config.train
+    pending, skipped = [], 0  # metrics since the last log line; consecutive skipped updates
+    mark = span.first, time.monotonic()  # step and time, for images/s
     with progress.bar(span.last, "train", "step", initial=span.first, leave=True) as bar:
         for step, (state, values, error) in enumerate(steps, span.first):
             if values is not None:
                 pending.append(values)
                 bar.update()
             if step < span.last and error and jax.process_count() > 1:
-                raise error  # to save, the others would be needed, who cannot know of it
-            # behind: so as not to wait for the step that has just begun
+                raise error  # saving needs all processes, and the others do not know of the error
+            # behind: do not wait for the step that has just started
             ends = stop(behind=2) or (error and step < span.last)
-            now = {k: v for k, (n, v) in actions.items() if not ends and span.due(step, n)}
-            saves = not ends and span.due(step, every.checkpoint_every)
-            if pending and (ends or now or saves or span.due(step, every.log_every)):
+            due = {k: v for k, (n, v) in actions.items() if not ends and span.due(step, n)}
+            saves = not ends and span.due(step, section.checkpoint_every)
+            if pending and (ends or due or saves or span.due(step, section.log_every)):
                 skipped = count_skipped(pending, step, skipped, config.optim.max_skipped)
-                speed = (step - mark[0]) * every.batch_size / (time.monotonic() - mark[1])
+                speed = (step - mark[0]) * section.batch_size / (time.monotonic() - mark[1])
                 metrics.write(
                     step,
                     epoch=float(step / span.epoch),
@@ -453,22 +455,22 @@ def run_loop(config, workdir, span, steps, metrics, save, actions, stop):
                 )
                 bar.set_postfix_str(progress_text(config, workdir, span, step, means, speed))
                 pending, mark = [], (step, time.monotonic())
-            # What is being skipped may be the fault of the parameters.
+            # While updates are skipped, the parameters may be the cause: keep older checkpoints.
             if saves and (not skipped or step == span.last):
                 save(step, state)
-            for name, action in now.items():
+            for name, action in due.items():
                 attempt(f"step {step}: {name}", functools.partial(action, step, state))
             if ends or stop.agreed or step >= span.last:
                 save(step, state)
                 break
-            if now or saves:
-                mark = step, time.monotonic()  # what is not training does not count as such
+            if due or saves:
+                mark = step, time.monotonic()  # images/s does not count this time
     if error and step < span.last and not stop.agreed:
         raise error
 
 
 def progress_text(config, workdir, span, step, means, speed):
-    """What the bar says after a log point; of a run of epochs, with the epoch's mean loss."""
+    """The text of the progress bar; with train.num_epochs it has the epoch's mean loss."""
     loss = f"loss {means.get('loss', np.nan):.4f}"
     if config.train.num_epochs:
         loss += f" (epoch: {epoch_mean(workdir, span, step):.4f})"
@@ -476,36 +478,36 @@ def progress_text(config, workdir, span, step, means, speed):
 
 
 def epoch_mean(workdir, span, step):
-    """The mean loss, until then, of the epoch that a step is of."""
+    """The mean loss of a step's epoch, up to this step."""
     start = math.ceil((step - 1) // span.epoch * span.epoch)
     return mean_loss(run_files.read_metrics(workdir), start, step)
 
 
 def count_skipped(pending, step, skipped, most):
-    """How many updates in a row were not applied, up to the newest.
+    """The number of consecutive skipped updates up to `step`.
 
     Args:
-      pending: the values of the last steps, the newest of which is `step`.
+      pending: the metrics of the last steps, up to `step`.
       step: int.
-      skipped: the count before them.
-      most: the largest that is allowed.
+      skipped: the number before these steps.
+      most: the maximum.
 
     Raises:
-      UserError: if there are more.
+      UserError: if the number exceeds the maximum.
     """
     for number, values in enumerate(pending, step - len(pending) + 1):
         skipped = 0 if values["applied"] else skipped + 1
         if skipped > most:
             raise UserError(
                 f"loss={values['loss']:g}, gradient norm={values['grad_norm']:g}: not finite at "
-                f"step {number}, and optim.max_skipped={most} before it; the newest checkpoint has "
-                "the parameters from before; a smaller optim.learning_rate may help"
+                f"step {number}, and at the optim.max_skipped={most} steps before it; the newest "
+                "checkpoint is older; a smaller optim.learning_rate may help"
             )
     return skipped
 
 
 def summarize(pending):
-    """Means of the values of some steps; those that were not applied are only counted."""
+    """The mean metrics of some steps; skipped updates are only counted."""
     columns = {k: np.array([v[k] for v in pending]) for k in pending[0]}
     applied = columns.pop("applied")
     columns = {k: v[applied] for k, v in columns.items()}
@@ -520,9 +522,9 @@ def mean_loss(lines, start, end):
     """The mean loss of the applied steps in (start, end].
 
     Args:
-      lines: of metrics.jsonl; those that training wrote have the mean since the one before.
-      start: a step at which there is such a line, or 0.
-      end: another.
+      lines: of metrics.jsonl; a line has the mean loss since the line before it.
+      start: the step of a line, or 0.
+      end: the step of a line.
     """
     total, count, before = 0.0, 0, 0
     for line in (line for line in lines if "skipped" in line):
@@ -534,7 +536,7 @@ def mean_loss(lines, start, end):
 
 
 def write_grid(path, sample, config, state, stop):
-    """Draws samples from a state and writes them to path, unless a signal comes first."""
+    """Samples from a state and writes a grid to path, unless a signal interrupts it."""
     params = state.ema_params if config.sample.use_ema else state.params
     with contextlib.suppress(signals.Stopped):
         generated = sample(params, np.arange(config.sample.num_samples), stop=stop)
@@ -542,15 +544,15 @@ def write_grid(path, sample, config, state, stop):
 
 
 def describe(config, state, schedule, source, eval_source):
-    """Logs what is about to be trained, and warns of a chain that does not end in noise."""
+    """Logs the devices, data, network and chain; warns if the chain does not end in noise."""
     devices = jax.devices()
     log.info("devices: %d x %s", len(devices), devices[0].device_kind)
     height, width, channels = configs.image_shape(config)
     text = "data: %s, %d images to train, %d held out, %dx%dx%d"
     log.info(text, config.data.name, source.size, eval_source.size, height, width, channels)
     log.info("network: %s parameters", f"{sum(p.size for p in jax.tree.leaves(state.params)):,}")
-    some = np.arange(min(eval_source.size, 256))
-    mean_square = float(np.mean(np.square(images.to_float(eval_source.read(some).images))))
+    first = np.arange(min(eval_source.size, 256))
+    mean_square = float(np.mean(np.square(images.to_float(eval_source.read(first).images))))
     kl = likelihood.prior_kl(schedule, mean_square)
     alpha_bar = float(schedule.alpha_bars[-1])
     log.info(
@@ -560,34 +562,34 @@ def describe(config, state, schedule, source, eval_source):
     step = int(state.step)
     if step >= configs.num_steps(config.train, source.size):
         field = "num_epochs" if config.train.num_epochs else "num_steps"
-        log.info("this run is finished (%d steps); train.%s=N with a larger N goes on", step, field)
+        log.info("this run is finished (%d steps); a larger train.%s continues it", step, field)
     elif step:
         log.info("resuming from the checkpoint of step %d", step)
 
 
 def describe_memory(step_fn, state, source, batch_size):
-    """Compiles the train step, and logs what memory it takes; warns if it does not fit."""
+    """Compiles the train step and logs its memory; warns if it does not fit."""
     batch = source.read(np.zeros(batch_size // jax.process_count(), int))
     start = time.monotonic()
-    compiled = step_fn.lower(
-        state, parallel.split(batch)
-    ).compile()  # it is kept for the first step
+    compiled = step_fn.lower(state, parallel.shard(batch)).compile()  # the first step reuses it
     seconds, memory = time.monotonic() - start, compiled.memory_analysis()
-    parallel.barrier()  # the first step connects all devices, for which they wait for 30 seconds
-    kept = memory.argument_size_in_bytes
-    needed = kept + memory.temp_size_in_bytes
-    needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    there = parallel.memory_of_a_device()
-    needed_gib, kept_gib, there_gib = (f"{n / 2**30:.2f} GiB" for n in (needed, kept, there))
-    log.info(
-        "compiled in %.1f s; memory: %s a device%s, %s of it parameters, optimizer and data",
-        seconds,
-        needed_gib,
-        f" of {there_gib}" if there else "",
-        kept_gib,
+    parallel.barrier()  # the first step connects all devices, with a timeout of 30 seconds
+    arguments = memory.argument_size_in_bytes
+    total = arguments + memory.temp_size_in_bytes
+    total += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    available = parallel.device_memory()
+    total_gib, arguments_gib, available_gib = (
+        f"{n / 2**30:.2f} GiB" for n in (total, arguments, available)
     )
-    if 0 < there < needed:
+    log.info(
+        "compiled in %.1f s; memory per device: %s%s, of which %s parameters, optimizer and data",
+        seconds,
+        total_gib,
+        f" of {available_gib}" if available else "",
+        arguments_gib,
+    )
+    if 0 < available < total:
         log.warning(
-            "this does not fit: use a smaller train.batch_size or a larger optim.accumulate (less "
-            "of the batch at a time), model.remat=true, or more devices"
+            "not enough memory: use a smaller train.batch_size, a larger optim.accumulate (smaller "
+            "microbatches), model.remat=true, or more devices"
         )
