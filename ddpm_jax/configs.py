@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import cpu, parallel
-from ddpm_jax.core import diffusion, sampling, schedules, unet
+from ddpm_jax.core import diffusion, schedules, solvers, spacings, unet
 from ddpm_jax.errors import UserError, one_line
 
 # The folders that named_config searches: of an installed package, and of a checkout.
@@ -66,10 +66,13 @@ CHOICES = {
     "model.kind": ("unet", "classifier"),
     "model.dtype": ("float32", "bfloat16"),
     "optim.decay": ("constant", "cosine"),
-    "sample.sampler": sampling.SAMPLERS,
-    "sample.spacing": tuple(schedules.SPACINGS),
+    "sample.sampler": tuple(solvers.SOLVERS),
+    "sample.spacing": tuple(spacings.SPACINGS),
     "evaluate.resize": ("tf1", "torch"),
 }
+# Editing modes that do not take every sampler: inpaint needs steps that depend on x alone; invert
+# samples with ddim, whatever the run's default is.
+SAMPLERS_OF = {"inpaint": solvers.SINGLE_STEP, "invert": ("ancestral", "ddim")}
 # Earlier names of values: old configs and commands still work.
 RENAMED_VALUES = {("diffusion.loss", "bound"): "vlb", ("sample.spacing", "uniform"): "leading"}
 # Fields with the path of a file or a folder, in which ~ is the user's home.
@@ -109,6 +112,7 @@ ADDED = {
     "data.num_classes": 0,
     "diffusion.prediction": "eps",
     "diffusion.loss": "simple",
+    "diffusion.zero_terminal_snr": False,
     "model.kind": "unet",
     "model.remat": False,
     "optim.accumulate": 1,
@@ -163,6 +167,7 @@ def _diffusion_fields():
     diffusion.num_timesteps = 1000  # T
     diffusion.beta_start = 1e-4  # β at the first step (ignored by the cosine schedule)
     diffusion.beta_end = 0.02  # β at the last step (ignored by the cosine schedule)
+    diffusion.zero_terminal_snr = False  # rescale the schedule to ᾱ_T = 0 (needs x0 or v)
     diffusion.prediction = "eps"  # the network's prediction target: eps, x0, mean (μ̃), v
     diffusion.loss = "simple"  # the MSE of the prediction; or vlb, the variational bound
     diffusion.variance = "fixed_large"  # of the reverse process: β; fixed_small, β̃; or learned
@@ -220,10 +225,12 @@ def _sample_fields():
     sample.seed = 0  # image i depends on (seed, i) only
     sample.columns = 0  # images per row of the grids; 0: a square, or one column per class
     sample.use_ema = True  # sample with the EMA of the parameters; false: the raw ones
-    sample.sampler = "ancestral"  # Algorithm 2; or ddim
+    sample.sampler = "ancestral"  # Algorithm 2; ddim, dpmpp, dpmpp_sde, unipc, heun or plms
+    sample.order = 2  # of dpmpp (1, 2, 3) and unipc (2, 3)
     sample.num_steps = 0  # sampling steps, at most T; 0: all T
-    sample.spacing = "leading"  # of fewer steps than T: every (T / num_steps)-th; or quadratic
+    sample.spacing = "leading"  # linspace, trailing, quadratic, logsnr, karras: which steps of T
     sample.eta = 0.0  # η of ddim, from 0 (deterministic) to 1
+    sample.dynamic_threshold = 0.0  # quantile of |x0| for dynamic thresholding; 0: none
     sample.label = ""  # the class to sample, by name or number; empty: all classes in turn
     sample.guidance = 1.0  # guidance scale: 0 unconditional, 1 conditional, above 1 amplified
     sample.classifier = ""  # a run with model.kind = "classifier", for classifier guidance
@@ -382,20 +389,23 @@ def normalize(config):
     return rename_old_values(config)
 
 
-def make_schedule(config, timesteps=None):
-    """The schedule of a config's `diffusion` section, respaced to `timesteps` if there are any.
+def make_alpha_bars(config):
+    """ᾱ of a config's `diffusion` section, [T] float64.
 
     Raises:
       UserError: for β outside (0, 1), or coefficients that overflow in float32.
     """
     section = config.diffusion
-    beta_range = section.beta_start, section.beta_end
+    names = ("schedule", "num_timesteps", "beta_start", "beta_end", "zero_terminal_snr")
     try:
-        return schedules.make_schedule(
-            section.schedule, section.num_timesteps, *beta_range, timesteps
-        )
+        return schedules.make_alpha_bars(*(section[name] for name in names))
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def make_schedule(config):
+    """The schedule of a config's `diffusion` section; raises what make_alpha_bars does."""
+    return schedules.from_alpha_bars(make_alpha_bars(config))
 
 
 def make_model(config):
@@ -442,7 +452,7 @@ def check(config, mode="train"):
     for name, choices in CHOICES.items():
         allowed = f"choose from {', '.join(map(str, choices))}"
         _require(fields[name] in choices, name, fields[name], allowed)
-    for name in ("train.label_dropout", "sample.eta"):
+    for name in ("train.label_dropout", "sample.eta", "sample.dynamic_threshold"):
         _require(0 <= fields[name] <= 1, name, fields[name], "must lie in [0, 1]")
     _check_sizes(fields)
     name, steps, epochs = "train.num_epochs", config.train.num_steps, config.train.num_epochs
@@ -511,6 +521,10 @@ def _check_model(model, image_size):
 
 def _check_task(config, mode):
     """The variance must fit the loss, and the kind of network the mode."""
+    name, prediction = "diffusion.zero_terminal_snr", config.diffusion.prediction
+    fits = not config.diffusion.zero_terminal_snr or prediction in ("x0", "v")
+    allowed = f"needs diffusion.prediction='x0' or 'v'; {prediction!r} says nothing of x0 at ᾱ = 0"
+    _require(fits, name, True, allowed)
     variance, loss, kind = config.diffusion.variance, config.diffusion.loss, config.model.kind
     allowed = "needs diffusion.loss='vlb'; L_simple trains no variance"
     _require(variance != "learned" or loss == "vlb", "diffusion.variance", variance, allowed)
@@ -526,13 +540,24 @@ def _check_sampling(config, mode):
     sample, total = config.sample, config.diffusion.num_timesteps
     allowed = f"must be from 1 to diffusion.num_timesteps={total}, or 0 for all"
     _require(sample.num_steps <= total, "sample.num_steps", sample.num_steps, allowed)
-    ancestral = sample.sampler == "ancestral" and mode != "invert"  # DDIM inversion
+    sampler = "ddim" if mode == "invert" else sample.sampler
+    if mode in SAMPLERS_OF:
+        allowed = f"{mode} takes {' or '.join(SAMPLERS_OF[mode])}"
+        _require(sample.sampler in SAMPLERS_OF[mode], "sample.sampler", sample.sampler, allowed)
+    orders = solvers.ORDERS.get(sampler, (2,))
+    allowed = f"with sample.sampler={sampler!r}, choose from {', '.join(map(str, orders))}"
+    _require(sample.order in orders, "sample.order", sample.order, allowed)
     allowed = "must be 0, unless sample.sampler='ddim'"
-    _require(sample.eta == 0 or not ancestral, "sample.eta", sample.eta, allowed)
-    learned = config.diffusion.variance == "learned" and ancestral
+    _require(sample.eta == 0 or sampler == "ddim", "sample.eta", sample.eta, allowed)
+    learned = config.diffusion.variance == "learned" and sampler == "ancestral"
     allowed = f"a learned variance needs all {total} steps; use sample.sampler='ddim' for fewer"
-    fits = not learned or sample.num_steps in (0, total)
-    _require(fits, "sample.num_steps", sample.num_steps, allowed)
+    fewer = sample.num_steps not in (0, total)
+    _require(not (learned and fewer), "sample.num_steps", sample.num_steps, allowed)
+    allowed = f"with zero_terminal_snr, choose from {', '.join(spacings.WITH_LAST)}"
+    fits = (
+        not (config.diffusion.zero_terminal_snr and fewer) or sample.spacing in spacings.WITH_LAST
+    )
+    _require(fits, "sample.spacing", sample.spacing, allowed)
     steps, name, repeats = sample.num_steps or total, "sample.resamplings", sample.resamplings
     allowed = f"must be at most {MAX_STEPS // steps}, for {steps} steps"
     _require(steps * repeats <= MAX_STEPS, name, repeats, allowed)

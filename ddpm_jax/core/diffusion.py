@@ -194,6 +194,25 @@ def clipped(predict_fn):
     return clip
 
 
+def dynamically_thresholded(predict_fn, quantile):
+    """Returns predict_fn with dynamic thresholding of x0 (Saharia et al. 2022, Sec. 2.3).
+
+      s = max(1, the quantile of |x0| over an image's values),  x0 ← clip(x0, -s, s) / s
+
+    Args:
+      predict_fn: (x_t, t, …) to a Prediction.
+      quantile: in (0, 1); 0.995 in Imagen's code. 1 rescales every image to [-1, 1].
+    """
+
+    def threshold(*args):
+        prediction = predict_fn(*args)
+        x0, axes = prediction.x0, tuple(range(1, prediction.x0.ndim))
+        s = jnp.maximum(1, jnp.quantile(jnp.abs(x0), quantile, axis=axes, keepdims=True))
+        return prediction._replace(x0=jnp.clip(x0, -s, s) / s)
+
+    return threshold
+
+
 def p_mean_variance(schedule, predict_fn, x_t, t, *, variance):
     """p(x_{t-1} | x_t): Eq. (11), written through x0.
 

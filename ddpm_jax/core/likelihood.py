@@ -20,17 +20,17 @@ BITS = float(1 / np.log(2))  # per nat
 MAX_PRIOR_KL = 1e-3
 
 
-def prior_kl(schedule, mean_square):
+def prior_kl(alpha_bar, mean_square):
     """L_T = KL(q(x_T | x_0) ‖ N(0, I)) per dimension: the distance of x_T from noise.
 
     Args:
-      schedule: coefficients, each [T].
+      alpha_bar: ᾱ_T.
       mean_square: E[x²] of the data, scaled to [-1, 1].
 
     Returns:
       bits/dim, float: ½ · (ᾱ_T · (E[x²] - 1) - log(1 - ᾱ_T)) / log 2.
     """
-    alpha_bar = np.float64(schedule.alpha_bars[-1])
+    alpha_bar = np.float64(alpha_bar)
     return float((alpha_bar * (mean_square - 1) - np.log1p(-alpha_bar)) / (2 * np.log(2)))
 
 

@@ -72,18 +72,18 @@ class Schedule:
         return self.betas.shape[0]
 
 
-def make_schedule(name, num_timesteps, beta_start=1e-4, beta_end=0.02, timesteps=None):
-    """Builds the schedule `name`, respaced to some of its steps if there are `timesteps`.
+def make_alpha_bars(name, num_timesteps, beta_start=1e-4, beta_end=0.02, zero_terminal_snr=False):
+    """ᾱ of the schedule `name`.
 
     Args:
       name: a key of SCHEDULES.
       num_timesteps: T, at least 1.
       beta_start: β at code t = 0, in (0, 1).
       beta_end: β at code t = T - 1, in (0, 1).
-      timesteps: [S] ints in [0, T), ascending: the steps to keep; None for all.
+      zero_terminal_snr: whether to rescale it to ᾱ = 0 at t = T - 1.
 
     Returns:
-      A Schedule of T steps, or of S if there are `timesteps`.
+      [T] float64, descending, in (0, 1); with zero_terminal_snr the last one is 0.
 
     Raises:
       ValueError: for an unknown name, T < 1, or a β outside (0, 1).
@@ -101,58 +101,55 @@ def make_schedule(name, num_timesteps, beta_start=1e-4, beta_end=0.02, timesteps
             f"diffusion.schedule={name!r} with num_timesteps={num_timesteps}: its largest β is "
             f"{betas.max():.4g} and must lie in (0, 1); use more timesteps or a smaller beta_end"
         )
-    if np.prod(1 - betas) < np.finfo(np.float32).tiny:
+    alpha_bars = np.cumprod(1 - betas)
+    if alpha_bars[-1] < np.finfo(np.float32).tiny:
         raise ValueError(
             f"diffusion.num_timesteps={num_timesteps} with beta_end={beta_end}: float32 cannot "
             "hold 1 / ᾱ_T; use a smaller beta_end or schedule=linear_rescaled"
         )
-    return from_betas(betas if timesteps is None else respace(betas, timesteps))
+    if not zero_terminal_snr:
+        return alpha_bars
+    if num_timesteps < 2:
+        raise ValueError("diffusion.num_timesteps=1: zero_terminal_snr needs at least 2")
+    return rescale_to_zero_terminal_snr(alpha_bars)
 
 
-def respace(betas, timesteps):
-    """The β's of a sampler that takes only some of the steps (Nichol & Dhariwal 2021, Sec. 4).
+def rescale_to_zero_terminal_snr(alpha_bars):
+    """Rescales ᾱ so that x_T is pure noise (Lin et al. 2023, Algorithm 1).
 
-    It has the ᾱ of these steps, so β_i = 1 - ᾱ_{τ_i} / ᾱ_{τ_{i-1}}. Ancestral sampling and DDIM
-    work on this schedule as on any other.
+      √ᾱ_t ← (√ᾱ_t - √ᾱ_T) · √ᾱ_1 / (√ᾱ_1 - √ᾱ_T)
+
+    ᾱ of the first step is kept, ᾱ of the last one becomes 0.
 
     Args:
-      betas: [T] float64.
-      timesteps: τ, [S] ints in [0, T), ascending.
+      alpha_bars: [T] float64, descending.
 
     Returns:
-      [S] float64.
+      [T] float64.
     """
-    alpha_bars = np.cumprod(1 - betas)[timesteps]
-    return 1 - alpha_bars / np.append(1.0, alpha_bars[:-1])
+    root = np.sqrt(alpha_bars)
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
-def leading_spacing(num_timesteps, num_steps):
-    """Evenly spaced steps from 0 ("leading"): every 20th of 1000 for 50 steps."""
-    return np.arange(num_steps) * num_timesteps // num_steps
+def make_schedule(*args, **kwargs):
+    """The Schedule of make_alpha_bars's arguments."""
+    return from_alpha_bars(make_alpha_bars(*args, **kwargs))
 
 
-def quadratic_spacing(num_timesteps, num_steps):
-    """Steps that grow with t, up to 0.8 T (Song et al. 2020, App. D.2, and their code)."""
-    i = np.arange(num_steps)
-    squares = 0.8 * num_timesteps * (i / max(num_steps - 1, 1)) ** 2
-    return np.maximum(i, squares.astype(int))  # every step where squares are less than one apart
-
-
-SPACINGS = {"leading": leading_spacing, "quadratic": quadratic_spacing}
-
-
-def from_betas(betas):
+def from_alpha_bars(alpha_bars):
     """Computes every coefficient in float64 and rounds it to float32.
 
     Args:
-      betas: [T] float64, in (0, 1).
+      alpha_bars: [T] float64, descending, in (0, 1); the last one may be 0.
 
     Returns:
-      A Schedule.
+      A Schedule. Where ᾱ = 0, 1 / √ᾱ is infinite.
     """
-    alphas = 1 - betas
-    alpha_bars = np.cumprod(alphas)
     alpha_bars_prev = np.append(1.0, alpha_bars[:-1])
+    alphas = alpha_bars / alpha_bars_prev
+    betas = 1 - alphas
+    with np.errstate(divide="ignore"):
+        recip_alpha_bars = 1 / alpha_bars
     posterior_variance = betas * (1 - alpha_bars_prev) / (1 - alpha_bars)  # Eq. (7)
     # β̃ is 0 at t = 0, where no noise is added; its logarithm is replaced by that of t = 1.
     first = posterior_variance[1] if len(betas) > 1 else betas[0]
@@ -163,8 +160,8 @@ def from_betas(betas):
         one_minus_alpha_bars_prev=1 - alpha_bars_prev,
         sqrt_alpha_bars=np.sqrt(alpha_bars),
         sqrt_one_minus_alpha_bars=np.sqrt(1 - alpha_bars),
-        sqrt_recip_alpha_bars=np.sqrt(1 / alpha_bars),
-        sqrt_recip_alpha_bars_minus_one=np.sqrt(1 / alpha_bars - 1),
+        sqrt_recip_alpha_bars=np.sqrt(recip_alpha_bars),
+        sqrt_recip_alpha_bars_minus_one=np.sqrt(recip_alpha_bars - 1),
         posterior_variance=posterior_variance,
         posterior_mean_coef_x0=np.sqrt(alpha_bars_prev) * betas / (1 - alpha_bars),
         posterior_mean_coef_x_t=np.sqrt(alphas) * (1 - alpha_bars_prev) / (1 - alpha_bars),

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import configs
-from ddpm_jax.core import diffusion, sampling
+from ddpm_jax.core import diffusion, sampling, solvers
 from ddpm_jax.errors import UserError, one_line, printable
 from ddpm_jax.files import image_files, images
 from ddpm_jax.files import workdir as run_files
@@ -62,9 +62,10 @@ def start_t(config):
     return int(chain.timesteps[start_index(config, chain)])
 
 
-def diffuse_images(chain, t, image, keys, key_step):
-    """x_t ~ q(x_t | image) for uint8 images; the keys are folded with key_step for the noise."""
-    x0 = images.to_float(image)
+def diffuse_images(chain, i, image, keys, key_step):
+    """x ~ q(x | image) at step i of a chain, for uint8 images; the keys are folded with key_step
+    for the noise."""
+    x0, t = images.to_float(image), int(chain.timesteps[i])
     eps = sampling.noise(keys, key_step, x0.shape[1:])
     return diffusion.q_sample(chain.schedule, x0, jnp.full(len(x0), t), eps)
 
@@ -72,12 +73,11 @@ def diffuse_images(chain, t, image, keys, key_step):
 def img2img_task(config, chain):
     """The task of denoising x_t ~ q(x_t | image); inputs are {"image": uint8 [B, H, W, C]}."""
     first = start_index(config, chain)
-    _, step_of, _ = generate.from_noise(config, chain)
 
     def start(keys, inputs):
         return diffuse_images(chain, first, inputs["image"], keys, config.diffusion.num_timesteps)
 
-    return start, step_of, np.arange(first + 1)[::-1]
+    return generate.from_noise(config, chain.until(first + 1))._replace(start=start)
 
 
 def interpolate_task(config, chain):
@@ -87,9 +87,7 @@ def interpolate_task(config, chain):
     The inputs are {"image", "other": uint8 [B, H, W, C], "weight": λ [B]}. The noise depends on an
     image's index, not on λ.
     """
-    first = start_index(config, chain)
-    _, step_of, steps = img2img_task(config, chain)
-    total = config.diffusion.num_timesteps
+    first, total = start_index(config, chain), config.diffusion.num_timesteps
 
     def start(keys, inputs):
         one = diffuse_images(chain, first, inputs["image"], keys, total)
@@ -97,7 +95,7 @@ def interpolate_task(config, chain):
         weight = inputs["weight"][:, None, None, None]
         return (1 - weight) * one + weight * other
 
-    return start, step_of, steps
+    return img2img_task(config, chain)._replace(start=start)
 
 
 def inpaint_task(config, chain):
@@ -105,44 +103,44 @@ def inpaint_task(config, chain):
 
     Pixels where known_mask is False are generated.
     """
-    start, _, _ = generate.from_noise(config, chain)
-    section, total = config.sample, config.diffusion.num_timesteps
-    plan = sampling.inpaint_plan(len(chain.timesteps), section.jump_length, section.resamplings)
-    ts, ups = map(jnp.asarray, plan)
+    task, section = generate.from_noise(config, chain), config.sample
+    repaint, levels = solvers.repaint(
+        task.solver, chain.alpha_bars, section.jump_length, section.resamplings
+    )
 
     def step_of(predict_fn, keys, inputs):
-        x0 = images.to_float(inputs["image"])
-
-        def step(x, n):
+        def noise_of(purpose):
             # A t may occur more than once, each time with other noise.
-            step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, total + 1 + n)
-            eps = sampling.prior(step_keys, total, x.shape[1:])
-            reverse = generate.make_step(config, chain, predict_fn, step_keys)
-            return sampling.inpaint_step(
-                chain.schedule, reverse, x, ts[n], ups[n], x0, inputs["known_mask"], eps
-            )
+            def noise_fn(n, shape):
+                row_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 2 * n + purpose)
+                return sampling.noise(row_keys, config.diffusion.num_timesteps, shape)
 
-        return step
+            return noise_fn
 
-    return start, step_of, np.arange(len(plan[0]))
+        step = sampling.make_step(repaint, predict_fn, noise_of(0))
+        x0, known_mask = images.to_float(inputs["image"]), inputs["known_mask"]
+        return sampling.keep_known(step, levels, x0, known_mask, noise_of(1))
+
+    return task._replace(solver=repaint, step_of=step_of)
 
 
 def ddim_inversion_task(config, chain):
     """The task of DDIM inversion; inputs are {"image": uint8 [B, H, W, C]}."""
+    solver = solvers.ddim_inversion(chain.alpha_bars)
 
     def start(keys, inputs):
         return images.to_float(inputs["image"])
 
     def step_of(predict_fn, keys, inputs):
-        return lambda x, t: sampling.ddim_inverse_step(chain.schedule, predict_fn, x, t)
+        return generate.make_step(solver, chain, predict_fn, keys)
 
-    return start, step_of, np.arange(len(chain.timesteps))
+    return generate.Task(solver, start, step_of)
 
 
 def ddim_sampling_task(config, chain):
     """The task of sampling from given noise; inputs are {"noise": [B, H, W, C]}."""
-    _, step_of, steps = generate.from_noise(config, chain)
-    return lambda keys, inputs: inputs["noise"], step_of, steps
+    task = generate.from_noise(config, chain)
+    return task._replace(start=lambda keys, inputs: inputs["noise"])
 
 
 def img2img(config, workdir, paths):

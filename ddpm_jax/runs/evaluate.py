@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ddpm_jax import configs, parallel, signals
-from ddpm_jax.core import diffusion, likelihood, sampling, unet
+from ddpm_jax.core import diffusion, likelihood, sampling, solvers, unet
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, data, images
 from ddpm_jax.files import workdir as run_files
@@ -382,8 +382,10 @@ def draw_curves(path, curves):
 
 def draw_progressive(config, workdir, params, guidance, stop):
     """Draws the x0 predicted along the reverse process, to evaluation_progressive.png."""
-    steps = config.sample.num_steps or config.diffusion.num_timesteps
-    x0_at = tuple(np.unique(np.linspace(steps - 1, 0, 10).round().astype(int))[::-1].tolist())
+    chain = generate.make_chain(config)
+    rows = solvers.rows_of_steps(generate.make_solver(config, chain))
+    chosen = np.linspace(len(chain.timesteps) - 1, 0, 10).round().astype(int).tolist()
+    x0_at = {rows[i][0] for i in chosen}
     sample = generate.make_sampler(config, **guidance, x0_at=x0_at)
     frames = sample(params, np.arange(PROGRESSIVE_IMAGES), stop=stop).x0_frames
     images.write_png(workdir / "evaluation_progressive.png", images.strips(frames))

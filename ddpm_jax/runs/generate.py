@@ -5,6 +5,7 @@ import hashlib
 import logging
 import pathlib
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import configs, cpu, parallel, progress, signals
-from ddpm_jax.core import diffusion, likelihood, sampling, schedules, unet
+from ddpm_jax.core import diffusion, likelihood, sampling, schedules, solvers, spacings, unet
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, images
 from ddpm_jax.files import workdir as run_files
@@ -28,8 +29,20 @@ class Chain(NamedTuple):
     """The sampling steps of a config: S of T."""
 
     timesteps: np.ndarray  # τ, [S] ints, ascending: the network's t at each step
-    schedule: schedules.Schedule  # of these steps, [S] each
-    full_schedule: schedules.Schedule  # of all steps, [T] each
+    alpha_bars: np.ndarray  # ᾱ at these, [S] float64
+    schedule: schedules.Schedule  # of all steps, [T] each
+
+    def until(self, count):
+        """The chain of the first `count` steps, up to a smaller t."""
+        return self._replace(timesteps=self.timesteps[:count], alpha_bars=self.alpha_bars[:count])
+
+
+class Task(NamedTuple):
+    """What a sampler does: from noise, from an image, …"""
+
+    solver: solvers.Solver
+    start: Callable  # (keys [B], inputs) to the first x
+    step_of: Callable  # (predict_fn, keys, inputs) to a step, see sampling.make_step
 
 
 class Generated(NamedTuple):
@@ -43,10 +56,31 @@ class Generated(NamedTuple):
 def make_chain(config):
     """The Chain of a config's diffusion and sample sections."""
     total, section = config.diffusion.num_timesteps, config.sample
-    timesteps = schedules.SPACINGS[section.spacing](total, section.num_steps or total)
-    full = configs.make_schedule(config)
-    respaced = configs.make_schedule(config, timesteps) if len(timesteps) < total else full
-    return Chain(timesteps, respaced, full)
+    alpha_bars = configs.make_alpha_bars(config)
+    skip_zero = section.sampler in solvers.SKIP_ZERO
+    timesteps = spacings.timesteps(
+        section.spacing, alpha_bars, section.num_steps or total, skip_zero
+    )
+    return Chain(timesteps, alpha_bars[timesteps], schedules.from_alpha_bars(alpha_bars))
+
+
+def make_solver(config, chain):
+    """The Solver of a config's sample section on a chain."""
+    section = config.sample
+    options = {"order": section.order} if section.sampler in solvers.ORDERS else {}
+    options |= {
+        "ancestral": {"variance": config.diffusion.variance},
+        "ddim": {"eta": section.eta},
+    }.get(section.sampler, {})
+    return solvers.SOLVERS[section.sampler](chain.alpha_bars, **options)
+
+
+def describe_sampler(config):
+    """A config's sampler, its steps and its calls of the network, for a log line."""
+    chain, section = make_chain(config), config.sample
+    order = f" of order {section.order}" if section.sampler in solvers.ORDERS else ""
+    nfe = solvers.num_calls(make_solver(config, chain))
+    return f"{section.sampler}{order}, {len(chain.timesteps)} steps, {nfe} network evaluations"
 
 
 def label_number(label, names):
@@ -80,7 +114,7 @@ def guided_predict(config, chain, params, labels, classifier=None):
     """
     guidance, num_classes = config.sample.guidance, config.data.num_classes
     net_fn = unet.net_fn(configs.make_model(config), params)
-    predict_fn = unguided_predict(config, chain.full_schedule, net_fn)
+    predict_fn = unguided_predict(config, chain.schedule, net_fn)
     if classifier is not None:
         model, params = classifier
         log_p = unet.net_fn(model, params)
@@ -90,13 +124,15 @@ def guided_predict(config, chain, params, labels, classifier=None):
 
         if num_classes:
             predict_fn = with_labels(predict_fn, labels)
-        predict_fn = sampling.classifier_guided(chain.full_schedule, predict_fn, log_prob, guidance)
+        predict_fn = sampling.classifier_guided(chain.schedule, predict_fn, log_prob, guidance)
     elif num_classes and guidance not in (0, 1):
         predict_fn = sampling.classifier_free(predict_fn, labels, num_classes, guidance)
     elif num_classes:  # only the conditional or the unconditional prediction is needed
         labels = labels if guidance else jnp.full_like(labels, num_classes)
         predict_fn = with_labels(predict_fn, labels)
     predict_fn = sampling.respaced(predict_fn, chain.timesteps)
+    if config.sample.dynamic_threshold:
+        return diffusion.dynamically_thresholded(predict_fn, config.sample.dynamic_threshold)
     return diffusion.clipped(predict_fn) if config.diffusion.clip_x0 else predict_fn
 
 
@@ -113,43 +149,39 @@ def with_labels(predict_fn, labels):
     return lambda x_t, t: predict_fn(x_t, t, labels)
 
 
-def make_step(config, chain, predict_fn, keys):
-    """The config's sampling step for images with these keys.
+def make_step(solver, chain, predict_fn, keys):
+    """A solver's step for images with these keys; the noise depends on the network's t.
 
     Returns:
-      (x_t, i) to (x_{t-1}, x0_pred), i in [0, S).
+      (state, n) to (state, x0_pred), see sampling.make_step.
     """
-    taus = jnp.asarray(chain.timesteps)
+    times = jnp.asarray(chain.timesteps[solver.steps])
 
-    def step(x_t, i):
-        eps = sampling.noise(keys, taus[i], x_t.shape[1:])
-        if config.sample.sampler == "ddim":
-            eta = config.sample.eta
-            return sampling.ddim_step(chain.schedule, predict_fn, x_t, i, eps, eta=eta)
-        variance = config.diffusion.variance
-        return sampling.ancestral_step(chain.schedule, predict_fn, x_t, i, eps, variance=variance)
+    def noise_fn(n, shape):
+        return sampling.noise(keys, times[n], shape)
 
-    return step
+    return sampling.make_step(solver, predict_fn, noise_fn)
 
 
 def from_noise(config, chain):
-    """The task of sampling from noise: (start, step_of, steps), see make_sampler."""
+    """The Task of sampling from noise."""
+    solver = make_solver(config, chain)
     total, shape = config.diffusion.num_timesteps, configs.image_shape(config)
 
     def start(keys, inputs):
         return sampling.prior(keys, total, shape)
 
     def step_of(predict_fn, keys, inputs):
-        return make_step(config, chain, predict_fn, keys)
+        return make_step(solver, chain, predict_fn, keys)
 
-    return start, step_of, np.arange(len(chain.timesteps))[::-1]
+    return Task(solver, start, step_of)
 
 
 class Segment(NamedTuple):
-    """Steps that run in one scan."""
+    """Rows of a solver's table that run in one scan."""
 
-    steps: np.ndarray  # int32, in their order
-    padded_frames_at: np.ndarray  # int32, the steps after which to keep frames, padded with -1
+    rows: np.ndarray  # int32, of the solver's table
+    padded_frames_at: np.ndarray  # int32, the rows after which to keep frames, padded with -1
     frames_at: list[int]  # the same without the -1
 
 
@@ -167,51 +199,47 @@ def make_sampler(
     Args:
       config: its model, data, diffusion and sample sections are used.
       label: the class of all images; None for all classes in turn.
-      frames_at: K steps of the task after which x is kept.
-      x0_at: L steps of the task after which x0_pred is kept.
-      task: (config, chain) to
-        start: (keys [B], inputs) to the first x,
-        step_of: (predict_fn, keys, inputs) to a step, (x, i) to (x, x0_pred),
-        steps: the i's in their order.
+      frames_at: K rows of the task's solver after which x is kept; see solvers.rows_of_steps.
+      x0_at: L rows after which x0_pred is kept.
+      task: (config, chain) to a Task.
       classifier: (model, params) for classifier guidance; params are replicated.
       finish: applied to the last x.
 
     Returns:
       sample(params, indices [N], inputs=None, stop=never, seed=None) → Generated, the images with
-      these indices; frames are in the order of the steps. params are replicated (see parallel.py);
+      these indices; frames are in the order of the rows. params are replicated (see parallel.py);
       inputs is a tree of arrays [N, …] for the task. Up to rounding, image i depends only on the
       seed (by default sample.seed), i and its inputs. Raises a UserError for non-finite images, and
       signals.Stopped when stop() is true.
     """
     chain = make_chain(config)
-    start, step_of, steps = task(config, chain)
+    task = task(config, chain)
+    num_rows, frames_at, x0_at = len(task.solver.steps), set(frames_at), set(x0_at)
     model, classifier_params = classifier or (None, None)
     classes = model.num_classes if model else config.data.num_classes
-    steps_of_frames = set(frames_at), set(x0_at)
-    one_by_one = model and cpu.is_used()
-    segments = split_steps(steps, steps_of_frames[0] | steps_of_frames[1], one_by_one)
-    begin, run, end = pmapped_task(config, chain, start, step_of, model, finish)
+    segments = split_rows(num_rows, frames_at | x0_at, one_by_one=model and cpu.is_used())
+    begin, run, end = pmapped_task(config, chain, task, model, finish)
 
     def sample_batch(params, seed, indices, inputs, bar, stop):
         keys, labels = sampling.image_keys(seed, indices), labels_of(indices, label, classes)
         arrays = parallel.shard(parallel.local_shard((keys, labels, inputs)))
-        x, shape = begin(arrays[0], arrays[2]), (len(indices), *configs.image_shape(config))
-        stacks = [np.empty((len(ts), *shape), np.uint8) for ts in steps_of_frames]
+        state, shape = begin(arrays[0], arrays[2]), (len(indices), *configs.image_shape(config))
+        stacks = [np.empty((len(rows), *shape), np.uint8) for rows in (frames_at, x0_at)]
         empty_frames = [iter(stack) for stack in stacks]
         for segment in segments:
-            scan = segment.steps, segment.padded_frames_at
-            x, frames = run(params, classifier_params, x, *arrays, *scan)
+            scan = segment.rows, segment.padded_frames_at
+            state, frames = run(params, classifier_params, state, *arrays, *scan)
             if segment.frames_at:  # frames leave the device after each segment
                 frames = parallel.gather(frames)
-                store_frames(empty_frames, steps_of_frames, segment.frames_at, frames)
-            jax.block_until_ready(x)
-            bar.update(len(segment.steps))
+                store_frames(empty_frames, (frames_at, x0_at), segment.frames_at, frames)
+            jax.block_until_ready(state)
+            bar.update(len(segment.rows))
             signals.check(stop)
-        x, finite = parallel.gather(end(x))
+        x, finite = parallel.gather(end(state))
         check_finite(indices, finite)
         return Generated(x, *stacks)
 
-    return functools.partial(in_batches, config, len(steps), sample_batch)
+    return functools.partial(in_batches, config, num_rows, sample_batch)
 
 
 def labels_of(indices, label, classes):
@@ -226,7 +254,7 @@ def labels_of(indices, label, classes):
 
 def in_batches(
     config,
-    num_steps,
+    num_rows,
     sample_batch,
     params,
     indices,
@@ -238,7 +266,7 @@ def in_batches(
     seed = config.sample.seed if seed is None else seed
     devices, count = jax.device_count(), len(indices)
     size = min(config.sample.batch_size, -(-count // devices) * devices)
-    batches, total = [], -(-count // size) * num_steps
+    batches, total = [], -(-count // size) * num_rows
     with progress.bar(total, "sample", "step") as bar:
         for first in range(0, count, size):
             # The last batch is padded with the last image.
@@ -251,66 +279,69 @@ def in_batches(
     return Generated(*(array[..., :count, :, :, :] for array in arrays))
 
 
-def split_steps(steps, frames_at, one_by_one):
-    """Splits a task's steps into 20 Segments of at most two lengths.
+def split_rows(num_rows, frames_at, one_by_one):
+    """Splits the rows of a solver into 20 Segments of at most two lengths.
 
     Segments make progress visible and allow interruption; the results are those of one scan. Each
     length is compiled once.
 
     Args:
-      steps: [N] ints, in their order.
-      frames_at: the set of steps after which to keep frames.
-      one_by_one: whether each step is a segment; on a CPU, a gradient inside a scan takes six times
+      num_rows: N.
+      frames_at: the set of rows after which to keep frames.
+      one_by_one: whether each row is a segment; on a CPU, a gradient inside a scan takes six times
         as long.
     """
-    steps = np.asarray(steps, np.int32)
-    assert frames_at <= set(steps.tolist())
-    chunks = np.array_split(steps, len(steps) if one_by_one else min(20, len(steps)))
-    chosen = [[t for t in chunk.tolist() if t in frames_at] for chunk in chunks]
+    assert frames_at <= set(range(num_rows))
+    rows = np.arange(num_rows, dtype=np.int32)
+    chunks = np.array_split(rows, num_rows if one_by_one else min(20, num_rows))
+    chosen = [[n for n in chunk.tolist() if n in frames_at] for chunk in chunks]
     most = max(map(len, chosen))
-    padded = [np.array(ts + (most - len(ts)) * [-1], np.int32) for ts in chosen]
+    padded = [np.array(ns + (most - len(ns)) * [-1], np.int32) for ns in chosen]
     return [Segment(*fields) for fields in zip(chunks, padded, chosen, strict=True)]
 
 
-def pmapped_task(config, chain, start, step_of, model, finish):
-    """Three functions under pmap: the start of a task, a segment of its steps, and its end.
+def pmapped_task(config, chain, task, model, finish):
+    """Three functions under pmap: the start of a task, a segment of its rows, and its end.
 
     Args:
       config: its model, data, diffusion and sample sections are used.
       chain: a Chain.
-      start: of the task.
-      step_of: of the task.
+      task: a Task.
       model: the classifier for classifier guidance, or None.
       finish: applied to the last x.
     """
 
-    def run(params, classifier_params, x, keys, labels, inputs, steps, frames_at):
+    def begin(keys, inputs):
+        return sampling.init_state(task.solver, task.start(keys, inputs))
+
+    def run(params, classifier_params, state, keys, labels, inputs, rows, frames_at):
         classifier = model and (model, classifier_params)
         predict_fn = guided_predict(config, chain, params, labels, classifier)
-        step = step_of(predict_fn, keys, inputs)
-        x, frames = sampling.reverse_process(step, x, steps, frames_at, keep=_as_uint8)
-        return x, jax.tree.map(lambda f: jnp.moveaxis(f, 0, 1), frames)  # [B, K, …]
+        step = task.step_of(predict_fn, keys, inputs)
+        state, frames = sampling.reverse_process(step, state, rows, frames_at, keep=_as_uint8)
+        return state, jax.tree.map(lambda f: jnp.moveaxis(f, 0, 1), frames)  # [B, K, …]
 
-    def end(x):
+    def end(state):
+        x, *_ = state
         return finish(x), jnp.isfinite(x).all(axis=(1, 2, 3))
 
     in_axes = (None, None, 0, 0, 0, 0, None, None)
     run = parallel.pmap(run, in_axes=in_axes, donate_argnums=2)
-    return parallel.pmap(start), run, parallel.pmap(end)
+    return parallel.pmap(begin), run, parallel.pmap(end)
 
 
-def store_frames(empty_frames, frames_at, steps, frames):
+def store_frames(empty_frames, frames_at, rows, frames):
     """Copies the frames of a segment to the next empty arrays.
 
     Args:
       empty_frames: for x and for x0, an iterator over the arrays that are still empty.
-      frames_at: for x and for x0, the set of steps to keep.
-      steps: the segment's steps that have frames.
+      frames_at: for x and for x0, the set of rows to keep.
+      rows: the segment's rows that have frames.
       frames: of x and of x0, [B, K, …] each.
     """
     for empty, stack, chosen in zip(empty_frames, frames, frames_at, strict=True):
-        for step, frame in zip(steps, np.moveaxis(stack, 1, 0), strict=False):
-            if step in chosen:
+        for n, frame in zip(rows, np.moveaxis(stack, 1, 0), strict=False):
+            if n in chosen:
                 next(empty)[:] = frame
 
 
@@ -447,8 +478,8 @@ def warn_of_chain(config, mean_square=1 / 3):
     """
     chain = make_chain(config)
     start, last = int(chain.timesteps[-1]), config.diffusion.num_timesteps - 1
-    kl = likelihood.prior_kl(chain.full_schedule, mean_square)
-    kl_of_start = likelihood.prior_kl(chain.schedule, mean_square)
+    kl = likelihood.prior_kl(chain.schedule.alpha_bars[-1], mean_square)
+    kl_of_start = likelihood.prior_kl(chain.alpha_bars[-1], mean_square)
     if kl > likelihood.MAX_PRIOR_KL:
         log.warning(
             "the chain does not end in noise (prior KL %.2g bits/dim), but sampling starts from "
@@ -493,8 +524,10 @@ def settings(config, workdir):
         chain.variance: chain.variance != saved.diffusion.variance,
         f"clip{chain.clip_x0:d}": chain.clip_x0 != saved.diffusion.clip_x0,
         f"{sample.sampler}{sample.num_steps or ''}": sample.sampler != "ancestral" or fewer,
+        f"order{sample.order}": sample.order != 2,
         sample.spacing: sample.spacing != "leading" and fewer,
         f"eta{sample.eta:g}": sample.eta > 0,
+        f"threshold{sample.dynamic_threshold:g}": sample.dynamic_threshold > 0,
         f"label{_in_file_name(sample.label)}": sample.label != "",
         f"guidance{sample.guidance:g}": sample.guidance != 1,
         _in_file_name(sample.classifier): sample.classifier != "",
@@ -526,7 +559,8 @@ def sample(config, workdir, stop=signals.never):
     """
     step, sampler = restore_sampler(config, workdir)
     count, which = config.sample.num_samples, "EMA" if config.sample.use_ema else "raw"
-    log.info("sampling %d images from the %s parameters of step %d", count, which, step)
+    text = "sampling %d images from the %s parameters of step %d: %s"
+    log.info(text, count, which, step, describe_sampler(config))
     x = sampler(np.arange(count), stop=stop).x
     path = pathlib.Path(workdir) / "samples" / f"{sample_name(config, workdir, step)}.npz"
     run_files.write_npz(path, images=x)

@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ddpm_jax import configs
-from ddpm_jax.core import diffusion, sampling
+from ddpm_jax.core import diffusion, sampling, solvers
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, data, images
 from ddpm_jax.files import workdir as run_files
@@ -146,13 +146,15 @@ def timesteps(config):
 
 def draw_reverse(config, workdir, folder):
     """Draws samples, their frames during the reverse process, and an animation."""
-    taus = generate.make_chain(config).timesteps
+    chain = generate.make_chain(config)
+    taus, rows = chain.timesteps, solvers.rows_of_steps(generate.make_solver(config, chain))
     # With fewer steps than T, the nearest ones.
     strip = {int(np.abs(taus - t).argmin()) for t in timesteps(config)}
     last, count = len(taus) - 1, min(config.show.num_frames, len(taus))
     animated = set(np.linspace(0, last, count).round().astype(int).tolist()) | {0}
     frames_at, x0_at = (sorted(steps, reverse=True) for steps in (strip | animated, strip))
-    _, sample = generate.restore_sampler(config, workdir, frames_at=frames_at, x0_at=x0_at)
+    options = {"frames_at": {rows[i][1] for i in frames_at}, "x0_at": {rows[i][0] for i in x0_at}}
+    _, sample = generate.restore_sampler(config, workdir, **options)
     samples = sample(np.arange(min(config.sample.num_samples, generate.GRID_IMAGES)))
     generate.write_grid(folder / "samples.png", config, samples.x)
 
