@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import configs
-from ddpm_jax.core import diffusion, likelihood, sampling, schedules, unet
+from ddpm_jax.core import diffusion, likelihood, sampling, schedules, solvers, spacings, unet
 from ddpm_jax.runs import interop
 
 FIXTURES = pathlib.Path(__file__).resolve().parent / "fixtures"
@@ -94,30 +94,45 @@ def gaussian_predict(data_variance, schedule, clip=False):
     return diffusion.clipped(predict_fn) if clip else predict_fn
 
 
-def gaussian_outcome(data_variance, step_fn, num_steps=1000):
-    """Variance of x_0 after sampling from N(0, 1) with that network.
+def run_solver(solver, predict_fn, x, noise_fn=None):
+    """x_0 by a solver, in one scan; noise_fn as in sampling.make_step."""
+    step, rows = sampling.make_step(solver, predict_fn, noise_fn), jnp.arange(len(solver.steps))
 
-    Each step is x ← a·x + b·ε, so a and b are what it makes of (1, 0) and (0, 1), and variances
-    follow v ← a²v + b².
+    @jax.jit
+    def run(x):
+        return sampling.reverse_process(step, sampling.init_state(solver, x), rows)[0][0]
+
+    return run(x)
+
+
+def gaussian_outcome(data_variance, solver, alpha_bars):
+    """Variance of x_0 after sampling from N(0, 1) with that network, in float64.
+
+    Each row is linear in the state, x0_pred and ε, and so is x0_pred in x: the state's covariance
+    follows C ← A C Aᵀ + b bᵀ.
 
     Args:
       data_variance: s².
-      step_fn: one of sampling's, with its options.
-      num_steps: of 1000, evenly spaced.
+      solver: a Solver.
+      alpha_bars: ᾱ of its chain, [S].
     """
-    taus = schedules.SPACINGS["leading"](1000, num_steps)
-    s = schedules.make_schedule("linear", 1000, timesteps=taus)
-    predict_fn = sampling.respaced(gaussian_predict(data_variance, schedule()), taus)
+    a = np.asarray(alpha_bars)[solver.steps]
+    gains = np.sqrt(a) * data_variance / (a * data_variance + 1 - a)  # x0_pred / x
+    size = solver.weights.shape[1]
+    covariance = np.diag([1.0] + (size - 1) * [0.0])
+    for row, gain in zip(solver.weights, gains, strict=True):
+        of_state = row[:, :size].copy()
+        of_state[:, 0] += gain * row[:, size]
+        covariance = of_state @ covariance @ of_state.T + np.outer(row[:, -1], row[:, -1])
+    return covariance[0, 0]
 
-    def step(v, t):
-        def outcome(x, eps):
-            x, eps = jnp.full((1, 1, 1, 1), x), jnp.full((1, 1, 1, 1), eps)
-            return step_fn(s, predict_fn, x, t, eps)[0].squeeze()
 
-        return outcome(1.0, 0.0) ** 2 * v + outcome(0.0, 1.0) ** 2, None
-
-    ts = jnp.arange(num_steps)[::-1]
-    return jax.jit(lambda: jax.lax.scan(step, jnp.float32(1), ts)[0])()
+def gaussian_variance(data_variance, name, num_steps=1000, **options):
+    """gaussian_outcome of a solver on every (1000 / num_steps)-th step of Ho's schedule."""
+    alpha_bars = schedules.make_alpha_bars("linear", 1000)
+    alpha_bars = alpha_bars[spacings.timesteps("leading", alpha_bars, num_steps)]
+    solver = solvers.SOLVERS[name](alpha_bars, **options)
+    return gaussian_outcome(data_variance, solver, alpha_bars)
 
 
 def parameters(channels, layout, size):
@@ -269,11 +284,9 @@ def reverse_chain(variance, clip_x0):
     predict_fn = diffusion.predictor(s, unet.net_fn(model, params))
     predict_fn = diffusion.clipped(predict_fn) if clip_x0 else predict_fn
 
-    def step(x, t):
-        return sampling.ancestral_step(s, predict_fn, x, t, noises[t], variance=variance)
-
-    ts = jnp.arange(s.num_timesteps)[::-1]
-    return jax.jit(lambda x: sampling.reverse_process(step, x, ts)[0])(expected["x_T"])
+    solver = solvers.ancestral(configs.make_alpha_bars(fixture_config()), variance)
+    steps = jnp.asarray(solver.steps)
+    return run_solver(solver, predict_fn, expected["x_T"], lambda n, _: noises[steps[n]])
 
 
 def table():
@@ -308,7 +321,7 @@ def table():
         (1, "1", 2.9112945e-5),
     ):
         add(f"prior KL, E[x²] = {name}, bits/dim", "Eq. 5 (L_T), float64", value,
-            lambda m=mean_square: likelihood.prior_kl(ho, m), 1e-6)  # fmt: skip
+            lambda m=mean_square: likelihood.prior_kl(ho.alpha_bars[-1], m), 1e-6)  # fmt: skip
 
     source = "Nichol & Dhariwal 2021, Eq. 17"
     cosine = schedule("cosine")
@@ -325,7 +338,7 @@ def table():
         add(label, "definition, float64", value,
             lambda name=name, T=num_timesteps: schedule(name, T).alpha_bars[-1])  # fmt: skip
     add("linear, T = 200: prior KL, E[x²] = 1/3", "Eq. 5 (L_T), float64", 0.0387,
-        lambda: likelihood.prior_kl(schedule("linear", 200), 1 / 3), 1e-3)  # fmt: skip
+        lambda: likelihood.prior_kl(0.13218275425061793, 1 / 3), 1e-3)  # fmt: skip
 
     add("fixed-large β with a perfect mean, t ≥ 1, bits/dim", "Eq. 5, float64", 0.48641923004409315,
         cost_of_fixed_large, 2e-6)  # fmt: skip
@@ -340,10 +353,9 @@ def table():
         (0.25, "¼", "fixed_large", 0.2507520750075313),
         (0.25, "¼", "fixed_small", 0.24612521136044793),
     ):
-        step = functools.partial(sampling.ancestral_step, variance=variance)
         add(f"variance of samples, s² = {label}, {variance}", source, value,
-            lambda v=data_variance, f=step: gaussian_outcome(v, f), 2e-5)  # fmt: skip
-    ddim = functools.partial(sampling.ddim_step, eta=0.0)
+            lambda v=data_variance, name=variance: gaussian_variance(
+                v, "ancestral", variance=name), 1e-11)  # fmt: skip
     for data_variance, label, num_steps, value in (
         (1.0, "1", 1000, 0.9962521062682085),
         (1.0, "1", 50, 0.92944884164934),
@@ -351,7 +363,8 @@ def table():
         (0.25, "¼", 50, 0.22319871551899875),
     ):
         add(f"variance of samples, s² = {label}, DDIM, {num_steps} steps", source, value,
-            lambda v=data_variance, n=num_steps: gaussian_outcome(v, ddim, n), 2e-5)  # fmt: skip
+            lambda v=data_variance, n=num_steps: gaussian_variance(
+                v, "ddim", n), 1e-11)  # fmt: skip
 
     learned = {**CIFAR10, "learned_variance": True}
     for label, source, channels, layout, size, value in (

@@ -50,12 +50,12 @@ def test_chains_of_tutorials(name):
     """C and D do not end in noise; rescaled, they do (prior KL)."""
     config = load(FILES[0].parent / "tutorials" / f"{name}.py")
     diffusion = config.diffusion
-    kl = likelihood.prior_kl(configs.make_schedule(config), 1 / 3)
+    kl = likelihood.prior_kl(configs.make_alpha_bars(config)[-1], 1 / 3)
     expected = {200: 0.0387, 1000: 9.7e-6}[diffusion.num_timesteps]
     assert float(kl) == pytest.approx(expected, rel=0.01)
     assert (kl > likelihood.MAX_PRIOR_KL) == name.endswith("t200")
     diffusion.schedule = "linear_rescaled"
-    assert likelihood.prior_kl(configs.make_schedule(config), 1 / 3) < likelihood.MAX_PRIOR_KL
+    assert likelihood.prior_kl(configs.make_alpha_bars(config)[-1], 1 / 3) < likelihood.MAX_PRIOR_KL
 
 
 def overrides_in_docstrings():

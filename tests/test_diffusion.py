@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from references import run_solver
 
-from ddpm_jax.core import diffusion, sampling, schedules
+from ddpm_jax.core import diffusion, schedules, solvers
 
 HO = schedules.make_schedule("linear", 1000, 1e-4, 0.02)
 
@@ -132,12 +133,12 @@ def test_every_prediction_gives_the_same_chain(prediction, clip):
         predict_fn = diffusion.predictor(HO, optimal(prediction, 0.25), prediction=prediction)
         predict_fn = diffusion.clipped(predict_fn) if clip else predict_fn
 
-        def step(x, t):
-            eps = jax.random.normal(jax.random.fold_in(jax.random.key(0), t), x.shape)
-            return sampling.ancestral_step(HO, predict_fn, x, t, eps, variance="fixed_large")
+        def noise_fn(n, shape):
+            return jax.random.normal(jax.random.fold_in(jax.random.key(0), n), (2, *shape))
 
         x = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
-        return jax.jit(lambda x: sampling.reverse_process(step, x, jnp.arange(1000)[::-1])[0])(x)
+        solver = solvers.ancestral(schedules.make_alpha_bars("linear", 1000), "fixed_large")
+        return run_solver(solver, predict_fn, x, noise_fn)
 
     np.testing.assert_allclose(sample(prediction), sample("eps"), atol=1e-4)
 

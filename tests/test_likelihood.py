@@ -62,7 +62,7 @@ def test_x0_error_on_gaussian_data():
 def test_prior_of_each_image():
     x0, bound = gaussian_bound(0.25)
     for image, prior in zip(x0[:3], bound.prior[:3], strict=True):
-        expected = likelihood.prior_kl(HO, float(jnp.mean(image**2)))
+        expected = likelihood.prior_kl(HO.alpha_bars[-1], float(jnp.mean(image**2)))
         assert float(prior) == pytest.approx(expected, rel=1e-5)
 
 

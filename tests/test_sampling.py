@@ -6,89 +6,76 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from references import gaussian_predict
+from references import gaussian_predict, run_solver
 
 from ddpm_jax import configs, parallel
-from ddpm_jax.core import diffusion, sampling, schedules, unet
+from ddpm_jax.core import diffusion, sampling, schedules, solvers, spacings, unet
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.runs import generate, state
 
 HO = schedules.make_schedule("linear", 1000, 1e-4, 0.02)
 
 
-def make_step(variance, data_variance=1.0, schedule=HO, seed=0, clip=False):
-    predict_fn = gaussian_predict(data_variance, schedule, clip)
+ALPHA_BARS = schedules.make_alpha_bars("linear", 1000, 1e-4, 0.02)
 
-    def step(x, t):
-        eps = sampling.noise(sampling.image_keys(seed, jnp.arange(len(x))), t, x.shape[1:])
-        return sampling.ancestral_step(schedule, predict_fn, x, t, eps, variance=variance)
 
-    return step
+def shorter(num_steps, spacing="leading"):
+    """(τ, ᾱ) of some of Ho's 1,000 steps."""
+    taus = spacings.timesteps(spacing, ALPHA_BARS, num_steps)
+    return taus, ALPHA_BARS[taus]
+
+
+def keyed_noise(keys):
+    """Noise that depends on an image's key and on the row."""
+    return lambda n, shape: sampling.noise(keys, n, shape)
 
 
 @pytest.mark.parametrize("variance, expected", [("fixed_large", 0.25075), ("fixed_small", 0.24613)])
 def test_samples_of_gaussian_data(variance, expected):
     """What tests/references.py asserts exactly, through the sampler itself and its noise."""
-    x = sampling.prior(sampling.image_keys(3, jnp.arange(8)), 1000, (64, 64, 1))
-    step = make_step(variance, 0.25, seed=3)
-    out, _ = jax.jit(lambda x: sampling.reverse_process(step, x, jnp.arange(1000)[::-1]))(x)
+    keys = sampling.image_keys(3, jnp.arange(8))
+    solver, predict_fn = solvers.ancestral(ALPHA_BARS, variance), gaussian_predict(0.25, HO)
+    out = run_solver(solver, predict_fn, sampling.prior(keys, 1000, (64, 64, 1)), keyed_noise(keys))
     assert float(out.mean()) == pytest.approx(0, abs=0.01)
     # The standard error of a variance from 32,768 values is 0.8 %.
     assert float(out.var()) == pytest.approx(expected, rel=0.025)
 
 
+@pytest.mark.parametrize("name", ["ancestral", "dpmpp", "heun"])
 @pytest.mark.parametrize("num_timesteps", [1, 2, 13])
-def test_scan_equals_a_loop(num_timesteps):
-    schedule = schedules.make_schedule("cosine", num_timesteps)
-    step = make_step("fixed_small", 0.5, schedule, clip=True)
-    x = loop = sampling.prior(sampling.image_keys(0, jnp.arange(3)), num_timesteps, (4, 4, 2))
-    ts = list(reversed(range(num_timesteps)))
-    frames_at = (num_timesteps - 1, 0)[: min(num_timesteps, 2)]
-    x, frames = sampling.reverse_process(step, x, jnp.array(ts), frames_at)
-    kept = {}
-    for t in ts:
-        loop, _ = step(loop, jnp.int32(t))
-        kept[t] = loop
-    np.testing.assert_allclose(x, loop, rtol=1e-5, atol=1e-5)
+def test_scan_equals_a_loop(name, num_timesteps):
+    alpha_bars = schedules.make_alpha_bars("cosine", num_timesteps)
+    schedule = schedules.from_alpha_bars(alpha_bars)
+    keys, solver = sampling.image_keys(0, jnp.arange(3)), solvers.SOLVERS[name](alpha_bars)
+    step = sampling.make_step(solver, gaussian_predict(0.5, schedule, clip=True), keyed_noise(keys))
+    x = sampling.prior(keys, num_timesteps, (4, 4, 2))
+    state = loop = sampling.init_state(solver, x)
+    rows = np.arange(len(solver.steps))
+    frames_at = (rows[-1], 0)[: min(len(rows), 2)]
+    state, frames = sampling.reverse_process(step, state, rows, frames_at)
+    kept = []
+    for n in rows:
+        loop, _ = step(loop, jnp.int32(n))
+        kept.append(loop[0])
+    np.testing.assert_allclose(state[0], loop[0], rtol=1e-5, atol=1e-5)
     assert frames.shape == (len(frames_at), 3, 4, 4, 2)
-    np.testing.assert_allclose(frames, [kept[t] for t in frames_at], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(frames, [kept[n] for n in frames_at], rtol=1e-5, atol=1e-5)
 
 
 def test_parts_of_a_scan_equal_the_whole():
-    step, ts = make_step("fixed_large"), np.arange(30)[::-1]
-    x = sampling.prior(sampling.image_keys(0, jnp.arange(2)), 30, (4, 4, 1))
-    whole, frames = sampling.reverse_process(step, x, ts, (2, 29, 11))
-    middle, early = sampling.reverse_process(step, x, ts[:12], (29, 25))
-    end, late = sampling.reverse_process(step, middle, ts[12:], (11, 2))
-    np.testing.assert_allclose(end, whole, rtol=1e-5, atol=1e-5)
+    """Also for a method that remembers earlier predictions."""
+    _, alpha_bars = shorter(30)
+    solver, keys = solvers.dpmpp(alpha_bars, 3), sampling.image_keys(0, jnp.arange(2))
+    step = sampling.make_step(
+        solver, gaussian_predict(1.0, schedules.from_alpha_bars(alpha_bars)), None
+    )
+    state, rows = sampling.init_state(solver, sampling.prior(keys, 30, (4, 4, 1))), np.arange(30)
+    whole, frames = sampling.reverse_process(step, state, rows, (27, 0, 18))
+    middle, early = sampling.reverse_process(step, state, rows[:12], (0, 4))
+    end, late = sampling.reverse_process(step, middle, rows[12:], (18, 27))
+    np.testing.assert_allclose(end[0], whole[0], rtol=1e-5, atol=1e-5)
     parts = jnp.stack([late[1], early[0], late[0]])
     np.testing.assert_allclose(parts, frames, rtol=1e-5, atol=1e-5)
-
-
-def test_last_step_adds_no_noise():
-    out = [
-        sampling.ancestral_step(
-            HO,
-            gaussian_predict(1.0, HO, clip=True),
-            jnp.ones((1, 2, 2, 1)),
-            jnp.int32(0),
-            jnp.full((1, 2, 2, 1), eps),
-            variance="fixed_large",
-        )[0]
-        for eps in (0.0, 5.0)
-    ]
-    np.testing.assert_array_equal(*out)
-
-
-def chain(step_fn, predict_fn, ts, schedule=HO, x=None):
-    """x_0 of two images, with the noise of their keys."""
-    keys = sampling.image_keys(0, jnp.arange(2))
-    x = sampling.prior(keys, 1000, (8, 8, 1)) if x is None else x
-
-    def step(x, t):
-        return step_fn(schedule, predict_fn, x, t, sampling.noise(keys, t, x.shape[1:]))
-
-    return jax.jit(lambda x: sampling.reverse_process(step, x, ts)[0])(x)
 
 
 def curved(x_t, t):
@@ -100,91 +87,33 @@ def curved(x_t, t):
 def test_ddim_with_eta_1_is_ancestral_with_fixed_small(clip):
     predict_fn = diffusion.predictor(HO, curved)
     predict_fn = diffusion.clipped(predict_fn) if clip else predict_fn
-    ancestral = functools.partial(sampling.ancestral_step, variance="fixed_small")
-    ddim = functools.partial(sampling.ddim_step, eta=1.0)
-    ts = jnp.arange(1000)[::-1]
-    ours, theirs = (chain(step, predict_fn, ts) for step in (ddim, ancestral))
+    keys = sampling.image_keys(0, jnp.arange(2))
+    ours, theirs = (
+        run_solver(solver, predict_fn, sampling.prior(keys, 1000, (8, 8, 1)), keyed_noise(keys))
+        for solver in (solvers.ddim(ALPHA_BARS, 1.0), solvers.ancestral(ALPHA_BARS, "fixed_small"))
+    )
     # Not clipped, this network's images grow to hundreds.
     scale = max(1, float(jnp.abs(theirs).max()))
     np.testing.assert_allclose(ours / scale, theirs / scale, atol=1e-4)
 
 
-def test_ddim_without_eta_is_a_function_of_the_start():
-    predict_fn = diffusion.clipped(diffusion.predictor(HO, curved))
-    ddim = functools.partial(sampling.ddim_step, eta=0.0)
-    for t in (999, 1, 0):
-        x = jnp.linspace(-2, 2, 64).reshape(1, 8, 8, 1)
-        outs = [ddim(HO, predict_fn, x, t, jnp.full_like(x, eps))[0] for eps in (0, 7)]
-        np.testing.assert_array_equal(*outs)
-        assert np.isfinite(outs[0]).all()
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_ddim_s_noise_and_marginals(eta):
-    """Song et al. 2020: σ as in Eq. (16); whatever it is, q(x_{t-1} | x0) is kept (Lemma 1).
-
-    x0 is known to be 0, so x_t ~ N(0, 1 - ᾱ_t), and x_{t-1} has to be N(0, 1 - ᾱ_{t-1}).
-    """
-    betas = np.linspace(1e-4, 0.02, 1000)
-    a = np.cumprod(1 - betas)
-    zeros, ones = jnp.zeros((1, 1, 1, 1)), jnp.ones((1, 1, 1, 1))
-    for t in (1, 20, 500, 999):
-        of_x, of_eps = (
-            sampling.ddim_step(HO, lambda *_: diffusion.Prediction(zeros, None), *case, eta=eta)[0]
-            for case in ((ones, t, zeros), (zeros, t, ones))
-        )
-        sigma = eta * np.sqrt((1 - a[t - 1]) / (1 - a[t]) * (1 - a[t] / a[t - 1]))
-        assert float(of_eps.squeeze()) == pytest.approx(sigma, rel=1e-5)
-        variance = float(of_x.squeeze()) ** 2 * (1 - a[t]) + float(of_eps.squeeze()) ** 2
-        assert variance == pytest.approx(1 - a[t - 1], rel=1e-5)
-
-
-@pytest.mark.parametrize("spacing", schedules.SPACINGS)
-@pytest.mark.parametrize("total, steps", [(1, 1), (200, 1), (200, 7), (1000, 50), (1000, 999)])
-def test_spacings(spacing, total, steps):
-    taus = schedules.SPACINGS[spacing](total, steps)
-    assert len(taus) == steps and taus[0] == 0 and taus[-1] < total
-    assert (np.diff(taus) > 0).all()
-    np.testing.assert_array_equal(schedules.SPACINGS[spacing](total, total), np.arange(total))
-
-
-def test_spacings_of_song_et_al():
-    np.testing.assert_array_equal(schedules.leading_spacing(1000, 50), np.arange(0, 1000, 20))
-    squares = schedules.quadratic_spacing(1000, 10)
-    np.testing.assert_array_equal(squares, np.linspace(0, np.sqrt(800), 10).__pow__(2).astype(int))
-
-
-@pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_a_shorter_chain_has_the_same_alpha_bars(name):
-    """And the β's of Nichol & Dhariwal: 1 - ᾱ_τ / ᾱ_τ', which only agree with ᾱ if all do."""
-    taus = schedules.leading_spacing(1000, 7)
-    long, short = (schedules.make_schedule(name, 1000, timesteps=t) for t in (None, taus))
-    np.testing.assert_allclose(short.alpha_bars, long.alpha_bars[taus], rtol=1e-6)
-    assert short.num_timesteps == 7
-    np.testing.assert_allclose(np.cumprod(1 - np.float64(short.betas)), short.alpha_bars, rtol=1e-4)
-    whole = schedules.make_schedule(name, 1000, timesteps=np.arange(1000))
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(long), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6)
+@pytest.mark.parametrize("name", ["ddim", "dpmpp", "unipc", "heun", "plms"])
+def test_a_deterministic_sampler_draws_no_noise(name):
+    solver = solvers.SOLVERS[name](shorter(5)[1])
+    predict_fn = sampling.respaced(diffusion.predictor(HO, curved), shorter(5)[0])
+    run_solver(solver, predict_fn, jnp.ones((1, 2, 2, 1)), lambda *_: pytest.fail("draws noise"))
 
 
 def test_going_to_noise_and_back_errs_less_with_more_steps():
     """Gaussian data, whose exact way there is known: x_T = x0 · √((ᾱ s² + 1 - ᾱ) / s²)."""
     x0, errors, ends = jnp.linspace(-1, 1, 128).reshape(2, 8, 8, 1), [], []
     for steps in (10, 50, 250, 1000):
-        taus = schedules.leading_spacing(1000, steps)
-        short = schedules.make_schedule("linear", 1000, timesteps=taus)
+        taus, alpha_bars = shorter(steps)
         predict_fn = sampling.respaced(gaussian_predict(0.25, HO), taus)
-
-        def there(x, t, short=short, predict_fn=predict_fn):
-            return sampling.ddim_inverse_step(short, predict_fn, x, t)
-
-        ts = jnp.arange(steps)
-        x_T, _ = jax.jit(lambda x, ts=ts, f=there: sampling.reverse_process(f, x, ts))(x0)
-        back = chain(
-            functools.partial(sampling.ddim_step, eta=0.0), predict_fn, ts[::-1], short, x_T
-        )
+        x_T = run_solver(solvers.ddim_inversion(alpha_bars), predict_fn, x0)
+        back = run_solver(solvers.ddim(alpha_bars), predict_fn, x_T)
         errors.append(float(jnp.abs(back - x0).max()))
-        a = float(short.alpha_bars[-1])
+        a = alpha_bars[-1]
         ends.append(float(jnp.abs(x_T - x0 * np.sqrt((a * 0.25 + 1 - a) / 0.25)).max()))
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.02 < errors[0]
     assert ends == sorted(ends, reverse=True) and ends[-1] < 0.02 < ends[0]
@@ -244,35 +173,33 @@ def test_classifier_guidance_is_bayes_rule():
 
 
 @pytest.mark.parametrize("steps, jump, times", [(7, 1, 1), (7, 10, 3), (20, 5, 3), (250, 10, 10)])
-def test_inpaint_plan(steps, jump, times):
+def test_inpainting_s_order_of_steps(steps, jump, times):
     """Each step starts where the previous one ended, from x_T to x_0."""
-    ts, ups = sampling.inpaint_plan(steps, jump, times)
-    level = steps - 1  # x_t, from which a step down starts
-    for t, up in zip(ts, ups, strict=True):
-        assert t == (level + 1 if up else level)
+    _, alpha_bars = shorter(steps)
+    solver, levels = solvers.repaint(solvers.ancestral(alpha_bars), alpha_bars, jump, times)
+    level, before = steps - 1, [*alpha_bars, 1.0]  # before[-1] is the data
+    for call, after in zip(solver.steps, levels, strict=True):
+        up = call < 0
+        assert up or call == level
         level += 1 if up else -1
+        assert np.isnan(after) if up else after == before[level]
     assert level == -1
     if times == 1:
-        np.testing.assert_array_equal(ts, np.arange(steps)[::-1])
+        np.testing.assert_array_equal(solver.steps, np.arange(steps)[::-1])
     if steps == 250:
-        assert len(ts) == 4570  # RePaint's own setting: 24 places, 9 times 10 up and 10 down
+        assert len(levels) == 4570  # RePaint's own setting: 24 places, 9 times 10 up and 10 down
+        assert solvers.num_calls(solver) == 4570 - 24 * 9 * 10
 
 
 def test_inpainting_s_way_up_is_the_forward_process():
     """x_{t-1} ~ N(√ᾱ_{t-1} x0, 1 - ᾱ_{t-1}) becomes N(√ᾱ_t x0, 1 - ᾱ_t), Eq. (4), on any chain."""
-    taus = schedules.leading_spacing(1000, 50)
-    short = schedules.make_schedule("linear", 1000, timesteps=taus)
-    a = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[taus]
-    zeros, ones = jnp.zeros((1, 1, 1, 1)), jnp.ones((1, 1, 1, 1))
-    for t in (1, 10, 49):
-
-        def go_up(x, eps, t=t):
-            down, known = lambda x, t: (x, x), jnp.zeros(x.shape, bool)  # neither is used
-            return float(sampling.inpaint_step(short, down, x, t, True, x, known, eps)[0].squeeze())
-
-        of_x, of_eps = go_up(ones, zeros), go_up(zeros, ones)
-        assert of_x * np.sqrt(a[t - 1]) == pytest.approx(np.sqrt(a[t]), rel=1e-5)
-        assert of_x**2 * (1 - a[t - 1]) + of_eps**2 == pytest.approx(1 - a[t], rel=1e-5)
+    _, a = shorter(50)
+    solver, _ = solvers.repaint(solvers.ancestral(a), a, 1, 2)
+    for n in np.flatnonzero(solver.steps < 0):
+        t = solver.steps[n - 1]
+        of_x, of_x0, of_eps = solver.weights[n, 0]
+        assert of_x0 == 0 and of_x * np.sqrt(a[t - 1]) == pytest.approx(np.sqrt(a[t]))
+        assert of_x**2 * (1 - a[t - 1]) + of_eps**2 == pytest.approx(1 - a[t])
 
 
 def test_inpainting_gaussian_data():
@@ -292,26 +219,22 @@ def test_inpainting_gaussian_data():
         x0 = (along * gains[t][:, None, :]) @ vectors.T
         return diffusion.Prediction(x0[..., None], None)
 
-    taus = schedules.leading_spacing(1000, 50)
-    short = schedules.make_schedule("linear", 1000, timesteps=taus)
+    taus, alpha_bars = shorter(50)
     known_mask = jnp.broadcast_to(jnp.array([True, False]).reshape(1, 1, 2, 1), (1, 64, 2, 1))
     x0 = jnp.full((1, 64, 2, 1), 0.8)
     errors = []
+
+    def noise_of(seed):
+        return lambda n, shape: jax.random.normal(
+            jax.random.fold_in(jax.random.key(seed), n), (1, *shape)
+        )
+
     for times in (1, 10):
-        ts, ups = map(jnp.asarray, sampling.inpaint_plan(50, 1, times))
-
-        def step(x, n, ts=ts, ups=ups):
-            eps = jax.random.normal(jax.random.fold_in(jax.random.key(0), n), (2, *x.shape))
-
-            def reverse(x, t):
-                guess = sampling.respaced(predict_fn, taus)
-                return sampling.ancestral_step(short, guess, x, t, eps[0], variance="fixed_small")
-
-            return sampling.inpaint_step(short, reverse, x, ts[n], ups[n], x0, known_mask, eps[1])
-
-        x = jax.random.normal(jax.random.key(1), x0.shape)
-        plan = jnp.arange(len(ts))
-        run = jax.jit(lambda x, f=step, plan=plan: sampling.reverse_process(f, x, plan)[0])
+        solver, levels = solvers.repaint(solvers.ancestral(alpha_bars), alpha_bars, 1, times)
+        step = sampling.make_step(solver, sampling.respaced(predict_fn, taus), noise_of(0))
+        step = sampling.keep_known(step, levels, x0, known_mask, noise_of(1))
+        x, rows = jax.random.normal(jax.random.key(2), x0.shape), jnp.arange(len(levels))
+        run = jax.jit(lambda x, f=step, rows=rows: sampling.reverse_process(f, (x,), rows)[0][0])
         out = run(x)
         np.testing.assert_array_equal(out[:, :, 0], x0[:, :, 0])
         errors.append(abs(float(out[:, :, 1].mean()) - r * 0.8))
@@ -324,14 +247,14 @@ def test_segments_of_the_reverse_process(num_timesteps):
     """At most two lengths, so that two programs are compiled; each frame is in its segment."""
     kept = {0, num_timesteps // 2, num_timesteps - 1}
     for one_by_one in (False, True):
-        segments = generate.split_steps(np.arange(num_timesteps)[::-1], kept, one_by_one)
-        steps = np.concatenate([segment.steps for segment in segments])
-        np.testing.assert_array_equal(steps, np.arange(num_timesteps)[::-1])
-        assert len({len(segment.steps) for segment in segments}) <= 2
+        segments = generate.split_rows(num_timesteps, kept, one_by_one)
+        rows = np.concatenate([segment.rows for segment in segments])
+        np.testing.assert_array_equal(rows, np.arange(num_timesteps))
+        assert len({len(segment.rows) for segment in segments}) <= 2
         assert len(segments) == (num_timesteps if one_by_one else min(20, num_timesteps))
-        assert sorted(step for s in segments for step in s.frames_at) == sorted(kept)
+        assert sorted(n for s in segments for n in s.frames_at) == sorted(kept)
         assert len({len(segment.padded_frames_at) for segment in segments}) == 1
-        assert all(set(s.frames_at) <= set(s.steps.tolist()) for s in segments)
+        assert all(set(s.frames_at) <= set(s.rows.tolist()) for s in segments)
 
 
 def some_params(config):
@@ -371,11 +294,9 @@ def test_images_do_not_depend_on_their_batch(config, batch_size):
         predict_fn = diffusion.predictor(schedule, unet.net_fn(model, params))
         predict_fn = diffusion.clipped(predict_fn)
 
-        def step(x, t):
-            eps = sampling.noise(keys, t, (8, 8, 1))
-            return sampling.ancestral_step(schedule, predict_fn, x, t, eps, variance="fixed_large")
-
-        return sampling.reverse_process(step, x, jnp.arange(20)[::-1])[0]
+        solver = solvers.ancestral(configs.make_alpha_bars(config), "fixed_large")
+        step = sampling.make_step(solver, predict_fn, keyed_noise(keys))
+        return sampling.reverse_process(step, (x,), jnp.arange(20))[0][0]
 
     alone = jnp.concatenate([run(i, 1) for i in range(18)])
     parts = [run(i, batch_size) for i in range(0, 18, batch_size)]
@@ -383,8 +304,8 @@ def test_images_do_not_depend_on_their_batch(config, batch_size):
 
 
 def test_frames(config):
-    """The frame after t = 0 is the image, and its x0; N need not fill the batches."""
-    x, frames, x0_frames = sample(config, 4, 6, frames_at=(15, 0), x0_at=(12, 3, 0))
+    """The frame after the last row is the image, and its x0; N need not fill the batches."""
+    x, frames, x0_frames = sample(config, 4, 6, frames_at=(4, 19), x0_at=(7, 16, 19))
     assert frames.shape == (2, 6, 8, 8, 1) and x0_frames.shape == (3, 6, 8, 8, 1)
     assert frames.dtype == x0_frames.dtype == np.uint8
     np.testing.assert_array_equal(x0_frames[2], x)
@@ -408,13 +329,18 @@ def test_the_noise_of_a_config_s_step(config, changes, sigma2):
     config.update_from_flattened_dict(changes)
     a = np.cumprod(1 - np.linspace(1e-4, 0.4, 20))[::4]
     keys, zeros = sampling.image_keys(0, jnp.arange(256)), jnp.zeros((256, 8, 8, 1))
+    chain = generate.make_chain(config)
     step = generate.make_step(
-        config, generate.make_chain(config), lambda *_: diffusion.Prediction(zeros, None), keys
+        generate.make_solver(config, chain),
+        chain,
+        lambda *_: diffusion.Prediction(zeros, None),
+        keys,
     )
     beta = 1 - a[3] / a[2]
     expected = sigma2(beta, beta * (1 - a[2]) / (1 - a[3]))
     # The standard error of a variance from 16,384 values is 1.1 %.
-    assert float(step(zeros, 3)[0].var()) == pytest.approx(expected, rel=0.05)
+    (x, *_), _ = step((zeros,), 1)  # i = 3
+    assert float(x.var()) == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("clip", [True, False])
@@ -439,6 +365,8 @@ def test_samples_of_other_settings_have_other_names(config, tmp_path):
         "sample.num_steps": 5,
         "sample.spacing": "quadratic",
         "sample.eta": 0.5,
+        "sample.order": 3,
+        "sample.dynamic_threshold": 0.99,
         "sample.label": "3",
         "sample.guidance": 2.0,
         "sample.classifier": "runs/other",

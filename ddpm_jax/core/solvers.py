@@ -149,7 +149,7 @@ def dpmpp(alpha_bars, order=2):
             change = d1 - (m1 - m2) / r1
             d1, d2 = d1 + r0 / (r0 + r1) * change, change / (r0 + r1)
             x_t += alpha[t] * (np.expm1(-h) / h + 1) * d1
-            x_t -= alpha[t] * ((np.expm1(-h) + h) / h**2 - 0.5) * d2
+            x_t -= 2 * alpha[t] * ((np.expm1(-h) + h) / h**2 - 0.5) * d2
         rows.append([x_t, m0, m1])
     return Solver(np.array(steps), np.array(rows))
 
