@@ -20,7 +20,7 @@ from benchmarks.memory import peak
 from ddpm_jax import configs, cpu, parallel
 from ddpm_jax.core import unet
 from ddpm_jax.files import data
-from ddpm_jax.runs import generate, interop, train
+from ddpm_jax.runs import generate, interop, schedulers, train
 from ddpm_jax.runs import state as states
 
 DIFFUSERS = ("eager", "channels_last", "compile")  # modes of diffusers
@@ -158,7 +158,7 @@ def diffusers(cell, mode):
 
     config, (device, autocast) = get_config(cell), torch_device()
     network = UNet2DModel.from_config(interop.diffusers_network(config)).to(device)
-    scheduler = DDPMScheduler.from_config(interop.diffusers_scheduler(config))
+    scheduler = DDPMScheduler.from_config(schedulers.write_scheduler(config))
     parameters = sum(p.numel() for p in network.parameters())
     if mode == "channels_last":
         network = network.to(memory_format=torch.channels_last)

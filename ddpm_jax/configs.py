@@ -28,7 +28,7 @@ POSITIVE = """
 NOT_NEGATIVE = """
     seed data.max_ram_gib data.num_classes optim.warmup_steps optim.weight_decay optim.grad_clip
     optim.max_skipped train.num_steps train.num_epochs train.keep_every
-    sample.seed sample.num_steps sample.columns sample.guidance
+    sample.seed sample.num_steps sample.columns sample.guidance show.num_steps
     evaluate.num_samples evaluate.bits_per_dim_images
 """.split()
 BELOW_ONE = ("model.dropout", "optim.ema_decay")  # in [0, 1)
@@ -68,6 +68,8 @@ CHOICES = {
     "optim.decay": ("constant", "cosine"),
     "sample.sampler": tuple(solvers.SOLVERS),
     "sample.spacing": tuple(spacings.SPACINGS),
+    "show.sampler": tuple(solvers.SOLVERS),
+    "show.spacing": tuple(spacings.SPACINGS),
     "evaluate.resize": ("tf1", "torch"),
 }
 # Editing modes that do not take every sampler: inpaint needs steps that depend on x alone; invert
@@ -242,6 +244,9 @@ def _sample_fields():
 
 def _show_fields():
     show = ConfigDict()
+    show.sampler = "dpmpp"  # for --mode=show and the grids of training; `sample` has the others
+    show.num_steps = 10  # of this sampler, or T if that is smaller; 0: all T
+    show.spacing = "leading"  # of these steps
     show.timesteps = ()  # columns of the strips; empty: ten, evenly spaced
     show.num_images = 8  # rows of the strips
     show.num_frames = 100  # frames of the animation
@@ -465,6 +470,8 @@ def check(config, mode="train"):
     _check_model(config.model, config.data.image_size)
     _check_task(config, mode)
     _check_sampling(config, mode)
+    if mode in ("train", "show"):
+        _check_sampler(for_show(config), mode, "show")
     name, count = "evaluate.num_samples", config.evaluate.num_samples
     _require(count != 1, name, count, "must be 0, or 2 or more")
     if mode in ("train", "evaluate"):
@@ -538,26 +545,7 @@ def _check_task(config, mode):
 def _check_sampling(config, mode):
     """The sampler's settings must fit the schedule and the network's conditioning."""
     sample, total = config.sample, config.diffusion.num_timesteps
-    allowed = f"must be from 1 to diffusion.num_timesteps={total}, or 0 for all"
-    _require(sample.num_steps <= total, "sample.num_steps", sample.num_steps, allowed)
-    sampler = "ddim" if mode == "invert" else sample.sampler
-    if mode in SAMPLERS_OF:
-        allowed = f"{mode} takes {' or '.join(SAMPLERS_OF[mode])}"
-        _require(sample.sampler in SAMPLERS_OF[mode], "sample.sampler", sample.sampler, allowed)
-    orders = solvers.ORDERS.get(sampler, (2,))
-    allowed = f"with sample.sampler={sampler!r}, choose from {', '.join(map(str, orders))}"
-    _require(sample.order in orders, "sample.order", sample.order, allowed)
-    allowed = "must be 0, unless sample.sampler='ddim'"
-    _require(sample.eta == 0 or sampler == "ddim", "sample.eta", sample.eta, allowed)
-    learned = config.diffusion.variance == "learned" and sampler == "ancestral"
-    allowed = f"a learned variance needs all {total} steps; use sample.sampler='ddim' for fewer"
-    fewer = sample.num_steps not in (0, total)
-    _require(not (learned and fewer), "sample.num_steps", sample.num_steps, allowed)
-    allowed = f"with zero_terminal_snr, choose from {', '.join(spacings.WITH_LAST)}"
-    fits = (
-        not (config.diffusion.zero_terminal_snr and fewer) or sample.spacing in spacings.WITH_LAST
-    )
-    _require(fits, "sample.spacing", sample.spacing, allowed)
+    _check_sampler(config, mode, "sample")
     steps, name, repeats = sample.num_steps or total, "sample.resamplings", sample.resamplings
     allowed = f"must be at most {MAX_STEPS // steps}, for {steps} steps"
     _require(steps * repeats <= MAX_STEPS, name, repeats, allowed)
@@ -572,6 +560,40 @@ def _check_sampling(config, mode):
     elif config.train.label_dropout == 0 and not sample.classifier:
         allowed = "must be 1: this model was trained without label dropout (train.label_dropout=0)"
         _require(sample.guidance == 1, "sample.guidance", sample.guidance, allowed)
+
+
+def _check_sampler(config, mode, section):
+    """The sampler, its order, steps and spacing must fit each other; `section` names the fields."""
+    sample, total = config.sample, config.diffusion.num_timesteps
+    allowed = f"must be from 1 to diffusion.num_timesteps={total}, or 0 for all"
+    _require(sample.num_steps <= total, f"{section}.num_steps", sample.num_steps, allowed)
+    sampler = "ddim" if mode == "invert" else sample.sampler
+    if mode in SAMPLERS_OF:
+        allowed = f"{mode} takes {' or '.join(SAMPLERS_OF[mode])}"
+        _require(sample.sampler in SAMPLERS_OF[mode], "sample.sampler", sample.sampler, allowed)
+    orders = solvers.ORDERS.get(sampler, (2,))
+    allowed = f"with sample.sampler={sampler!r}, choose from {', '.join(map(str, orders))}"
+    _require(sample.order in orders, "sample.order", sample.order, allowed)
+    allowed = "must be 0, unless sample.sampler='ddim'"
+    _require(sample.eta == 0 or sampler == "ddim", "sample.eta", sample.eta, allowed)
+    learned = config.diffusion.variance == "learned" and sampler == "ancestral"
+    allowed = f"a learned variance needs all {total} steps; use {section}.sampler='ddim' for fewer"
+    fewer = sample.num_steps not in (0, total)
+    _require(not (learned and fewer), f"{section}.num_steps", sample.num_steps, allowed)
+    allowed = f"with zero_terminal_snr, choose from {', '.join(spacings.WITH_LAST)}"
+    zero_snr, spaced = config.diffusion.zero_terminal_snr, sample.spacing in spacings.WITH_LAST
+    _require(spaced or not (zero_snr and fewer), f"{section}.spacing", sample.spacing, allowed)
+
+
+def for_show(config):
+    """A copy whose sampler is that of the show section."""
+    show, total = config.show, config.diffusion.num_timesteps
+    config = config.copy_and_resolve_references()
+    config.sample.update(
+        sampler=show.sampler, num_steps=min(show.num_steps, total), spacing=show.spacing
+    )
+    config.sample.update(order=2, eta=0.0)
+    return config
 
 
 def _all(predicate, value):

@@ -19,7 +19,9 @@ from ddpm_jax.runs import generate, interop
 from ddpm_jax.runs import train as training
 
 # The fields of a config's section `sample` that the function `sample` takes.
-OPTIONS = ("seed label guidance classifier sampler num_steps spacing eta batch_size").split()
+OPTIONS = """
+    seed label guidance classifier sampler order num_steps spacing eta dynamic_threshold batch_size
+""".split()
 
 
 class Run(NamedTuple):

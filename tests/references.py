@@ -19,7 +19,7 @@ import numpy as np
 
 from ddpm_jax import configs
 from ddpm_jax.core import diffusion, likelihood, sampling, schedules, solvers, spacings, unet
-from ddpm_jax.runs import interop
+from ddpm_jax.runs import interop, schedulers
 
 FIXTURES = pathlib.Path(__file__).resolve().parent / "fixtures"
 CIFAR10 = dict(channel_mults=(1, 2, 2, 2), num_res_blocks=2, attention_resolutions=(16,))
@@ -212,7 +212,7 @@ def fixture_config():
         for name in ("unet/config.json", "scheduler/scheduler_config.json")
     )
     config.update_from_flattened_dict(interop.network_fields(network, "config.json"))
-    config.update_from_flattened_dict(interop.diffusion_fields(scheduler, "scheduler_config.json"))
+    config.update_from_flattened_dict(schedulers.read_scheduler(scheduler, "scheduler_config.json"))
     return config
 
 

@@ -16,7 +16,7 @@ from ddpm_jax.core import unet
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.runs import interop
+from ddpm_jax.runs import interop, schedulers
 from ddpm_jax.runs import state as states
 
 TENSORS = f"unet/{interop.TENSORS}"
@@ -112,10 +112,10 @@ def test_the_published_networks_are_the_paper_s(name):
         "trained_betas": None,
         "variance_type": "fixed_large" if cifar else "fixed_small",
     }
-    found = interop.network_fields(fields, "f") | interop.diffusion_fields(scheduler, "f")
+    found = interop.network_fields(fields, "f") | schedulers.read_scheduler(scheduler, "f")
     expected = configs.flatten(config)
     assert found == {name: expected[name] for name in found}
-    assert len(found) == 16
+    assert len(found) == 17
 
 
 def test_old_names_flat_folder_and_half_precision(tmp_path, weights):
@@ -155,8 +155,8 @@ def test_cosines_first(weights):
 def test_schedules_survive(name):
     config = configs.default_config()
     config.diffusion.update(schedule=name, num_timesteps=100, variance="fixed_small")
-    scheduler = json.loads(json.dumps(interop.diffusers_scheduler(config)))
-    fields = interop.diffusion_fields(scheduler, "f")
+    scheduler = json.loads(json.dumps(schedulers.write_scheduler(config)))
+    fields = schedulers.read_scheduler(scheduler, "f")
     again = configs.default_config()
     again.update_from_flattened_dict(fields)
     betas = [references.configs.make_schedule(c).betas for c in (config, again)]
@@ -168,7 +168,7 @@ def test_schedules_survive(name):
 @pytest.mark.parametrize("clip", [True, False])
 def test_variance_and_clipping_survive(config, variance, clip):
     config.diffusion.update(variance=variance, clip_x0=clip)
-    fields = interop.diffusion_fields(interop.diffusers_scheduler(config), "f")
+    fields = schedulers.read_scheduler(schedulers.write_scheduler(config), "f")
     assert (fields["diffusion.variance"], fields["diffusion.clip_x0"]) == (variance, clip)
 
 
@@ -179,12 +179,13 @@ def test_a_scheduler_that_says_nothing():
         "diffusion.num_timesteps": 1000,
         "diffusion.beta_start": 1e-4,
         "diffusion.beta_end": 0.02,
+        "diffusion.zero_terminal_snr": False,
         "diffusion.prediction": "eps",
         "diffusion.variance": "fixed_small",
         "diffusion.clip_x0": True,
     }
     for more in ({}, {"variance_type": "fixed_small_log"}):
-        assert interop.diffusion_fields({"_class_name": "DDPMScheduler", **more}, "f") == expected
+        assert schedulers.read_scheduler({"_class_name": "DDPMScheduler", **more}, "f") == expected
 
 
 def test_a_network_survives(config):
@@ -224,8 +225,122 @@ def test_raw_or_averaged_weights_go_out(config, tmp_path):
 def test_predictions_survive(prediction):
     config = configs.default_config()
     config.diffusion.prediction = prediction
-    fields = interop.diffusion_fields(interop.diffusers_scheduler(config), "f")
+    fields = schedulers.read_scheduler(schedulers.write_scheduler(config), "f")
     assert fields["diffusion.prediction"] == prediction
+
+
+SAMPLERS = [
+    ({"sample.sampler": "dpmpp", "sample.order": 1}, "DPMSolverMultistepScheduler"),
+    ({"sample.sampler": "dpmpp", "sample.spacing": "logsnr"}, "DPMSolverMultistepScheduler"),
+    ({"sample.sampler": "dpmpp", "sample.order": 3}, "DPMSolverMultistepScheduler"),
+    ({"sample.sampler": "dpmpp_sde", "sample.spacing": "linspace"}, "DPMSolverMultistepScheduler"),
+    ({"sample.sampler": "unipc", "sample.order": 3}, "UniPCMultistepScheduler"),
+    ({"sample.sampler": "unipc", "sample.spacing": "karras"}, "UniPCMultistepScheduler"),
+    ({"sample.sampler": "heun", "sample.spacing": "trailing"}, "HeunDiscreteScheduler"),
+    ({"sample.sampler": "plms", "diffusion.clip_x0": False}, "PNDMScheduler"),
+    ({"sample.sampler": "dpmpp", "sample.dynamic_threshold": 0.9}, "DPMSolverMultistepScheduler"),
+    ({"sample.sampler": "unipc", "diffusion.clip_x0": False}, "UniPCMultistepScheduler"),
+    (
+        {
+            "sample.sampler": "dpmpp",
+            "sample.spacing": "trailing",
+            "diffusion.zero_terminal_snr": True,
+            "diffusion.prediction": "v",
+        },
+        "DPMSolverMultistepScheduler",
+    ),
+]
+
+
+@pytest.mark.parametrize("changes, kind", SAMPLERS, ids=str)
+def test_samplers_survive(config, changes, kind):
+    config.update_from_flattened_dict(changes)
+    scheduler = json.loads(json.dumps(schedulers.write_scheduler(config)))
+    assert scheduler["_class_name"] == kind
+    fields = schedulers.read_scheduler(scheduler, "f")
+    expected = configs.flatten(config)
+    assert fields == {name: expected[name] for name in fields}
+    assert {name for name in changes if changes[name] not in (False, 0)} <= fields.keys()
+
+
+def test_a_scheduler_s_own_defaults():
+    """Fields that a file does not have: linspace, and no clipping."""
+    for kind, sampler in (
+        ("DPMSolverMultistepScheduler", "dpmpp"),
+        ("UniPCMultistepScheduler", "unipc"),
+        ("HeunDiscreteScheduler", "heun"),
+    ):
+        found = schedulers.read_scheduler({"_class_name": kind}, "f")
+        assert found["sample.sampler"] == sampler and found["sample.order"] == 2
+        assert found["sample.spacing"] == "linspace" and found["diffusion.clip_x0"] is False
+    assert (found["diffusion.beta_start"], found["diffusion.beta_end"]) == (0.00085, 0.012)
+
+
+@pytest.mark.parametrize(
+    "kind, fields, message",
+    [
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}, "algorithm_type="),
+        ("DPMSolverMultistepScheduler", {"solver_order": 4}, "solver_order=4: choose from 1, 2, 3"),
+        ("DPMSolverMultistepScheduler", {"solver_type": "heun"}, 'must be "midpoint"'),
+        ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}, 'must be "zero"'),
+        ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -5.1}, "lambda_min_clipped=-5.1"),
+        (
+            "DPMSolverMultistepScheduler",
+            {"algorithm_type": "sde-dpmsolver++", "solver_order": 3},
+            "solver_order=3: choose from 2",
+        ),
+        (
+            "DPMSolverMultistepScheduler",
+            {"thresholding": True, "sample_max_value": 2.0},
+            "sample_max_value=2.0: must be 1.0",
+        ),
+        ("UniPCMultistepScheduler", {"solver_type": "bh1"}, 'solver_type="bh1": must be "bh2"'),
+        ("UniPCMultistepScheduler", {"solver_order": 1}, "solver_order=1: choose from 2, 3"),
+        ("UniPCMultistepScheduler", {"disable_corrector": [0]}, "disable_corrector=[0]"),
+        ("PNDMScheduler", {}, "skip_prk_steps=false: must be true"),
+        ("PNDMScheduler", {"skip_prk_steps": True}, "set_alpha_to_one=false: must be true"),
+        (
+            "PNDMScheduler",
+            {"skip_prk_steps": True, "set_alpha_to_one": True, "steps_offset": 1},
+            "steps_offset=1: must be 0",
+        ),
+        ("HeunDiscreteScheduler", {"use_beta_sigmas": True}, "use_beta_sigmas=true"),
+        ("HeunDiscreteScheduler", {"thresholding": True}, "is not supported for Heun"),
+    ],
+    ids=str,
+)
+def test_a_sampler_that_is_not_ours(kind, fields, message):
+    with pytest.raises(UserError) as error:
+        schedulers.read_scheduler({"_class_name": kind, **fields}, "f")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"sample.sampler": "plms"}, "diffusion.clip_x0=True: PNDMScheduler does not clip"),
+        (
+            {"sample.sampler": "heun", "sample.dynamic_threshold": 0.9},
+            "sample.dynamic_threshold=0.9",
+        ),
+        ({"sample.sampler": "unipc", "sample.spacing": "logsnr"}, "sample.spacing='logsnr'"),
+        ({"sample.sampler": "dpmpp", "sample.spacing": "quadratic"}, "sample.spacing='quadratic'"),
+        (
+            {
+                "sample.sampler": "heun",
+                "diffusion.zero_terminal_snr": True,
+                "diffusion.prediction": "v",
+            },
+            "diffusion.zero_terminal_snr=True: HeunDiscreteScheduler has none",
+        ),
+    ],
+    ids=str,
+)
+def test_a_sampler_that_diffusers_does_not_have(config, changes, message):
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError) as error:
+        schedulers.write_scheduler(config)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +386,7 @@ NETWORKS = {
     "window_size": (7, "is not supported by our U-Net"),
 }
 SCHEDULERS = {
-    "_class_name": ("PNDMScheduler", "must be DDPMScheduler or DDIMScheduler"),
+    "_class_name": ("LCMScheduler", "choose from DDIMScheduler, DDPMScheduler, DPMSolver"),
     "beta_schedule": ("laplace", "choose from linear"),
     "num_train_timesteps": (50.0, "whole number above 0"),
     "beta_start": (0, "must lie in (0, 1)"),
@@ -279,12 +394,12 @@ SCHEDULERS = {
     "variance_type": ("learned_range", "choose from fixed_small"),
     "prediction_type": ("flow", "choose from epsilon, sample, v_prediction"),
     "predict_epsilon": (False, "must be true"),
-    "thresholding": (True, "must be false"),
+    "thresholding": ("yes", "must be true or false"),
     "clip_sample": ("yes", "must be true or false"),
     "clip_sample_range": (2.0, "must be 1.0"),
-    "rescale_betas_zero_snr": (True, "must be false"),
+    "rescale_betas_zero_snr": (1, "must be true or false"),
     "trained_betas": ([0.1] * 50, "must be those of one of"),
-    "use_flow_sigmas": (True, "is not supported by our diffusion process"),
+    "use_flow_sigmas": (True, "is not supported for DDPMScheduler"),
 }
 MISFITS = [
     # Values that a file can hold, and no network has.

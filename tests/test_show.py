@@ -51,6 +51,7 @@ def test_a_config_without_a_run(tmp_path, config):
 
 def test_a_run_shows_itself_after_training(tmp_path, config):
     config.show.update(num_images=3, num_frames=7, timesteps=(19, 10, 0))
+    config.show.update(sampler="ancestral", num_steps=0)
     train.train(config, tmp_path)
     show.show(config, tmp_path)
     assert written(tmp_path) == OF_CONFIG | OF_RUN | {"losses.png"}
@@ -72,8 +73,8 @@ def test_a_run_shows_itself_after_training(tmp_path, config):
     assert "model.channels" in text and "step 4" in text and "eval_loss" in text
 
     # Of a shorter chain, what is nearest.
-    cli.run(["main.py", "--mode=show", f"--workdir={tmp_path}", "--config.sample.num_steps=4",
-              "--config.sample.sampler=ddim"])  # fmt: skip
+    cli.run(["main.py", "--mode=show", f"--workdir={tmp_path}", "--config.show.num_steps=3",
+              "--config.show.sampler=heun"])  # fmt: skip
     assert imageio.imread(folder / "denoising.png").shape[1] == 3 * 72 + 8
     with pytest.raises(UserError, match=r"show\.timesteps=\(20,\): must be whole numbers below 20"):
         cli.run(

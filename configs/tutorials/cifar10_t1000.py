@@ -32,4 +32,5 @@ def get_config():
     config.train.update(eval_every=1000, keep_every=0)
     config.sample.num_samples = 16
     config.show.timesteps = (*range(999, 0, -100), 0)
+    config.show.update(sampler="ancestral", num_steps=0)  # all steps, as in the tutorial
     return config

@@ -44,5 +44,6 @@ def get_config():
     config.train.update(checkpoint_every=20 * EPOCH, keep_every=0)
     config.sample.update(num_samples=32, batch_size=32, columns=4)
     config.show.timesteps = (999, 800, 600, 400, 300, 250, 200, 150, 100, 50, 10, 0)
+    config.show.update(sampler="ancestral", num_steps=0)  # all steps, as in the tutorial
     config.show.num_images = 6
     return config

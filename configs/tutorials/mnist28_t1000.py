@@ -26,4 +26,5 @@ def get_config():
     config.train.checkpoint_every = 469
     config.sample.update(num_samples=8, columns=8)
     config.show.timesteps = tuple(range(0, 1000, 100))
+    config.show.update(sampler="ancestral", num_steps=0)  # all steps, as in the tutorial
     return config

@@ -36,4 +36,5 @@ def get_config():
     config.train.update(num_steps=0, num_epochs=20, eval_every=469, sample_every=469)
     config.train.checkpoint_every = 469
     config.show.update(timesteps=(199, 149, 99, 49, 0), num_images=5)
+    config.show.update(sampler="ancestral", num_steps=0)  # all steps, as in the tutorial
     return config

@@ -8,8 +8,8 @@ import numpy as np
 
 
 def leading(alpha_bars, num_steps):
-    """Every (T // S)-th step from 0; ends well below T if S does not divide T."""
-    return np.arange(num_steps) * (len(alpha_bars) // num_steps)
+    """Evenly spaced steps from 0: every 20th of 1000 for 50 steps."""
+    return np.arange(num_steps) * len(alpha_bars) // num_steps
 
 
 def linspace(alpha_bars, num_steps):
@@ -52,7 +52,6 @@ def _interpolate(alpha_bars, spaced):
 
 SPACINGS = {f.__name__: f for f in (leading, linspace, trailing, quadratic, logsnr, karras)}
 WITH_LAST = ("linspace", "trailing")  # that take T - 1 with every schedule and any S
-FROM_ZERO = ("leading", "linspace")  # evenly spaced from t = 0
 
 
 def timesteps(name, alpha_bars, num_steps, skip_zero=False):
@@ -62,8 +61,9 @@ def timesteps(name, alpha_bars, num_steps, skip_zero=False):
       name: a key of SPACINGS.
       alpha_bars: ᾱ of the full chain, [T].
       num_steps: S, from 1 to T; with T, all steps.
-      skip_zero: for evenly spaced steps from 0, take S + 1 of them, and leave out 0. diffusers'
-        multistep solvers do so: little is left to denoise there.
+      skip_zero: for leading and linspace, leave out t = 0, as diffusers' schedulers of the
+        solvers.SKIP_ZERO do: leading is i (T // (S + 1)), and linspace has S + 1 steps, i > 0. So
+        leading starts near T / 2 if S is above T / 2.
 
     Returns:
       τ, [S] ints in [0, T), ascending.
@@ -71,10 +71,12 @@ def timesteps(name, alpha_bars, num_steps, skip_zero=False):
     total = len(alpha_bars)
     if num_steps == total:
         return np.arange(total)
-    if skip_zero and name in FROM_ZERO:
-        times = SPACINGS[name](alpha_bars, num_steps + 1)[1:]
+    i = np.arange(num_steps)
+    if skip_zero and name == "leading":
+        times = (i + 1) * (total // (num_steps + 1))
+    elif skip_zero and name == "linspace":
+        times = linspace(alpha_bars, num_steps + 1)[1:]
     else:
         times = SPACINGS[name](alpha_bars, num_steps)
-    i = np.arange(num_steps)
     distinct = np.maximum.accumulate(np.round(times).astype(int) - i) + i
     return np.minimum(distinct, total - num_steps + i)

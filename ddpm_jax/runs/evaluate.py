@@ -42,7 +42,8 @@ COMPARABLE = {
 }
 # Fields that bits/dim do not depend on (they are computed for every variance).
 SAMPLING = """
-    variance sampler sampler_steps spacing eta label guidance classifier_sha256
+    variance sampler sampler_order sampler_steps nfe spacing eta dynamic_threshold label guidance
+    classifier_sha256
 """.split()
 # Ho et al. 2020, Tables 1, 2 and 4, for configs/cifar10.py.
 PUBLISHED = {
@@ -139,6 +140,9 @@ def sampling_provenance(config, step, params, classifier):
         "ema": config.sample.use_ema,
         "seed": config.sample.seed,
         "sampler": config.sample.sampler,
+        "sampler_order": config.sample.order,
+        "nfe": solvers.num_calls(generate.make_solver(config, generate.make_chain(config))),
+        "dynamic_threshold": config.sample.dynamic_threshold,
         "sampler_steps": config.sample.num_steps or config.diffusion.num_timesteps,
         "spacing": config.sample.spacing,
         "eta": config.sample.eta,

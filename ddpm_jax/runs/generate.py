@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 
 GRID_IMAGES = 256  # at most, in a grid
 MAX_COLUMNS = 16
+# bits/dim of x_t from noise at the first step of fewer than T; below it, digits of few steps have a
+# smaller Fréchet distance than those that start at T - 1 (docs/sampling.md).
+MAX_START_KL = 0.02
 MAX_INITIAL_SHARE = 0.1  # of the initial parameters in the EMA; above it the user is warned
 
 
@@ -487,7 +490,7 @@ def warn_of_chain(config, mean_square=1 / 3):
             "diffusion.schedule=linear_rescaled",
             kl,
         )
-    elif start < last and kl_of_start > likelihood.MAX_PRIOR_KL:
+    elif start < last and kl_of_start > MAX_START_KL:
         log.warning(
             "sample.num_steps=%d: sampling starts at t = %d, where x_t is not yet noise",
             len(chain.timesteps),

@@ -1,4 +1,4 @@
-"""Import and export of weights of diffusers' UNet2DModel.
+"""Import and export of weights of diffusers' UNet2DModel; schedulers.py has its schedulers.
 
 A folder in diffusers' format is flat, or a pipeline with a subfolder for each component:
 
@@ -23,14 +23,14 @@ import safetensors.numpy
 from flax import traverse_util
 
 from ddpm_jax import configs
-from ddpm_jax.core import schedules, unet
+from ddpm_jax.core import unet
 from ddpm_jax.errors import UserError, one_line
 from ddpm_jax.files import checkpoint
 from ddpm_jax.files import workdir as run_files
+from ddpm_jax.runs import schedulers
 
 log = logging.getLogger(__name__)
 
-VERSION = "0.42.1"  # of diffusers, whose format the export writes
 TENSORS = "diffusion_pytorch_model.safetensors"
 
 # Fields of a UNet2DModel for which our U-Net has one value: (diffusers' default, our value).
@@ -66,38 +66,6 @@ DEFAULTS = {
     "flip_sin_to_cos": True,  # the cosines first
     "dropout": 0.0,
     "num_train_timesteps": None,  # of an embedding that we do not have
-}
-# The fields of a scheduler, with diffusers' defaults.
-SCHEDULER = {
-    "num_train_timesteps": 1000,
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
-    "variance_type": "fixed_small",
-    "clip_sample": True,
-    "clip_sample_range": 1.0,
-    "prediction_type": "epsilon",
-    "predict_epsilon": True,  # an older name of prediction_type
-    "thresholding": False,
-    "rescale_betas_zero_snr": False,
-}
-# Fields of a scheduler that ancestral sampling of all steps does not use.
-UNUSED = """
-    dynamic_thresholding_ratio sample_max_value timestep_spacing steps_offset set_alpha_to_one
-""".split()
-SCHEDULES = {
-    "linear": "linear",
-    "scaled_linear": "quadratic",
-    "squaredcos_cap_v2": "cosine",
-    "sigmoid": "sigmoid",
-}
-PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
-# fixed_small_log is the same variance, computed from its logarithm.
-VARIANCES = {
-    "fixed_small": "fixed_small",
-    "fixed_small_log": "fixed_small",
-    "fixed_large": "fixed_large",
 }
 # diffusers' names of our modules and parameters.
 MODULES = {
@@ -186,7 +154,7 @@ def read_run(config, weights, overrides=()):
     fields = network_fields(network, path, size)
     schedule = _find(weights, "scheduler", "scheduler_config.json")
     if schedule is not None:
-        fields |= diffusion_fields(run_files.read_json(schedule), schedule)
+        fields |= schedulers.read_scheduler(run_files.read_json(schedule), schedule)
 
     user_fields = configs.flatten(config)
     for name in fields.keys() & set(overrides):
@@ -221,15 +189,16 @@ def export_run(config, workdir, weights):
         that is not empty; nothing is written then.
     """
     run_files.check_free("weights", weights)
+    scheduler = schedulers.write_scheduler(config)
     files = {
         "model_index.json": {
             "_class_name": "DDPMPipeline",
-            "_diffusers_version": VERSION,
-            "scheduler": ["diffusers", "DDPMScheduler"],
+            "_diffusers_version": schedulers.VERSION,
+            "scheduler": ["diffusers", scheduler["_class_name"]],
             "unet": ["diffusers", "UNet2DModel"],
         },
         "unet/config.json": diffusers_network(config),
-        "scheduler/scheduler_config.json": diffusers_scheduler(config),
+        "scheduler/scheduler_config.json": scheduler,
     }
     step, params = checkpoint.restore_params(config, workdir)
     tensors = diffusers_tensors(params, len(config.model.channel_mults))
@@ -241,8 +210,11 @@ def export_run(config, workdir, weights):
         safetensors.numpy.save_file(tensors, folder / "unet" / TENSORS, metadata={"format": "pt"})
     which = "EMA" if config.sample.use_ema else "raw"
     log.info("wrote %s: the %s parameters of step %d", weights, which, step)
-    steps = config.diffusion.num_timesteps
-    if steps != 1000:
+    steps, kind = config.diffusion.num_timesteps, scheduler["_class_name"]
+    if kind != "DDPMScheduler":
+        text = "DDPMPipeline may not run a %s: load the network and the scheduler by themselves"
+        log.info(text, kind)
+    elif steps != 1000:
         log.info("call the DDPMPipeline with num_inference_steps=%d; its default is 1000", steps)
 
 
@@ -345,78 +317,6 @@ def _check_network(fields, origin):
         require(fields[name] in (None, ours), name, f"our U-Net has {ours}")
 
 
-def diffusion_fields(scheduler, origin):
-    """Converts a DDPMScheduler's or DDIMScheduler's config to fields of our config.
-
-    Args:
-      scheduler: the content of its scheduler_config.json.
-      origin: the file, for errors.
-
-    Returns:
-      {"section.field": value}.
-
-    Raises:
-      UserError: that names the first field that our diffusion process does not support.
-    """
-    fields = {**SCHEDULER, **scheduler}
-
-    def require(fits, name, allowed):
-        if not fits:
-            raise UserError(f"{origin}: {name}={_json(fields.get(name))}: {allowed}")
-
-    def take(name, choices):
-        fits = isinstance(fields[name], str) and fields[name] in choices
-        require(fits, name, f"choose from {', '.join(choices)}")
-        return choices[fields[name]]
-
-    classes = ("DDPMScheduler", "DDIMScheduler")
-    allowed = f"must be {' or '.join(classes)} (without this file, --config defines the diffusion)"
-    require(fields.get("_class_name") in classes, "_class_name", allowed)
-    for name in sorted(fields):
-        supported = name in SCHEDULER or name in UNUSED or name.startswith("_")
-        allowed = "is not supported by our diffusion process"
-        require(supported or fields[name] is None, name, allowed)
-    for name in ("thresholding", "rescale_betas_zero_snr"):
-        require(fields[name] is False, name, "must be false")
-    require(isinstance(fields["clip_sample"], bool), "clip_sample", "must be true or false")
-    if fields["clip_sample"]:
-        require(fields["clip_sample_range"] == 1, "clip_sample_range", "must be 1.0")
-    require(fields["predict_epsilon"] is True, "predict_epsilon", "must be true")
-    prediction = take("prediction_type", PREDICTIONS)
-    steps, start, end = (fields[n] for n in ("num_train_timesteps", "beta_start", "beta_end"))
-    require(_is_size(steps), "num_train_timesteps", "must be a whole number above 0")
-    for name in ("beta_start", "beta_end"):
-        fits = isinstance(fields[name], float | int) and 0 < fields[name] < 1
-        require(fits, name, "must lie in (0, 1)")
-    name = take("beta_schedule", SCHEDULES)
-    if fields["trained_betas"] is not None:
-        name = _schedule_of(fields["trained_betas"], steps, start, end)
-        allowed = f"must be those of one of {', '.join(SCHEDULES)}"
-        require(name, "trained_betas", allowed)
-    return {
-        "diffusion.schedule": name,
-        "diffusion.num_timesteps": steps,
-        "diffusion.beta_start": float(start),
-        "diffusion.beta_end": float(end),
-        "diffusion.prediction": prediction,
-        "diffusion.variance": take("variance_type", VARIANCES),
-        "diffusion.clip_x0": fields["clip_sample"],
-    }
-
-
-def _schedule_of(betas, steps, start, end):
-    """The name of the schedule with these β's, or None."""
-    try:
-        betas = np.asarray(betas, np.float64)
-    except (OverflowError, TypeError, ValueError):
-        return None
-    for name in SCHEDULES.values():
-        ours = schedules.SCHEDULES[name](steps, start, end)
-        if betas.shape == ours.shape and np.allclose(betas, ours, rtol=1e-5, atol=0):
-            return name
-    return None
-
-
 def diffusers_network(config):
     """The config.json of the UNet2DModel that equals a config's network."""
     model, size = config.model, config.data.image_size
@@ -428,7 +328,7 @@ def diffusers_network(config):
     attends = [size[0] // 2**level in model.attention_resolutions for level in range(len(mults))]
     return {
         "_class_name": "UNet2DModel",
-        "_diffusers_version": VERSION,
+        "_diffusers_version": schedulers.VERSION,
         **{name: ours for name, (_, ours) in FIXED.items()},
         **DEFAULTS,
         "sample_size": size[0] if size[0] == size[1] else list(size),
@@ -442,34 +342,6 @@ def diffusers_network(config):
         "attention_head_dim": None,
         "flip_sin_to_cos": False,
         "dropout": model.dropout,
-    }
-
-
-def diffusers_scheduler(config):
-    """The scheduler_config.json of the DDPMScheduler for a config's ancestral sampling."""
-    diffusion = config.diffusion
-    betas = configs.make_schedule(config).betas
-    scale, name = 1.0, diffusion.schedule
-    if name == "linear_rescaled":
-        scale, name = 1000 / diffusion.num_timesteps, "linear"
-    beta_schedule = {ours: theirs for theirs, ours in SCHEDULES.items()}[name]
-    predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
-    for field, supported in (("prediction", predictions), ("variance", VARIANCES)):
-        if diffusion[field] not in supported:
-            text = f"diffusers has only {', '.join(supported)}"
-            raise UserError(f"diffusion.{field}={diffusion[field]!r}: {text}")
-    return {
-        "_class_name": "DDPMScheduler",
-        "_diffusers_version": VERSION,
-        "num_train_timesteps": diffusion.num_timesteps,
-        "beta_schedule": beta_schedule,
-        "beta_start": scale * diffusion.beta_start,
-        "beta_end": scale * diffusion.beta_end,
-        # DDIMScheduler has no sigmoid, but accepts β's.
-        "trained_betas": np.asarray(betas).tolist() if name == "sigmoid" else None,
-        "variance_type": diffusion.variance,
-        "clip_sample": diffusion.clip_x0,
-        "prediction_type": predictions[diffusion.prediction],
     }
 
 

@@ -146,6 +146,8 @@ def timesteps(config):
 
 def draw_reverse(config, workdir, folder):
     """Draws samples, their frames during the reverse process, and an animation."""
+    config = configs.for_show(config)
+    log.info("samples: %s", generate.describe_sampler(config))
     chain = generate.make_chain(config)
     taus, rows = chain.timesteps, solvers.rows_of_steps(generate.make_solver(config, chain))
     # With fewer steps than T, the nearest ones.

@@ -294,7 +294,7 @@ def train(config, workdir, arrays=None):
                 (workdir / "report.html").unlink(missing_ok=True)  # it is written again at the end
             describe_memory(step_fn, state, source, config.train.batch_size)
         eval_loss = make_eval_loss(config, model, schedule, eval_source)
-        sample = generate.make_sampler(config, **guidance) if config.model.kind == "unet" else None
+        sample = make_grid_sampler(config, guidance)
         with contextlib.closing(run_files.Metrics(workdir, span.first)) as metrics:
             actions = make_actions(config, workdir, span, metrics, eval_loss, sample, stop)
             steps = updates(config, state, step_fn, source)
@@ -533,6 +533,15 @@ def mean_loss(lines, start, end):
             total, count = total + applied * line["loss"], count + applied
         before = line["step"]
     return total / count if count else float("nan")
+
+
+def make_grid_sampler(config, guidance):
+    """The sampler of the grids, that of the show section; None for a classifier."""
+    if config.model.kind == "classifier":
+        return None
+    config = configs.for_show(config)
+    log.info("sample grids: %s", generate.describe_sampler(config))
+    return generate.make_sampler(config, **guidance)
 
 
 def write_grid(path, sample, config, state, stop):
