@@ -73,7 +73,7 @@ def test_a_run_shows_itself_after_training(tmp_path, config):
     assert "model.channels" in text and "step 4" in text and "eval_loss" in text
 
     # Of a shorter chain, what is nearest.
-    cli.run(["main.py", "--mode=show", f"--workdir={tmp_path}", "--config.show.num_steps=3",
+    cli.run(["main.py", "--mode=show", f"--workdir={tmp_path}", "--config.show.num_steps=4",
               "--config.show.sampler=heun"])  # fmt: skip
     assert imageio.imread(folder / "denoising.png").shape[1] == 3 * 72 + 8
     with pytest.raises(UserError, match=r"show\.timesteps=\(20,\): must be whole numbers below 20"):
