@@ -14,7 +14,7 @@ import pytest
 
 import ddpm_jax
 from ddpm_jax import cli, configs
-from ddpm_jax.core import likelihood, unet
+from ddpm_jax.core import likelihood, solvers, unet
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, workdir
 
@@ -134,6 +134,49 @@ def test_a_run_that_was_saved_with_old_values(config, tmp_path):
     config.train.num_steps = 5
     ddpm_jax.train(config, tmp_path)
     assert checkpoint.latest_step(tmp_path) == 5
+
+
+V = {"diffusion.prediction": "v", "diffusion.zero_terminal_snr": True}
+
+
+@pytest.mark.parametrize(
+    "changes, mode, message",
+    [
+        ({"sample.order": 3}, "sample", "sample.order=3: with sample.sampler='ancestral'"),
+        ({"sample.sampler": "heun", "sample.order": 1}, "sample", "sample.order=1: with"),
+        ({"sample.sampler": "dpmpp", "sample.order": 4}, "sample", "choose from 1, 2, 3"),
+        ({"sample.sampler": "unipc", "sample.order": 1}, "sample", "choose from 2, 3"),
+        ({"sample.sampler": "euler"}, "sample", "sample.sampler='euler': choose from ancestral"),
+        ({"sample.spacing": "cosine"}, "sample", "sample.spacing='cosine': choose from leading"),
+        ({"sample.num_steps": 21}, "sample", "sample.num_steps=21: must be from 1 to"),
+        ({"sample.num_steps": -1}, "sample", "sample.num_steps=-1: must be 0 or more"),
+        ({"sample.dynamic_threshold": 1.5}, "sample", "sample.dynamic_threshold=1.5: must lie in"),
+        ({"diffusion.zero_terminal_snr": True}, "train", "needs diffusion.prediction='x0' or 'v'"),
+        ({**V, "sample.num_steps": 5}, "sample", "sample.spacing='leading': with zero_terminal"),
+        (V, "train", "show.spacing='leading': with zero_terminal_snr, choose from linspace, tra"),
+        ({**V, "diffusion.num_timesteps": 1}, "sample", "zero_terminal_snr needs at least 2"),
+        ({"sample.sampler": "dpmpp"}, "inpaint", "inpaint takes ancestral or ddim"),
+        ({"sample.sampler": "heun"}, "invert", "invert takes ancestral or ddim"),
+        ({"show.sampler": "euler"}, "show", "show.sampler='euler': choose from ancestral"),
+    ],
+    ids=str,
+)
+def test_a_sampler_that_cannot_be(config, changes, mode, message):
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError) as error:
+        configs.check(config, mode)
+    assert message in str(error.value)
+
+
+def test_samplers_that_can_be(config):
+    """Every sampler in every mode that takes it; zero terminal SNR with all steps."""
+    for sampler in solvers.SOLVERS:
+        config.sample.sampler = sampler
+        for mode in ("sample", "train", "img2img", "interpolate", "evaluate", "show"):
+            configs.check(config, mode)
+    config.update_from_flattened_dict(V)
+    config.show.spacing = "trailing"
+    configs.check(config, "train")
 
 
 def test_every_field_has_a_comment_and_a_reader():

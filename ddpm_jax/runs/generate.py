@@ -400,7 +400,7 @@ def load_classifier(config):
         if name not in theirs:
             raise UserError(f"{field}: its config.json lacks {name}")
         configs.check_kind(f"{field}: its {name}", theirs[name], type(fields[name]))
-    schedule = ("schedule", "num_timesteps", "beta_start", "beta_end")
+    schedule = ("schedule", "num_timesteps", "beta_start", "beta_end", "zero_terminal_snr")
     for name in ("data.image_size", "data.channels", *(f"diffusion.{name}" for name in schedule)):
         if fields[name] != theirs[name]:
             raise UserError(f"{field}: its {name} is {theirs[name]!r}, this run's {fields[name]!r}")
