@@ -3,6 +3,7 @@
     pip install -r requirements-parity.txt && pip install --no-deps -r requirements-peers.txt
     python -m benchmarks            # the headline: CIFAR-10's network; ten minutes on 2 cores
     python -m benchmarks --full     # every cell; hours; reuses earlier measurements
+    python -m benchmarks --samplers # the samplers that only diffusers has, too; 20 minutes
     python -m benchmarks --smoke    # one small cell of each kind, to test the benchmark
 
 Each contestant runs in its own process, which warms up (compiles, runs twice) and waits. Then the
@@ -46,6 +47,17 @@ HEADLINE_GPU = [
 ]
 SMOKE = [Cell(task, "digits", 2, 2, 2, rounds=1) for task in ("forward", "train", "ddim")]
 SMOKE.append(Cell("ancestral", "digits", 2, 2, 2, 2, 1))
+SMOKE.append(Cell("unipc", "digits", 2, 2, 2, rounds=1))
+# Ten network evaluations each.
+SAMPLERS = [
+    Cell(task, network, 64, steps, steps)
+    for network in ("digits", "mnist")
+    for task, steps in (
+        *((name, 10) for name in ("ddim", "dpmpp", "dpmpp_sde", "unipc")),
+        ("heun", 5),
+        ("plms", 9),
+    )
+]
 
 
 def full_cells(on_gpu):
@@ -101,6 +113,7 @@ def find_peers(installed, modes):
 
 def measure(cell, peers):
     """{contestant: {parameters, gmac, rates, peak, warm}} of one cell."""
+    peers = [name for name in peers if name != OTHER or not contestants.is_new(cell)]
     names = ["ours", *(() if cell.devices else peers)]
     context = multiprocessing.get_context("spawn")
     pipes, processes, results = {}, [], {}
@@ -213,6 +226,7 @@ def run():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--full", action="store_true", help="every cell")
+    which.add_argument("--samplers", action="store_true", help="ten evaluations of each sampler")
     which.add_argument("--smoke", action="store_true", help="one small cell of each kind")
     parser.add_argument(
         "--out", default="runs/benchmarks.jsonl", help="the file for the results of --full"
@@ -229,6 +243,7 @@ def run():
     print(datetime.date.today(), *(f"{k} {v}" for k, v in environment.items()), sep=", ")
     headline = HEADLINE_GPU if on_gpu else HEADLINE
     cells = SMOKE if flags.smoke else full_cells(on_gpu) if flags.full else headline
+    cells = SAMPLERS if flags.samplers else cells
     path = pathlib.Path(flags.out) if flags.full else None
     names = ["ours", *peers]
     print("images/s; peak memory of the process and seconds to warm up: ours; the fastest peer's")
@@ -245,6 +260,8 @@ def run():
         if on_gpu and cell.network == "cifar10" and cell.task in ("train", "ancestral"):
             notes.append(gpu_note(cell, results, flops))
     print(*dict.fromkeys(notes), sep="\n")
+    if flags.samplers:
+        return
     seconds = 0.2 if flags.smoke else 5
     rate = pipeline.images_from_memory(seconds)
     times = f"{rate / training_rate:,.0f} times the rate of training"

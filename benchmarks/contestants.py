@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.memory import peak
 from ddpm_jax import configs, cpu, parallel
-from ddpm_jax.core import unet
+from ddpm_jax.core import solvers, unet
 from ddpm_jax.files import data
 from ddpm_jax.runs import generate, interop, schedulers, train
 from ddpm_jax.runs import state as states
@@ -32,7 +32,7 @@ class Cell(NamedTuple):
     """One measurement.
 
     Attributes:
-      task: "forward", "train" (loss, backward, clip, Adam, EMA), "ancestral" or "ddim".
+      task: "forward", "train" (loss, backward, clip, Adam, EMA), or a sampler.
       network: the name of a config.
       size: images at once.
       steps: measured steps of the reverse process.
@@ -60,8 +60,15 @@ def get_config(cell):
     config.model.dropout = 0.0
     config.train.batch_size = cell.size
     config.sample.update(batch_size=cell.size, num_samples=cell.size, num_steps=cell.steps)
-    config.sample.sampler = cell.task if cell.task in ("ancestral", "ddim") else "ancestral"
+    if cell.task in solvers.SOLVERS:
+        config.sample.update(sampler=cell.task, spacing="trailing" if is_new(cell) else "leading")
+        config.diffusion.clip_x0 = cell.task != "plms"  # PNDMScheduler does not clip
     return config
+
+
+def is_new(cell):
+    """Whether a cell is a sampler that only this project and diffusers have."""
+    return cell.task in solvers.SOLVERS and cell.task not in solvers.SINGLE_STEP
 
 
 def random_images(config, size):
@@ -154,11 +161,13 @@ def torch_train_step(network, optim, loss):
 def diffusers(cell, mode):
     """diffusers' UNet2DModel and pipelines with PyTorch, in one of the modes DIFFUSERS."""
     import torch
-    from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
+    from diffusers import DDIMPipeline, DDPMPipeline, UNet2DModel
 
     config, (device, autocast) = get_config(cell), torch_device()
     network = UNet2DModel.from_config(interop.diffusers_network(config)).to(device)
-    scheduler = DDPMScheduler.from_config(schedulers.write_scheduler(config))
+    fields = schedulers.write_scheduler(config)
+    scheduler = getattr(importlib.import_module("diffusers"), fields["_class_name"])
+    scheduler = scheduler.from_config(fields)
     parameters = sum(p.numel() for p in network.parameters())
     if mode == "channels_last":
         network = network.to(memory_format=torch.channels_last)
@@ -186,6 +195,12 @@ def diffusers(cell, mode):
             with torch.no_grad(), autocast:
                 call(x_t, t)
 
+    elif is_new(cell):
+
+        def work():
+            with autocast:
+                sample_with(scheduler, call, images.permute(0, 3, 1, 2).shape, cell.steps)
+
     else:
         pipeline = {"ancestral": DDPMPipeline, "ddim": DDIMPipeline}[cell.task](network, scheduler)
         pipeline.set_progress_bar_config(disable=True)
@@ -197,6 +212,19 @@ def diffusers(cell, mode):
                 pipeline(batch_size=cell.size, **options)
 
     return synchronized(work), parameters, None
+
+
+def sample_with(scheduler, network, shape, num_steps):
+    """The loop of diffusers' pipelines for any scheduler: float images, [B, H, W, C]."""
+    import torch
+
+    scheduler.set_timesteps(num_steps)
+    with torch.no_grad():
+        x = torch.randn(shape) * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            output = network(scheduler.scale_model_input(x, t), t).sample
+            x = scheduler.step(output, t, x).prev_sample
+    return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
 def multiply_adds(network, shape):

@@ -21,10 +21,11 @@ def test_smoke():
     if importlib.util.find_spec("denoising_diffusion_pytorch"):
         peers.append("denoising-diffusion-pytorch")
     assert rows[0][1 : len(peers) + 2] == ["ours", *peers]
-    assert len(rows) == 2 + 4  # a cell of each kind
+    assert len(rows) == 2 + 5  # a cell of each kind
     for row in rows[2:5]:
         assert all(float(rate.split()[0].replace(",", "")) > 0 for rate in row[1 : len(peers) + 2])
     assert float(rows[5][1].split()[0].replace(",", "")) > 0  # devices are of ours alone
+    assert all(float(rate.split()[0].replace(",", "")) > 0 for rate in rows[6][1:3])
     assert "input pipeline" in done.stdout
 
 
