@@ -304,6 +304,16 @@ def test_a_scheduler_s_own_defaults():
             {"skip_prk_steps": True, "set_alpha_to_one": True, "steps_offset": 1},
             "steps_offset=1: must be 0",
         ),
+        (
+            "PNDMScheduler",
+            {"skip_prk_steps": True, "set_alpha_to_one": True, "prediction_type": "v_prediction"},
+            'prediction_type="v_prediction": must be "epsilon"',
+        ),
+        (
+            "PNDMScheduler",
+            {"skip_prk_steps": True, "set_alpha_to_one": True, "timestep_spacing": "linspace"},
+            'timestep_spacing="linspace": choose from leading, trailing',
+        ),
         ("HeunDiscreteScheduler", {"use_beta_sigmas": True}, "use_beta_sigmas=true"),
         ("HeunDiscreteScheduler", {"thresholding": True}, "is not supported for Heun"),
     ],
@@ -348,9 +358,12 @@ def test_a_sampler_that_diffusers_does_not_have(config, changes, message):
     [
         (
             {"diffusion.prediction": "mean"},
-            "diffusion.prediction='mean': diffusers has only eps, x0",
+            "diffusion.prediction='mean': DDPMScheduler has only eps, x0",
         ),
-        ({"diffusion.variance": "learned", "diffusion.loss": "vlb"}, "'learned': diffusers has"),
+        (
+            {"diffusion.variance": "learned", "diffusion.loss": "vlb"},
+            "'learned': DDPMScheduler has",
+        ),
         ({"data.num_classes": 10}, "data.num_classes=10: diffusers' pipelines need 0"),
     ],
 )

@@ -237,8 +237,11 @@ def _sampler(fields, require):
     orders = {"dpmpp": (1, 2, 3), "unipc": (2, 3)}.get(sampler, (2,))
     fits = order in orders and not isinstance(order, bool)
     require(fits, "solver_order", f"choose from {', '.join(map(str, orders))}")
-    spacing = fields["timestep_spacing"]
-    require(spacing in EVEN, "timestep_spacing", f"choose from {', '.join(EVEN)}")
+    if kind == "PNDMScheduler":
+        # It extrapolates v where we extrapolate ε.
+        require(fields["prediction_type"] == "epsilon", "prediction_type", 'must be "epsilon"')
+    spacing, choices = fields["timestep_spacing"], _even_spacings(kind)
+    require(spacing in choices, "timestep_spacing", f"choose from {', '.join(choices)}")
     for name, other in (("use_karras_sigmas", "karras"), ("use_lu_lambdas", "logsnr")):
         allowed = "must be true or false"
         require(fields.get(name, False) in (True, False, None), name, allowed)
@@ -250,6 +253,12 @@ def _sampler(fields, require):
     if spacing in ("karras", "logsnr"):
         log.warning("%s", KARRAS)
     return {"sample.sampler": sampler, "sample.order": order, "sample.spacing": spacing}
+
+
+def _even_spacings(kind):
+    """The evenly spaced steps that a scheduler takes as we do."""
+    # From every t, PNDMScheduler goes to t - T // S, whatever the next t of linspace is.
+    return tuple(name for name in EVEN if (kind, name) != ("PNDMScheduler", "linspace"))
 
 
 def _schedule_of(betas, steps, start, end):
@@ -284,9 +293,11 @@ def write_scheduler(config):
         scale, name = 1000 / diffusion.num_timesteps, "linear"
     beta_schedule = {ours: theirs for theirs, ours in SCHEDULES.items()}[name]
     predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+    if kind == "PNDMScheduler":
+        predictions = {"eps": "epsilon"}  # it extrapolates v where we extrapolate ε
     variances = VARIANCES if kind in PLAIN else {diffusion.variance}
     for field, supported in (("prediction", predictions), ("variance", variances)):
-        text = f"diffusers has only {', '.join(supported)}"
+        text = f"{kind} has only {', '.join(supported)}"
         _require(diffusion[field] in supported, f"diffusion.{field}", diffusion[field], text)
     betas = schedules.SCHEDULES[diffusion.schedule](
         diffusion.num_timesteps, diffusion.beta_start, diffusion.beta_end
@@ -341,7 +352,10 @@ def _written_sampler(config, kind):
 def _written_spacing(spacing, kind):
     """The fields of a scheduler for a spacing."""
     flags = {"karras": "use_karras_sigmas", "logsnr": "use_lu_lambdas"}
-    supported = [*EVEN, *(name for name, flag in flags.items() if flag in FIELDS[kind])]
+    supported = [
+        *_even_spacings(kind),
+        *(name for name, flag in flags.items() if flag in FIELDS[kind]),
+    ]
     text = f"{kind} has only {', '.join(supported)}"
     _require(spacing in supported, "sample.spacing", spacing, text)
     if spacing in EVEN:
