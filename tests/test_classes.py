@@ -12,11 +12,11 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 from ddpm_jax import cli, configs, parallel
-from ddpm_jax.core import likelihood, sampling, unet
+from ddpm_jax.core import diffusion, likelihood, sampling, solvers, unet
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, data
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.runs import generate, train
+from ddpm_jax.runs import edit, generate, train
 from ddpm_jax.runs import state as states
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -203,6 +203,41 @@ def test_guidance_by_hand(conditional, monkeypatch, kind):
         eps = given - np.sqrt(1 - a) * 3 * np.array([2, 0, 9])
     expected = (x_t - np.sqrt(1 - a) * eps.reshape(3, 1, 1, 1)) / np.sqrt(a)
     np.testing.assert_allclose(predict_fn(x_t, jnp.full(3, 3)).x0, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("task", [generate.from_noise, edit.img2img_task])
+@pytest.mark.parametrize("sampler", solvers.SOLVERS)
+def test_every_sampler_is_guided(conditional, monkeypatch, sampler, task):
+    """The network knows one image of class c, (c - 5) / 10: guided, x0_u + 2 (x0_c - x0_u).
+
+    All samplers find exactly that image, from noise and from another image; the network sees both
+    labels in one batch, and is called as often as the sampler says.
+    """
+    calls = []
+
+    def net_fn(model, params):
+        schedule = configs.make_schedule(conditional)
+
+        def eps(x_t, t, labels):
+            jax.debug.callback(lambda a: calls.append(len(a)), labels)
+            x0 = jnp.broadcast_to((labels.reshape(-1, 1, 1, 1) - 5) / 10, x_t.shape)
+            return diffusion.predict_eps(schedule, x_t, t, x0)
+
+        return eps
+
+    monkeypatch.setattr(unet, "net_fn", net_fn)
+    conditional.sample.update(sampler=sampler, num_steps=4, guidance=2.0, batch_size=4, t=15)
+    sample = generate.make_sampler(conditional, label=3, task=task)
+    inputs = {"image": np.full((4, 8, 8, 1), 200, np.uint8)}
+    # jax.pmap takes in_axes for those of the leaves where there are as many; a network has more.
+    params = parallel.replicate({str(i): np.zeros(1) for i in range(20)})
+    images = sample(params, np.arange(4), inputs if task is edit.img2img_task else None).x
+    expected = 0.5 + 2 * (-0.2 - 0.5)  # no class is label 10
+    assert np.abs(images - (expected + 1) * 127.5).max() <= 1
+    chain = generate.make_chain(conditional)
+    nfe = solvers.num_calls(task(conditional, chain).solver)
+    jax.effects_barrier()
+    assert calls == nfe * 4 * [2]  # on 4 devices
 
 
 @pytest.mark.parametrize(
