@@ -311,8 +311,9 @@ def write_solver_fixtures():
     """What each solver makes of a simple function; tests/test_solvers_fixtures.py has the same."""
 
     def bent(x, t):
-        x = x + t / 1000
-        return types.SimpleNamespace(sample=x / (1 + x**2) ** 0.5)
+        bend = 3 * x + t / 500
+        eps = x - (1 - t / 1000) ** 2 * bend / (1 + bend**2) ** 0.5
+        return types.SimpleNamespace(sample=eps)
 
     alpha_bars = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
     rng = np.random.default_rng(0)
