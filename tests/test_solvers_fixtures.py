@@ -1,4 +1,4 @@
-"""The solvers against what diffusers computed; see torch_reference.py, which wrote the file."""
+"""The solvers against what diffusers computed, in tests/fixtures; see torch_reference.py."""
 
 import pathlib
 
@@ -10,7 +10,7 @@ import pytest
 from ddpm_jax.core import diffusion, sampling, schedules, solvers, spacings
 
 FIXTURES = pathlib.Path(__file__).resolve().parent / "fixtures"
-STEPS = (10, 20)  # dpmpp lowers its order at the end of the first only
+STEPS = (10, 20)  # dpmpp lowers its order in the last steps of fewer than 15
 WITHOUT_ORDER = ["dpmpp_sde", "heun", "plms"]
 CASES = WITHOUT_ORDER + [f"{name}/{n}" for name, orders in solvers.ORDERS.items() for n in orders]
 

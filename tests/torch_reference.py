@@ -1,7 +1,8 @@
 """What diffusers and PyTorch compute, for the parity tests; images are [B, H, W, C] arrays.
 
-tests/test_parity.py compares with it as it runs. tests/test_interop.py compares with what it once
-computed, in tests/fixtures, so that it needs no PyTorch. To write those files again:
+tests/test_parity.py and tests/test_parity_solvers.py compare with it as it runs. test_interop.py
+and test_solvers_fixtures.py compare with what it once computed, in tests/fixtures, so that they
+need no PyTorch. To write those files again:
 
     pip install -r requirements-parity.txt && python tests/torch_reference.py
 """
