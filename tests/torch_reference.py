@@ -321,7 +321,7 @@ def write_solver_fixtures():
     x_T, noises = (rng.standard_normal((*n, 2, 4, 4, 1), np.float32) for n in ((), (20,)))
     arrays = dict(x_T=x_T, noises=noises)
     for case in SOLVERS:
-        for steps in (10, 20):
+        for steps in (10, 20):  # PNDMScheduler needs a divisor of T
             scheduler = make_scheduler(case, alpha_bars, timestep_spacing="trailing")
             scheduler.set_timesteps(steps)
             noise = noises if case == "dpmpp_sde" else None
