@@ -13,7 +13,7 @@ import pytest
 from references import assert_same_gradients, gradients
 
 from ddpm_jax import cli, configs
-from ddpm_jax.core import diffusion, sampling, schedules, unet
+from ddpm_jax.core import diffusion, sampling, schedules, solvers, spacings, unet
 from ddpm_jax.runs import interop, state
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
@@ -111,6 +111,15 @@ def test_full_size(name, reference, tmp_path):
         assert_same_gradients(gradients(model, params, x_t, t, eps), theirs)
 
 
+def run(solver, predict_fn, x_T, noises):
+    """x_0 of a solver; noises [N, B, H, W, C] are those of its rows."""
+    noises, rows = jnp.asarray(noises), jnp.arange(len(solver.steps))
+    step = sampling.make_step(solver, predict_fn, lambda n, _: noises[n])
+    start = sampling.init_state(solver, x_T)
+    (x_0, *_), _ = jax.jit(lambda state: sampling.reverse_process(step, state, rows))(start)
+    return np.asarray(x_0)
+
+
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 def test_reverse_chain(variance, clip, reference, tmp_path):
@@ -122,14 +131,11 @@ def test_reverse_chain(variance, clip, reference, tmp_path):
     kwargs = dict(variance_type=variance, clip_sample=clip)
     theirs = reference.reverse_chain(network, x_T, noises, **kwargs)
 
-    schedule = schedules.make_schedule("linear", 1000)
+    alpha_bars = schedules.make_alpha_bars("linear", 1000)
+    schedule = schedules.from_alpha_bars(alpha_bars)
     predict_fn = diffusion.predictor(schedule, unet.net_fn(model, params))
-    predict_fn, noises = diffusion.clipped(predict_fn) if clip else predict_fn, jnp.asarray(noises)
-
-    def step(x, t):
-        return sampling.ancestral_step(schedule, predict_fn, x, t, noises[t], variance=variance)
-
-    ours, _ = jax.jit(lambda x: sampling.reverse_process(step, x, jnp.arange(1000)[::-1]))(x_T)
+    predict_fn = diffusion.clipped(predict_fn) if clip else predict_fn
+    ours = run(solvers.ancestral(alpha_bars, variance), predict_fn, x_T, noises[::-1])
     # A network that was not trained drives images to hundreds, unless they are clipped.
     assert np.abs(ours - theirs).max() <= 1e-4 * max(1, np.abs(theirs).max())
 
@@ -145,19 +151,16 @@ def test_ddim_chain(prediction, steps, eta, clip, reference, tmp_path):
     kwargs = dict(prediction_type=prediction, clip_sample=clip, num_inference_steps=steps)
     theirs, visited = reference.ddim_chain(network, x_T, noises, eta, **kwargs)
 
-    taus = schedules.leading_spacing(1000, steps)
+    alpha_bars = schedules.make_alpha_bars("linear", 1000)
+    taus = spacings.timesteps("leading", alpha_bars, steps)
     np.testing.assert_array_equal(taus[::-1], visited)
-    long, short = (schedules.make_schedule("linear", 1000, timesteps=t) for t in (None, taus))
     predict_fn = diffusion.predictor(
-        long, unet.net_fn(model, params), prediction=interop.PREDICTIONS[prediction]
+        schedules.from_alpha_bars(alpha_bars),
+        unet.net_fn(model, params),
+        prediction=interop.PREDICTIONS[prediction],
     )
     predict_fn = sampling.respaced(diffusion.clipped(predict_fn) if clip else predict_fn, taus)
-    noises = jnp.asarray(noises[taus])
-
-    def step(x, i):
-        return sampling.ddim_step(short, predict_fn, x, i, noises[i], eta=eta)
-
-    ours, _ = jax.jit(lambda x: sampling.reverse_process(step, x, jnp.arange(steps)[::-1]))(x_T)
+    ours = run(solvers.ddim(alpha_bars[taus], eta), predict_fn, x_T, noises[visited])
     assert np.abs(ours - theirs).max() <= 1e-4 * max(1, np.abs(theirs).max())
 
 

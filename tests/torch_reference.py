@@ -1,18 +1,29 @@
 """What diffusers and PyTorch compute, for the parity tests; images are [B, H, W, C] arrays.
 
-tests/test_parity.py compares with it as it runs. tests/test_interop.py compares with what it once
-computed, in tests/fixtures, so that it needs no PyTorch. To write those files again:
+tests/test_parity.py and tests/test_parity_solvers.py compare with it as it runs. test_interop.py
+and test_solvers_fixtures.py compare with what it once computed, in tests/fixtures, so that they
+need no PyTorch. To write those files again:
 
     pip install -r requirements-parity.txt && python tests/torch_reference.py
 """
 
 import contextlib
 import pathlib
+import types
 import unittest.mock
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
 
 FIXTURES = pathlib.Path(__file__).resolve().parent / "fixtures"
 # Where Ho's U-Net is not diffusers' default.
@@ -23,6 +34,20 @@ HO = dict(
     flip_sin_to_cos=False,
     attention_head_dim=None,
 )
+DPMPP = dict(algorithm_type="dpmsolver++", solver_type="midpoint")
+SDE = dict(algorithm_type="sde-dpmsolver++", solver_type="midpoint", solver_order=2)
+UNIPC = dict(solver_type="bh2", predict_x0=True)
+# The scheduler, and its arguments, of each of our solvers and orders.
+SOLVERS = {
+    "dpmpp/1": (DPMSolverMultistepScheduler, dict(DPMPP, solver_order=1)),
+    "dpmpp/2": (DPMSolverMultistepScheduler, dict(DPMPP, solver_order=2)),
+    "dpmpp/3": (DPMSolverMultistepScheduler, dict(DPMPP, solver_order=3)),
+    "dpmpp_sde": (DPMSolverMultistepScheduler, SDE),
+    "unipc/2": (UniPCMultistepScheduler, dict(UNIPC, solver_order=2)),
+    "unipc/3": (UniPCMultistepScheduler, dict(UNIPC, solver_order=3)),
+    "heun": (HeunDiscreteScheduler, {}),
+    "plms": (PNDMScheduler, dict(skip_prk_steps=True, set_alpha_to_one=True)),
+}
 
 
 def make_network(widths, attention, seed=0, **changes):
@@ -118,14 +143,14 @@ def ddim_chain(network, x, noises, eta, **scheduler):
       x: x_T.
       noises: [T, B, H, W, C]; noises[t] is added in the step from t.
       eta: η.
-      **scheduler: arguments of DDIMScheduler.
+      **scheduler: num_inference_steps, and arguments of DDIMScheduler.
 
     Returns:
       (x_0, the timesteps that were visited).
     """
     steps = scheduler.pop("num_inference_steps")
     # The last step ends at ᾱ = 1; where x0 is clipped, ε is derived from it again.
-    scheduler = DDIMScheduler(set_alpha_to_one=True, timestep_spacing="leading", **scheduler)
+    scheduler = DDIMScheduler(set_alpha_to_one=True, **scheduler)
     scheduler.set_timesteps(steps)
     x = to_torch(x)
     with torch.no_grad():
@@ -135,6 +160,70 @@ def ddim_chain(network, x, noises, eta, **scheduler):
             kwargs = dict(eta=eta, use_clipped_model_output=True, variance_noise=noise)
             x = scheduler.step(output, t, x, **kwargs).prev_sample
     return from_torch(x), scheduler.timesteps.numpy()
+
+
+def make_scheduler(case, alpha_bars, **options):
+    """The scheduler that does what a solver of ours does, before set_timesteps.
+
+    It gets ᾱ in float64. Its own is the product of float32 values: at t = 0, 1 - ᾱ is off by up to
+    3e-4, which plms and Heun's method show in images that are not clipped.
+
+    Args:
+      case: one of SOLVERS.
+      alpha_bars: ᾱ, [T] float64.
+      **options: its other arguments.
+    """
+    scheduler, arguments = SOLVERS[case]
+    scheduler = scheduler(num_train_timesteps=len(alpha_bars), **arguments, **options)
+    scheduler.alphas_cumprod = torch.from_numpy(alpha_bars)
+    return scheduler
+
+
+def solver_chain(network, x, scheduler, noises=None):
+    """Every step of a scheduler whose timesteps are set.
+
+    Args:
+      network: (x_t [B, C, H, W], t) to an object with what it predicts as `sample`.
+      x: x_T, with variance 1.
+      scheduler: of make_scheduler.
+      noises: [N, B, H, W, C], of each step; None if it is deterministic.
+
+    Returns:
+      x_0.
+    """
+    x = to_torch(x)
+    if isinstance(scheduler, HeunDiscreteScheduler):  # its x is ours divided by α
+        x = x * (1 + scheduler.sigmas[0] ** 2) ** 0.5
+    with torch.no_grad():
+        for n, t in enumerate(scheduler.timesteps):
+            output = network(scheduler.scale_model_input(x, t), t).sample
+            noise = {} if noises is None else dict(variance_noise=to_torch(noises[n]))
+            x = scheduler.step(output, t, x, **noise).prev_sample
+    return from_torch(x)
+
+
+def to_eps(network, alpha_bars, prediction, clip):
+    """A network whose output is ε, of x0 clipped to [-1, 1] if `clip`; PNDMScheduler does neither.
+
+    Args:
+      network: (x_t [B, C, H, W], t) to an object with what it predicts as `sample`.
+      alpha_bars: ᾱ, [T].
+      prediction: "epsilon", "sample" or "v_prediction".
+      clip: whether to clip x0.
+    """
+
+    def eps(x, t):
+        alpha, sigma = (alpha_bars[t] ** 0.5).item(), ((1 - alpha_bars[t]) ** 0.5).item()
+        output = network(x, t).sample
+        x0 = {
+            "epsilon": (x - sigma * output) / alpha,
+            "sample": output,
+            "v_prediction": alpha * x - sigma * output,
+        }[prediction]
+        x0 = x0.clamp(-1, 1) if clip else x0
+        return types.SimpleNamespace(sample=(x - alpha * x0) / sigma)
+
+    return eps
 
 
 @contextlib.contextmanager
@@ -219,5 +308,28 @@ def write_fixtures():
     np.savez_compressed(FIXTURES / "expected.npz", **arrays)
 
 
+def write_solver_fixtures():
+    """What each solver makes of a simple function; tests/test_solvers_fixtures.py has the same."""
+
+    def bent(x, t):
+        bend = 3 * x + t / 500
+        eps = x - (1 - t / 1000) ** 2 * bend / (1 + bend**2) ** 0.5
+        return types.SimpleNamespace(sample=eps)
+
+    alpha_bars = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    rng = np.random.default_rng(0)
+    x_T, noises = (rng.standard_normal((*n, 2, 4, 4, 1), np.float32) for n in ((), (20,)))
+    arrays = dict(x_T=x_T, noises=noises)
+    for case in SOLVERS:
+        for steps in (10, 20):  # PNDMScheduler needs a divisor of T
+            scheduler = make_scheduler(case, alpha_bars, timestep_spacing="trailing")
+            scheduler.set_timesteps(steps)
+            noise = noises if case == "dpmpp_sde" else None
+            arrays[f"{case}/{steps}/timesteps"] = np.int32(scheduler.timesteps)
+            arrays[f"{case}/{steps}/x_0"] = solver_chain(bent, x_T, scheduler, noise)
+    np.savez_compressed(FIXTURES / "solvers.npz", **arrays)
+
+
 if __name__ == "__main__":
     write_fixtures()
+    write_solver_fixtures()

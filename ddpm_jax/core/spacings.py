@@ -13,14 +13,16 @@ def leading(alpha_bars, num_steps):
 
 
 def linspace(alpha_bars, num_steps):
-    """Evenly spaced steps from 0 to T - 1, with both ends."""
-    return np.linspace(len(alpha_bars) - 1, 0, num_steps)[::-1]
+    """Evenly spaced steps from 0 to T - 1, with both ends; a single step is T - 1."""
+    last = len(alpha_bars) - 1
+    return np.linspace(0, last, num_steps) if num_steps > 1 else np.array([last])
 
 
 def trailing(alpha_bars, num_steps):
     """Evenly spaced steps that end with T - 1 (Lin et al. 2023, Sec. 3.3)."""
     total = len(alpha_bars)
-    return np.round(total - np.arange(num_steps)[::-1] * total / num_steps) - 1
+    # arange may give one step more, below 0. Its rounding errors decide at .5, as in diffusers.
+    return np.round(np.arange(total, 0, -total / num_steps)[:num_steps][::-1]) - 1
 
 
 def quadratic(alpha_bars, num_steps):
