@@ -14,7 +14,7 @@ from references import assert_same_gradients, gradients
 
 from ddpm_jax import cli, configs
 from ddpm_jax.core import diffusion, sampling, schedules, solvers, spacings, unet
-from ddpm_jax.runs import interop, state
+from ddpm_jax.runs import interop, schedulers, state
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -157,7 +157,7 @@ def test_ddim_chain(prediction, steps, eta, clip, reference, tmp_path):
     predict_fn = diffusion.predictor(
         schedules.from_alpha_bars(alpha_bars),
         unet.net_fn(model, params),
-        prediction=interop.PREDICTIONS[prediction],
+        prediction=schedulers.PREDICTIONS[prediction],
     )
     predict_fn = sampling.respaced(diffusion.clipped(predict_fn) if clip else predict_fn, taus)
     ours = run(solvers.ddim(alpha_bars[taus], eta), predict_fn, x_T, noises[visited])
@@ -170,7 +170,7 @@ def test_schedules(name, reference):
     config = configs.default_config()
     config.diffusion.update(schedule=name, num_timesteps=500)
     ours = configs.make_schedule(config)
-    fields = interop.diffusers_scheduler(config)
+    fields = schedulers.write_scheduler(config)
     for kind in ("DDPMScheduler", "DDIMScheduler"):
         theirs = getattr(importlib.import_module("diffusers"), kind).from_config(fields)
         np.testing.assert_allclose(ours.betas, theirs.betas, rtol=1e-5, atol=1e-7)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from numpy.polynomial import legendre
 from test_parity import SMALL, batch, converted
-from test_solvers_fixtures import CASES, bent, make_solver
+from test_solvers_fixtures import CASES, as_in_diffusers, bent, make_solver
 
 from ddpm_jax.core import diffusion, sampling, schedules, solvers, spacings, unet
-from ddpm_jax.runs import interop
+from ddpm_jax.runs import schedulers
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -54,7 +54,9 @@ def run(solver, predict_fn, x, noises=None):
 
 def make_predict(net_fn, alpha_bars, prediction, clip):
     schedule = schedules.from_alpha_bars(alpha_bars)
-    predict_fn = diffusion.predictor(schedule, net_fn, prediction=interop.PREDICTIONS[prediction])
+    predict_fn = diffusion.predictor(
+        schedule, net_fn, prediction=schedulers.PREDICTIONS[prediction]
+    )
     return diffusion.clipped(predict_fn) if clip else predict_fn
 
 
@@ -64,7 +66,7 @@ def assert_close(ours, theirs, tolerance=1e-4):
 
 
 @pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize("prediction", interop.PREDICTIONS)
+@pytest.mark.parametrize("prediction", schedulers.PREDICTIONS)
 @pytest.mark.parametrize("case", CASES)
 def test_chain(case, prediction, clip, reference, network):
     """Every solver with the same noises, through a network: timesteps and x_0."""
@@ -85,7 +87,7 @@ def test_chain(case, prediction, clip, reference, network):
         if sampler == "plms" and spacing == "linspace":
             continue  # PNDMScheduler goes from t to t - T // S, whatever the next t is; see by_hand
         taus = spacings.timesteps(spacing, ALPHA_BARS, steps, sampler in solvers.SKIP_ZERO)
-        solver = make_solver(case, ALPHA_BARS[taus])
+        solver = as_in_diffusers(case, ALPHA_BARS[taus])
         scheduler = reference.make_scheduler(case, ALPHA_BARS, timestep_spacing=spacing, **options)
         if sampler == "heun" and spacing == "linspace":  # HeunDiscreteScheduler does not round t
             scheduler.set_timesteps(timesteps=taus[::-1].tolist())
@@ -106,6 +108,8 @@ def test_timesteps(total, case, spacing, reference):
     scheduler = reference.make_scheduler(case, alpha_bars, timestep_spacing=spacing)
     # One step of linspace is T - 1 here, and 0 in diffusers, where there is nothing to denoise.
     for steps in range(1 + (spacing == "linspace"), total):
+        if spacing == "leading" and sampler not in solvers.SKIP_ZERO and total % steps:
+            continue  # theirs is i (T // S), which may end at T / 2; ours is i T // S
         ours = spacings.timesteps(spacing, alpha_bars, steps, sampler in solvers.SKIP_ZERO)[::-1]
         scheduler.set_timesteps(steps)
         theirs = scheduler.timesteps.numpy()
@@ -153,10 +157,7 @@ def dpmpp_step(node_s, node_t, x, nodes, x0s):
     """Multistep DPM-Solver++ (Lu et al. 2022b); the latest prediction is the first one."""
     if len(x0s) == 2:
         return integrate(node_s, node_t, x, [halfway(node_s, node_t, nodes, x0s)])
-    c = interpolate(node_s, node_t, nodes, x0s)
-    if len(x0s) == 3:  # D_2 is c_2, half of the second derivative, and its weight is halved again
-        c[2] /= 2
-    return integrate(node_s, node_t, x, c)
+    return integrate(node_s, node_t, x, interpolate(node_s, node_t, nodes, x0s))
 
 
 def unipc_step(node_s, node_t, x, nodes, x0s):
