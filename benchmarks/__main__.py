@@ -1,9 +1,9 @@
 """Compares the speed of this project with its alternatives, in one run on one machine.
 
     pip install -r requirements-parity.txt && pip install --no-deps -r requirements-peers.txt
-    python -m benchmarks            # the headline: CIFAR-10's network; ten minutes on 2 cores
-    python -m benchmarks --full     # every cell; hours; reuses earlier measurements
-    python -m benchmarks --samplers # the samplers that only diffusers has, too; 20 minutes
+    python -m benchmarks            # the headline: CIFAR-10's network; 7 to 10 minutes on 2 cores
+    python -m benchmarks --full     # every cell; two to three hours; reuses earlier measurements
+    python -m benchmarks --samplers # ten evaluations of each sampler, beside diffusers'
     python -m benchmarks --smoke    # one small cell of each kind, to test the benchmark
 
 Each contestant runs in its own process, which warms up (compiles, runs twice) and waits. Then the

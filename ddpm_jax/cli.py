@@ -275,7 +275,8 @@ def shell_command(argv):
 def main():
     """Runs the command line; a user's mistake is one line and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
-    for name in ("absl", "asyncio"):  # Orbax logs long versions of the errors that it raises
+    # Orbax and TFDS's downloads log long versions of the errors that they raise.
+    for name in ("absl", "asyncio", "urllib3"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     logging.getLogger("ddpm_jax").setLevel(logging.INFO)
     try:

@@ -60,8 +60,9 @@ def connected(coordinator=None, num_processes=None, process_id=None):
         _initialize(coordinator, num_processes, process_id)
         barrier()  # Gloo connects at the first collective, which times out after 30 seconds
         yield
-    except Exception:
-        atexit.register(os._exit, 1)  # JAX's own exit would wait for the other processes
+    except Exception as error:
+        # JAX's own exit would wait for the other processes.
+        atexit.register(os._exit, 2 if isinstance(error, UserError) else 1)
         raise
     finally:
         witness.communicate("all is well")
@@ -88,7 +89,11 @@ def _initialize(coordinator, num_processes, process_id):
             shutdown_timeout_seconds=60,
         )
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"--distributed: {one_line(error)[:300]}") from None
+        text = f"--distributed: {one_line(error)[:300]}"
+        if coordinator is None:
+            flags = "--coordinator, --num_processes and --process_id"
+            text += f" (without Slurm, Kubernetes or Open MPI, give {flags})"
+        raise UserError(text) from None
 
 
 def explain(error):

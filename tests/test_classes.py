@@ -317,7 +317,7 @@ def test_a_classifier_learns_and_guides(config, tmp_path):
     assert np.abs(plain - none).max() <= 1 and np.abs(plain - three).max() > 1
     with pytest.raises(UserError, match=r"sample\.classifier=.*holds no classifier"):
         cli.run([*command, f"--config.sample.classifier={unconditional}"])
-    with pytest.raises(UserError, match=r"model\.kind='classifier': a classifier can only be"):
+    with pytest.raises(UserError, match=r"model\.kind='classifier': a classifier cannot do this"):
         cli.run(["main.py", "--mode=sample", f"--workdir={tmp_path / 'classifier'}"])
     with pytest.raises(UserError, match=r"its diffusion\.num_timesteps is 20, this run's 10"):
         config.update(model={"kind": "unet"}, diffusion={"num_timesteps": 10})

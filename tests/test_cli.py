@@ -46,6 +46,15 @@ def test_train_finish_and_sample(tmp_path, monkeypatch, caplog):
     assert (run / "samples" / "sample_000004_n9_seed3.png").exists()
 
 
+def test_distributed_without_a_cluster(tmp_path):
+    """A mistake of the user, so exit code 2; the line names the flags that are needed here."""
+    code, text = finish(DIGITS, "--distributed", cwd=tmp_path)
+    assert code == 2, text
+    assert text.splitlines()[-1].startswith("error: --distributed: ")
+    assert "give --coordinator, --num_processes and --process_id" in text
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )

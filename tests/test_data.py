@@ -293,12 +293,14 @@ assert not {{"tensorflow", "torch"}} & sys.modules.keys()
 
 def test_not_prepared_and_no_network(tmp_path, monkeypatch):
     def refuse(self, *args, **kwargs):
-        raise ConnectionError("no network")
+        url = "url: /~kriz/cifar-10-binary.tar.gz"  # as long as the text of requests
+        raise ConnectionError(f"{'HTTPSConnectionPool: ' * 5}{url} (Failed to resolve 'x.org')")
 
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", refuse)
     with pytest.raises(UserError) as error:
         data.open_source(section(name="mnist", data_dir=str(tmp_path / "none")))
     assert "data.name='mnist'" in str(error.value)
+    assert "Failed to resolve 'x.org'" in str(error.value)
     assert "tfds build mnist --file_format=array_record --data_dir" in str(error.value)
 
 

@@ -354,7 +354,7 @@ def _prepare(builder, name):
     except (OSError, ImportError, AssertionError, *DOWNLOAD_ERRORS) as error:
         raise UserError(
             f"data.name={name!r}: is not in {builder.data_dir} and could not be prepared "
-            f"({one_line(error)[:120]}); on a machine with network, run: {command}"
+            f"({one_line(error)[:300]}); on a machine with network, run: {command}"
         ) from None
 
 
