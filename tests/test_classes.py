@@ -262,6 +262,7 @@ def test_images_to_edit_are_of_no_class_unless_one_is_given(
         ("diffusion.num_timesteps", 10),
         ("diffusion.schedule", "linear"),
         ("diffusion.beta_end", 0.1),
+        ("diffusion.zero_terminal_snr", True),
         ("data.image_size", (16, 16)),
         ("data.channels", 3),
         ("model.kind", "unet"),

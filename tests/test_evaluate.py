@@ -204,6 +204,7 @@ def test_what_the_samples_depend_on_is_not_mixed(idle, asked):
         "sample.eta": 0.5,
         "sample.num_steps": 5,
         "sample.spacing": "quadratic",
+        "sample.dynamic_threshold": 0.9,
         "sample.label": "3",
         "sample.guidance": 2.0,
         "sample.use_ema": False,

@@ -343,16 +343,80 @@ def test_the_noise_of_a_config_s_step(config, changes, sigma2):
     assert float(x.var()) == pytest.approx(expected, rel=0.05)
 
 
-@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("clip", [True, False, 0.5])
 def test_x0_is_clipped_where_the_config_says_so(config, monkeypatch, clip):
-    """A network that sees no noise in x_t takes x_t / √ᾱ_t for x0."""
-    config.diffusion.update(schedule="linear", beta_end=0.4, clip_x0=clip)
+    """A network that sees no noise in x_t takes x_t / √ᾱ_t for x0; 0.5: dynamic thresholding."""
+    config.diffusion.update(schedule="linear", beta_end=0.4, clip_x0=bool(clip))
+    config.sample.dynamic_threshold = 0.5 if clip == 0.5 else 0.0
     monkeypatch.setattr(unet, "net_fn", lambda *_: lambda x_t, t: jnp.zeros_like(x_t))
     predict_fn = generate.guided_predict(config, generate.make_chain(config), {}, None)
     x_t = jnp.linspace(-2, 2, 64).reshape(1, 8, 8, 1)
     expected = x_t / np.sqrt(np.prod(1 - np.linspace(1e-4, 0.4, 20)))
-    expected = np.clip(expected, -1, 1) if clip else expected
+    bound = np.median(np.abs(expected)) if clip == 0.5 else 1
+    expected = np.clip(expected, -bound, bound) / bound if clip else expected
     np.testing.assert_allclose(predict_fn(x_t, jnp.array([19])).x0, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes, times, solver",
+    [
+        ({}, [0, 4, 8, 12, 16], lambda a: solvers.ancestral(a, "fixed_large")),
+        ({"sample.sampler": "ddim", "sample.eta": 0.5}, [0, 4, 8, 12, 16],
+         lambda a: solvers.ddim(a, 0.5)),
+        ({"sample.sampler": "dpmpp", "sample.order": 3}, [3, 6, 9, 12, 15],
+         lambda a: solvers.dpmpp(a, 3)),
+        ({"sample.sampler": "unipc", "sample.spacing": "linspace"}, [4, 8, 11, 15, 19],
+         lambda a: solvers.unipc(a, 2)),
+        ({"sample.sampler": "dpmpp_sde", "sample.spacing": "trailing"}, [3, 7, 11, 15, 19],
+         solvers.dpmpp_sde),
+        ({"sample.sampler": "heun", "sample.spacing": "linspace"}, [0, 5, 10, 14, 19],
+         solvers.heun),
+        ({"sample.sampler": "plms"}, [0, 4, 8, 12, 16], solvers.plms),
+    ],
+)  # fmt: skip
+def test_a_config_s_steps_and_solver(config, changes, times, solver):
+    """5 of 20 steps; multistep solvers leave out t = 0."""
+    config.diffusion.variance = "fixed_large"
+    config.sample.num_steps = 5
+    config.update_from_flattened_dict(changes)
+    chain = generate.make_chain(config)
+    np.testing.assert_array_equal(chain.timesteps, times)
+    expected = solver(configs.make_alpha_bars(config)[times])
+    np.testing.assert_array_equal(generate.make_solver(config, chain).weights, expected.weights)
+
+
+def test_grids_and_reports_take_few_steps(config):
+    """Whatever sampler the images of --mode=sample have; and T steps where T is smaller."""
+    config.sample.update(sampler="ddim", eta=0.5, spacing="quadratic", num_steps=3)
+    assert "dpmpp of order 2, 10 steps, 10 network" in generate.describe_sampler(
+        configs.for_show(config)
+    )
+    config.diffusion.num_timesteps = 5
+    assert "dpmpp of order 2, 5 steps" in generate.describe_sampler(configs.for_show(config))
+    assert "ddim, 3 steps, 3 network evaluations" in generate.describe_sampler(config)
+
+
+def test_a_learned_variance_scales_the_noise():
+    """By exp(log σ² / 2), of each pixel; not in the last step."""
+    solver = solvers.ancestral(shorter(5)[1], "learned")
+    zeros = jnp.zeros((1, 2, 2, 1))
+    log_variance = jnp.log(jnp.arange(1.0, 5).reshape(1, 2, 2, 1))
+    prediction = diffusion.Prediction(zeros, log_variance)
+    step = sampling.make_step(solver, lambda *_: prediction, lambda _, shape: jnp.ones((1, *shape)))
+    for n, expected in ((0, np.arange(1.0, 5) ** 0.5), (4, np.zeros(4))):
+        (x,), _ = step((zeros,), n)
+        np.testing.assert_allclose(x.ravel(), expected, rtol=1e-6)
+
+
+def test_a_classifier_cannot_guide_pure_noise():
+    """Where ᾱ = 0 there is nothing to shift: finite, and the unguided x0."""
+    schedule = schedules.make_schedule("linear", 10, zero_terminal_snr=True)
+    predict_fn = diffusion.predictor(schedule, lambda x, t: 0.5 * x, prediction="v")
+    guided = sampling.classifier_guided(schedule, predict_fn, lambda x, t: x.sum((1, 2, 3)), 2.0)
+    x_t, t = jnp.ones((2, 4, 4, 1)), jnp.array([9, 8])
+    found, unguided = guided(x_t, t).x0, predict_fn(x_t, t).x0
+    np.testing.assert_array_equal(found[0], unguided[0])
+    assert np.isfinite(found).all() and (found[1] != unguided[1]).all()
 
 
 def test_samples_of_other_settings_have_other_names(config, tmp_path):

@@ -57,9 +57,13 @@ def start_index(config, chain):
 
 
 def start_t(config):
-    """The network's t at start_index."""
+    """The network's t at start_index; warns if it is not `sample.t`."""
     chain = generate.make_chain(config)
-    return int(chain.timesteps[start_index(config, chain)])
+    t, steps = int(chain.timesteps[start_index(config, chain)]), len(chain.timesteps)
+    if t != config.sample.t >= 0:
+        text = "sample.t=%d is none of the %d steps: starting at t = %d, the next lower one"
+        log.warning(text, config.sample.t, steps, t)
+    return t
 
 
 def diffuse_images(chain, i, image, keys, key_step):

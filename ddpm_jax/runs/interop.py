@@ -145,6 +145,8 @@ def read_run(config, weights, overrides=()):
       UserError: for a network that our U-Net does not support, or an incomplete folder.
     """
     weights = pathlib.Path(weights)
+    if not os.path.isdir(weights):
+        raise UserError(f"weights={weights}: no such folder")
     _check_pipeline(weights)
     path = _find(weights, "unet", "config.json")
     if path is None:
