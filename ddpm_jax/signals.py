@@ -71,6 +71,9 @@ def catch():
             if not stream.isatty():  # the terminal is closed; writing to it would raise an error
                 with open(os.devnull, "w") as nowhere:
                     os.dup2(nowhere.fileno(), stream.fileno())
+        # The steps that are being computed may take minutes. (Not by print: it may be interrupted.)
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{signal.Signals(number).name}: finishing the current steps\n".encode())
 
     def restore():
         for number, handler in previous.items():

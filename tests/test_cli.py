@@ -71,6 +71,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, monkeypatch, capl
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, err
+    assert f"\n{number.name}: finishing the current steps\n" in err  # at once: they may take long
     assert "to resume, run: python" in err and "--config.model.channels=8" in err
     (saved,) = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
     assert saved > 0
