@@ -140,6 +140,19 @@ def test_where_img2img_and_interpolation_start(config):
         assert x.var() == pytest.approx(share * (1 - a), rel=0.05)
 
 
+def test_a_start_between_or_below_the_steps(config, caplog):
+    """Between two steps it is the lower one, and a line says so; below all it is refused."""
+    config.sample.update(sampler="dpmpp", num_steps=4, t=9)  # 4, 8, 12, 16
+    assert edit_module.start_t(config) == 8
+    assert "sample.t=9 is none of the 4 steps: starting at t = 8" in caplog.text
+    caplog.clear()
+    config.sample.t = 12
+    assert edit_module.start_t(config) == 12 and not caplog.text
+    config.sample.t = 3
+    with pytest.raises(UserError, match=r"sample\.t=3: must be at least 4, the lowest of the sam"):
+        edit_module.start_t(config)
+
+
 def test_inpainting_draws_new_noise_at_every_visit(config):
     config.sample.update(resamplings=2, jump_length=4)
     solver, _, step_of = edit_module.inpaint_task(config, generate.make_chain(config))

@@ -525,7 +525,7 @@ def test_weights_of_another_width(tmp_path, weights):
 
 
 def test_damaged_folders(tmp_path, weights):
-    refused(tmp_path, tmp_path / "nowhere", "has no config.json")
+    refused(tmp_path, tmp_path / "nowhere", "no such folder")
     path = weights / TENSORS
     whole = path.read_bytes()
     for damaged in (whole[:-100], whole[:50], b"", b"\x80\x02}q\x00." * 30):

@@ -51,8 +51,15 @@ ARCHIVE_ERRORS = (
 
 
 def start_index(config, chain):
-    """The index in a chain of `sample.t`: of the last step with τ ≤ t."""
+    """The index in a chain of `sample.t`: of the last step with τ ≤ t.
+
+    Raises:
+      UserError: if all steps are above t.
+    """
     t = config.sample.t if config.sample.t >= 0 else config.diffusion.num_timesteps // 2
+    if t < chain.timesteps[0]:
+        allowed = f"must be at least {chain.timesteps[0]}, the lowest of the sampler's steps"
+        raise UserError(f"sample.t={t}: {allowed}")
     return int(np.searchsorted(chain.timesteps, t, side="right")) - 1
 
 
