@@ -168,16 +168,15 @@ def img2img(config, workdir, paths):
     Raises:
       UserError: for images that do not fit the run; nothing is written then.
     """
-    x = read_images(config, paths)
+    x, name = read_images(config, paths), f"img2img_t{start_t(config)}"
     step, sampler = generate.restore_sampler(config, workdir, task=img2img_task, cycle_labels=False)
     out = sampler(np.arange(len(x)), {"image": x}).x
-    rows = np.stack([x, out], axis=1)
-    write(config, workdir, step, f"img2img_t{start_t(config)}", x, rows, images=out)
+    write(config, workdir, step, name, x, np.stack([x, out], axis=1), images=out)
 
 
 def interpolate(config, workdir, paths):
     """Interpolates between the first and second image, the third and fourth, and so on."""
-    x = read_images(config, paths)
+    x, name = read_images(config, paths), f"interpolate_t{start_t(config)}"
     if len(x) % 2:
         raise UserError(f"--images: holds {len(x)} images; interpolate needs pairs")
     options = {"task": interpolate_task, "cycle_labels": False}
@@ -191,7 +190,6 @@ def interpolate(config, workdir, paths):
     out = sampler(np.arange(pairs).repeat(count), inputs).x
     out = out.reshape(pairs, count, *out.shape[1:])
     rows = np.concatenate([x[::2, None], out, x[1::2, None]], axis=1)
-    name = f"interpolate_t{start_t(config)}"
     write(config, workdir, step, name, x, rows, images=out, weights=WEIGHTS)
 
 
