@@ -55,7 +55,7 @@ def even_in_log_snr(num_steps):
         ("dpmpp", {"order": 2}, 2),
         ("dpmpp", {"order": 3}, 3),
         ("heun", {}, 2),
-        ("plms", {}, 2),  # Liu et al. 2022, Sec. 3.4: of second order
+        ("plms", {}, 2),  # Liu et al. 2022: of second order
         ("unipc", {"order": 2}, 3),  # UniC adds one (Zhao et al. 2023, Theorem 3.1)
         ("unipc", {"order": 3}, 3),  # as its first two steps are of lower order
     ],

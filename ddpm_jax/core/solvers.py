@@ -113,15 +113,18 @@ def ddim_inversion(alpha_bars):
 
 
 def dpmpp(alpha_bars, order=2):
-    """DPM-Solver++, multistep, on x0 (Lu et al. 2022b, Algorithm 2 and, for order 3, App. B).
+    """DPM-Solver++, multistep, on x0 (Lu et al. 2022b, Algorithm 2 for order 2).
 
       h = λ_t - λ_s,  r_0 = (λ_s - λ_s') / h,  r_1 = (λ_s' - λ_s'') / h
       order 1: x_t = σ_t / σ_s · x_s - α_t (e^-h - 1) · x0_s
       order 2: … - α_t (e^-h - 1) / 2 · D_1,  D_1 = (x0_s - x0_s') / r_0
-      order 3: … + α_t ((e^-h - 1) / h + 1) · D_1 - α_t ((e^-h - 1 + h) / h² - 1/2) · D_2
+      order 3: … + α_t ((e^-h - 1) / h + 1) · D_1 - 2 α_t ((e^-h - 1 + h) / h² - 1/2) · D_2,
+        D_1 and D_2 the coefficients of the parabola through x0_s, x0_s' and x0_s''
 
     The first steps have lower orders, since predictions are missing. So have the last ones of fewer
     than 15 steps, and the very last one, since λ is infinite at the data.
+
+    diffusers' order 3 lacks the factor 2 of D_2, and so is of second order.
 
     Args:
       alpha_bars: ᾱ, [S] float64, descending.
@@ -155,7 +158,7 @@ def dpmpp(alpha_bars, order=2):
 
 
 def dpmpp_sde(alpha_bars):
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022b, Eq. 18): `dpmpp` of order 2 with noise.
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022b, Sec. 5): `dpmpp` of order 2 with noise.
 
       x_t = σ_t / σ_s e^-h · x_s + α_t (1 - e^-2h) (x0_s + D_1 / 2) + σ_t √(1 - e^-2h) · ε
 
@@ -183,7 +186,7 @@ def dpmpp_sde(alpha_bars):
 
 
 def unipc(alpha_bars, order=2):
-    """UniPC on x0 with B(h) = e^h - 1 (Zhao et al. 2023, Algorithms 5-8; "bh2").
+    """UniPC on x0 with B(h) = e^h - 1, "bh2" (Zhao et al. 2023, Sec. 3).
 
     The prediction at x_t first corrects the step that led to x_t (UniC), and then predicts the next
     one (UniP), so the network is called once a step. The order of a step is at most the number of
@@ -278,7 +281,7 @@ def heun(alpha_bars):
 
 
 def plms(alpha_bars):
-    """PNDM without Runge-Kutta steps (Liu et al. 2022, Eqs. 11-12): linear multistep on ε.
+    """PNDM without Runge-Kutta steps (Liu et al. 2022, Sec. 3): linear multistep on ε.
 
       ε' = (55 ε_t - 59 ε_{t+1} + 37 ε_{t+2} - 9 ε_{t+3}) / 24
 
