@@ -115,6 +115,7 @@ def test_old_values_in_commands_and_config_files(tmp_path):
         assert (config.diffusion.loss, config.sample.spacing) == ("vlb", "leading")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_saved_with_old_values(config, tmp_path):
     """It can be sampled and resumed; file names are those of the new values."""
     config.diffusion.loss = "vlb"

@@ -66,6 +66,7 @@ def rows(folder):
     return sorted(pathlib.Path(folder).glob("*/rows_*.npy"))
 
 
+@pytest.mark.slow
 def test_evaluate_end_to_end(run, random_inception, capsys, caplog, monkeypatch):
     workdir, config = run
     extractors, make = [], evaluate.features.make_extractor  # compiled once for both evaluations

@@ -524,6 +524,7 @@ def test_other_data_are_refused(config, tmp_path, change, message):
     assert checkpoint.latest_step(tmp_path / "run") == 4
 
 
+@pytest.mark.slow
 def test_the_same_files_elsewhere_are_the_same_data(config, tmp_path):
     """Except for a run older than data.json, whose files are unknown."""
     folder = folder_of_images(tmp_path / "data", NAMES)
