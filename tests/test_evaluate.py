@@ -436,3 +436,18 @@ def test_runs_that_are_older_than_some_fields(run):
     config.data.num_classes = 10
     with pytest.raises(UserError, match=r"data\.num_classes 0 -> 10"):
         configs.check_same_run(saved, config, workdir, "train")
+
+
+def test_progressive_images_are_of_whole_steps(config, tmp_path, monkeypatch):
+    """Heun calls the network at the steps 2, 1, 1, 0, 0: x0 is that of a step's last call."""
+    config.sample.update(sampler="heun", num_steps=3)
+    asked = []
+
+    def make_sampler(config, **options):
+        asked.append(options)
+        raise UserError("enough")
+
+    monkeypatch.setattr(generate, "make_sampler", make_sampler)
+    with pytest.raises(UserError, match="enough"):
+        evaluate.draw_progressive(config, tmp_path, {}, {}, None)
+    assert asked == [{"x0_at": {0, 2, 4}}]

@@ -158,3 +158,18 @@ def test_columns_of_a_grid(config, tmp_path, columns, shape):
     generate.write_grid(tmp_path / "grid.png", config, np.zeros((8, 8, 8, 1), np.uint8))
     height, width = imageio.imread(tmp_path / "grid.png").shape
     assert (height // 72, width // 72) == shape
+
+
+def test_frames_are_of_whole_steps(config, tmp_path, monkeypatch):
+    """Heun calls the network at the steps 3, 2, 2, 1, 1, 0, 0: each second call ends a step."""
+    config.show.update(sampler="heun", num_steps=4, timesteps=(15, 0), num_frames=2)
+    asked = []
+
+    def restore_sampler(config, workdir, **options):
+        asked.append(options)
+        raise UserError("enough")
+
+    monkeypatch.setattr(show.generate, "restore_sampler", restore_sampler)
+    with pytest.raises(UserError, match="enough"):
+        show.draw_reverse(config, tmp_path, tmp_path)
+    assert asked == [{"frames_at": {1, 6}, "x0_at": {0, 6}}]
