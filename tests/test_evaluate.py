@@ -213,6 +213,7 @@ def test_what_the_samples_depend_on_is_not_mixed(idle, asked):
         "diffusion.clip_x0": False,
         "model.dtype": "bfloat16",
         "evaluate.resize": "torch",
+        "sample.order": 3,
     }
     for count, (name, value) in enumerate(changes.items(), 1):
         config.update_from_flattened_dict({name: value})
