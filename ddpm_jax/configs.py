@@ -230,7 +230,7 @@ def _sample_fields():
     sample.sampler = "ancestral"  # Algorithm 2; ddim, dpmpp, dpmpp_sde, unipc, heun or plms
     sample.order = 2  # of dpmpp (1, 2, 3) and unipc (2, 3)
     sample.num_steps = 0  # sampling steps, at most T; 0: all T
-    sample.spacing = "leading"  # linspace, trailing, quadratic, logsnr, karras: which steps of T
+    sample.spacing = "leading"  # which steps: linspace, trailing, quadratic, logsnr or karras
     sample.eta = 0.0  # η of ddim, from 0 (deterministic) to 1
     sample.dynamic_threshold = 0.0  # quantile of |x0| for dynamic thresholding; 0: none
     sample.label = ""  # the class to sample, by name or number; empty: all classes in turn
