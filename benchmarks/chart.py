@@ -75,14 +75,20 @@ def draw_network(axes, panel):
     axes.set_axisbelow(True)
 
 
-def main():
-    """Reads the CSV file and writes the picture."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("csv", help="rates, as in docs/speed.csv")
+def command(text, read, draw):
+    """The command line of a chart: draws a CSV file to a picture.
+
+    Args:
+      text: the program's docstring; its first line is the help's.
+      read: a path to what draw takes.
+      draw: what was read to a Figure.
+    """
+    parser = argparse.ArgumentParser(description=text.split("\n")[0])
+    parser.add_argument("csv", help="the measurements, as in docs/")
     parser.add_argument("picture", help="the file to write")
     arguments = parser.parse_args()
     draw(read(arguments.csv)).savefig(arguments.picture, dpi=150)
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, read, draw)

@@ -3,11 +3,12 @@
 python -m benchmarks.sampler_chart docs/samplers.csv docs/assets/samplers.png
 """
 
-import argparse
 import csv
 
 import numpy as np
 from matplotlib.figure import Figure
+
+from benchmarks import chart
 
 FULL_CHAIN = ("ancestral", "2", "leading")
 MARKERS = dict(ancestral="o", ddim="s", dpmpp="^", dpmpp_sde="v", unipc="D", heun="x", plms="+")
@@ -56,14 +57,5 @@ def draw(found):
     return figure
 
 
-def main():
-    """Reads the CSV file and writes the picture."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("csv", help="distances, as in docs/samplers.csv")
-    parser.add_argument("picture", help="the file to write")
-    arguments = parser.parse_args()
-    draw(read(arguments.csv)).savefig(arguments.picture, dpi=150)
-
-
 if __name__ == "__main__":
-    main()
+    chart.command(__doc__, read, draw)

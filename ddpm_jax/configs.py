@@ -352,7 +352,7 @@ def check_kind(name, value, kind):
         fits = fits or _is_whole(value)
     elif kind is tuple:
         fits = fits and all(map(_is_whole, value))
-    _require(fits, name, value, f"must be {KINDS[kind]}")
+    require(fits, name, value, f"must be {KINDS[kind]}")
 
 
 def with_added(config):
@@ -449,23 +449,23 @@ def check(config, mode="train"):
     for name in POSITIVE:
         kind = "whole numbers " if isinstance(fields[name], tuple) else ""
         allowed = f"must be {kind}above 0"
-        _require(_all(lambda v: v > 0, fields[name]), name, fields[name], allowed)
+        require(_all(lambda v: v > 0, fields[name]), name, fields[name], allowed)
     for name in NOT_NEGATIVE:
-        _require(_all(lambda v: v >= 0, fields[name]), name, fields[name], "must be 0 or more")
+        require(_all(lambda v: v >= 0, fields[name]), name, fields[name], "must be 0 or more")
     for name in BELOW_ONE:
-        _require(0 <= fields[name] < 1, name, fields[name], "must lie in [0, 1)")
+        require(0 <= fields[name] < 1, name, fields[name], "must lie in [0, 1)")
     for name, choices in CHOICES.items():
         allowed = f"choose from {', '.join(map(str, choices))}"
-        _require(fields[name] in choices, name, fields[name], allowed)
+        require(fields[name] in choices, name, fields[name], allowed)
     for name in ("train.label_dropout", "sample.eta", "sample.dynamic_threshold"):
-        _require(0 <= fields[name] <= 1, name, fields[name], "must lie in [0, 1]")
+        require(0 <= fields[name] <= 1, name, fields[name], "must lie in [0, 1]")
     _check_sizes(fields)
     name, steps, epochs = "train.num_epochs", config.train.num_steps, config.train.num_epochs
     allowed = f"train.num_steps={steps}; one of them must be 0, and the other above 0"
-    _require((steps > 0) != (epochs > 0), name, epochs, allowed)
+    require((steps > 0) != (epochs > 0), name, epochs, allowed)
     for name in ("diffusion.beta_start", "diffusion.beta_end"):
         allowed = f"must lie in [{SMALLEST_BETA:g}, 1)"
-        _require(SMALLEST_BETA <= fields[name] < 1, name, fields[name], allowed)
+        require(SMALLEST_BETA <= fields[name] < 1, name, fields[name], allowed)
     make_schedule(config)
     _check_model(config.model, config.data.image_size)
     _check_task(config, mode)
@@ -473,20 +473,20 @@ def check(config, mode="train"):
     if mode in ("train", "show"):
         _check_sampler(for_show(config), mode, "show")
     name, count = "evaluate.num_samples", config.evaluate.num_samples
-    _require(count != 1, name, count, "must be 0, or 2 or more")
+    require(count != 1, name, count, "must be 0, or 2 or more")
     if mode in ("train", "evaluate"):
         allowed = "must be the name of a dataset, as --config.data.name=cifar10"
-        _require(config.data.name != "", "data.name", "", allowed)
+        require(config.data.name != "", "data.name", "", allowed)
     name, features = "evaluate.max_features", config.evaluate.max_features
-    _require(features > 1, name, features, "must be 2 or more")
+    require(features > 1, name, features, "must be 2 or more")
     if mode == "evaluate" and count:
         name, allowed = "data.channels", "Inception takes 1 or 3 (or evaluate.num_samples=0)"
-        _require(config.data.channels != 4, name, 4, allowed)
+        require(config.data.channels != 4, name, 4, allowed)
     for name in PATHS:
-        _require(not fields[name].startswith("~"), name, fields[name], UNKNOWN_USER)
+        require(not fields[name].startswith("~"), name, fields[name], UNKNOWN_USER)
     for name, value in batch_sizes(config, mode).items():
         most = MAX_VALUES // math.prod(image_shape(config))
-        _require(value <= most, name, value, f"must be at most {most} for images of this size")
+        require(value <= most, name, value, f"must be at most {most} for images of this size")
         microbatches = config.optim.accumulate if name == "train.batch_size" else 1
         parallel.check_batch_size(name, value, microbatches)
 
@@ -496,34 +496,34 @@ def _check_sizes(fields):
     for name, value in fields.items():
         if isinstance(value, float):
             allowed = f"must be a finite number, at most {LARGEST_FLOAT:.2g}"
-            _require(abs(value) <= LARGEST_FLOAT, name, value, allowed)
+            require(abs(value) <= LARGEST_FLOAT, name, value, allowed)
         elif not isinstance(value, bool | str):
             most = LARGEST.get(name, 2**31 - 1)
             kind = "whole numbers, " if isinstance(value, tuple) else ""
             fits = _all(lambda v, most=most: v <= most, value)
-            _require(fits, name, value, f"must be {kind}at most {most}")
+            require(fits, name, value, f"must be {kind}at most {most}")
 
 
 def _check_model(model, image_size):
     """The network's levels must divide the image size, and its groups the channels."""
     allowed = f"must be a multiple of model.norm_groups={model.norm_groups} and even, at least 4"
     fits = model.channels % model.norm_groups == 0 and model.channels % 2 == 0
-    _require(fits and model.channels >= 4, "model.channels", model.channels, allowed)
-    _require(len(image_size) == 2, "data.image_size", image_size, "must be (height, width)")
+    require(fits and model.channels >= 4, "model.channels", model.channels, allowed)
+    require(len(image_size) == 2, "data.image_size", image_size, "must be (height, width)")
     name, mults = "model.channel_mults", model.channel_mults
     levels, most = len(mults), LARGEST["data.image_size"].bit_length()
-    _require(0 < levels <= most, name, mults, f"needs at least one level, and at most {most}")
+    require(0 < levels <= most, name, mults, f"needs at least one level, and at most {most}")
     widest = model.channels * max(mults)
     most = LARGEST["model.channels"]
     allowed = f"times model.channels={model.channels} is {widest} channels; must be at most {most}"
-    _require(widest <= most, name, mults, allowed)
+    require(widest <= most, name, mults, allowed)
     factor = 2 ** (levels - 1)
     allowed = f"must be multiples of {factor} (model.channel_mults has {levels} levels)"
-    _require(_all(lambda v: v % factor == 0, image_size), "data.image_size", image_size, allowed)
+    require(_all(lambda v: v % factor == 0, image_size), "data.image_size", image_size, allowed)
     heights = [image_size[0] // 2**level for level in range(levels)]
     name, resolutions = "model.attention_resolutions", model.attention_resolutions
     allowed = f"choose from the levels' heights, {', '.join(map(str, heights))}"
-    _require(_all(lambda v: v in heights, resolutions), name, resolutions, allowed)
+    require(_all(lambda v: v in heights, resolutions), name, resolutions, allowed)
 
 
 def _check_task(config, mode):
@@ -531,15 +531,15 @@ def _check_task(config, mode):
     name, prediction = "diffusion.zero_terminal_snr", config.diffusion.prediction
     fits = not config.diffusion.zero_terminal_snr or prediction in ("x0", "v")
     allowed = f"needs diffusion.prediction='x0' or 'v'; {prediction!r} says nothing of x0 at ᾱ = 0"
-    _require(fits, name, True, allowed)
+    require(fits, name, True, allowed)
     variance, loss, kind = config.diffusion.variance, config.diffusion.loss, config.model.kind
     allowed = "needs diffusion.loss='vlb'; L_simple trains no variance"
-    _require(variance != "learned" or loss == "vlb", "diffusion.variance", variance, allowed)
+    require(variance != "learned" or loss == "vlb", "diffusion.variance", variance, allowed)
     if kind == "classifier":
         name, count = "data.num_classes", config.data.num_classes
-        _require(count > 1, name, count, "must be 2 or more for a classifier")
+        require(count > 1, name, count, "must be 2 or more for a classifier")
         allowed = "a classifier cannot do this; for guidance, set sample.classifier to its run"
-        _require(mode in ("train", "show"), "model.kind", kind, allowed)
+        require(mode in ("train", "show"), "model.kind", kind, allowed)
 
 
 def _check_sampling(config, mode):
@@ -548,41 +548,41 @@ def _check_sampling(config, mode):
     _check_sampler(config, mode, "sample")
     steps, name, repeats = sample.num_steps or total, "sample.resamplings", sample.resamplings
     allowed = f"must be at most {MAX_STEPS // steps}, for {steps} steps"
-    _require(steps * repeats <= MAX_STEPS, name, repeats, allowed)
+    require(steps * repeats <= MAX_STEPS, name, repeats, allowed)
     name, ts = "show.timesteps", config.show.timesteps
-    _require(_all(lambda v: 0 <= v < total, ts), name, ts, f"must be whole numbers below {total}")
+    require(_all(lambda v: 0 <= v < total, ts), name, ts, f"must be whole numbers below {total}")
     allowed = f"must be from 0 to {total - 1}, or -1 for T / 2"
-    _require(-1 <= sample.t < total, "sample.t", sample.t, allowed)
+    require(-1 <= sample.t < total, "sample.t", sample.t, allowed)
     if not config.data.num_classes and not sample.classifier:
         allowed = "this model is unconditional (data.num_classes=0; sample.classifier is empty)"
-        _require(sample.guidance == 1, "sample.guidance", sample.guidance, allowed)
-        _require(sample.label == "", "sample.label", sample.label, allowed)
+        require(sample.guidance == 1, "sample.guidance", sample.guidance, allowed)
+        require(sample.label == "", "sample.label", sample.label, allowed)
     elif config.train.label_dropout == 0 and not sample.classifier:
         allowed = "must be 1: this model was trained without label dropout (train.label_dropout=0)"
-        _require(sample.guidance == 1, "sample.guidance", sample.guidance, allowed)
+        require(sample.guidance == 1, "sample.guidance", sample.guidance, allowed)
 
 
 def _check_sampler(config, mode, section):
     """The sampler, its order, steps and spacing must fit each other; `section` names the fields."""
     sample, total = config.sample, config.diffusion.num_timesteps
     allowed = f"must be from 1 to diffusion.num_timesteps={total}, or 0 for all"
-    _require(sample.num_steps <= total, f"{section}.num_steps", sample.num_steps, allowed)
+    require(sample.num_steps <= total, f"{section}.num_steps", sample.num_steps, allowed)
     sampler = "ddim" if mode == "invert" else sample.sampler
     if mode in SAMPLERS_OF:
         allowed = f"{mode} takes {' or '.join(SAMPLERS_OF[mode])}"
-        _require(sample.sampler in SAMPLERS_OF[mode], "sample.sampler", sample.sampler, allowed)
+        require(sample.sampler in SAMPLERS_OF[mode], "sample.sampler", sample.sampler, allowed)
     orders = solvers.ORDERS.get(sampler, (2,))
     allowed = f"with sample.sampler={sampler!r}, choose from {', '.join(map(str, orders))}"
-    _require(sample.order in orders, "sample.order", sample.order, allowed)
+    require(sample.order in orders, "sample.order", sample.order, allowed)
     allowed = "must be 0, unless sample.sampler='ddim'"
-    _require(sample.eta == 0 or sampler == "ddim", "sample.eta", sample.eta, allowed)
+    require(sample.eta == 0 or sampler == "ddim", "sample.eta", sample.eta, allowed)
     learned = config.diffusion.variance == "learned" and sampler == "ancestral"
     allowed = f"a learned variance needs all {total} steps; use {section}.sampler='ddim' for fewer"
     fewer = sample.num_steps not in (0, total)
-    _require(not (learned and fewer), f"{section}.num_steps", sample.num_steps, allowed)
+    require(not (learned and fewer), f"{section}.num_steps", sample.num_steps, allowed)
     allowed = f"with zero_terminal_snr, choose from {', '.join(spacings.WITH_LAST)}"
     zero_snr, spaced = config.diffusion.zero_terminal_snr, sample.spacing in spacings.WITH_LAST
-    _require(spaced or not (zero_snr and fewer), f"{section}.spacing", sample.spacing, allowed)
+    require(spaced or not (zero_snr and fewer), f"{section}.spacing", sample.spacing, allowed)
 
 
 def for_show(config):
@@ -608,7 +608,8 @@ def _is_whole(value):
     return type(value) is int and abs(value) < 2**63
 
 
-def _require(condition, name, value, allowed):
+def require(condition, name, value, allowed):
+    """Raises a UserError with a field's name, its value and what is allowed, unless it fits."""
     if not condition:
         raise UserError(f"{name}={value!r}: {allowed}")
 

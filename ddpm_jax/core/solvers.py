@@ -76,15 +76,14 @@ def ddim(alpha_bars, eta=0.0):
     Returns:
       A Solver, NFE = S.
     """
+    alpha, sigma, _ = _nodes(alpha_bars)
     x, x0, eps = np.eye(3)
     rows, steps = [], range(len(alpha_bars))[::-1]
-    alpha_bars_prev = np.append(1.0, alpha_bars[:-1])
     for i in steps:
-        a, a_prev = alpha_bars[i], alpha_bars_prev[i]
-        eps_pred = (x - np.sqrt(a) * x0) / np.sqrt(1 - a)
-        variance = eta**2 * (1 - a_prev) / (1 - a) * (1 - a / a_prev)
-        x_prev = np.sqrt(a_prev) * x0 + np.sqrt(1 - a_prev - variance) * eps_pred
-        rows.append([x_prev + np.sqrt(variance) * eps])
+        s, t = i + 1, i
+        eps_pred = (x - alpha[s] * x0) / sigma[s]
+        std = eta * sigma[t] / sigma[s] * np.sqrt(1 - (alpha[s] / alpha[t]) ** 2)
+        rows.append([alpha[t] * x0 + np.sqrt(sigma[t] ** 2 - std**2) * eps_pred + std * eps])
     return Solver(np.array(steps), np.array(rows))
 
 

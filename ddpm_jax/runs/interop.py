@@ -9,7 +9,6 @@ A folder in diffusers' format is flat, or a pipeline with a subfolder for each c
 Tensors have PyTorch's layout: convolutions [out, in, height, width], linear layers [out, in].
 """
 
-import json
 import logging
 import os
 import pathlib
@@ -28,6 +27,7 @@ from ddpm_jax.errors import UserError, one_line
 from ddpm_jax.files import checkpoint
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.runs import schedulers
+from ddpm_jax.runs.schedulers import is_size, json_text
 
 log = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ def network_fields(network, origin, image_size=None):
     fields = {"_class_name": None, **defaults, **DEFAULTS, **network}
     if fields["sample_size"] is None:
         fields["sample_size"] = image_size
-    elif _is_size(fields["sample_size"]):
+    elif is_size(fields["sample_size"]):
         fields["sample_size"] = 2 * [fields["sample_size"]]
     _check_network(fields, origin)
 
@@ -266,7 +266,7 @@ def _check_network(fields, origin):
 
     def require(fits, name, allowed):
         if not fits:
-            raise UserError(f"{origin}: {name}={_json(fields[name])}: {allowed}")
+            raise UserError(f"{origin}: {name}={json_text(fields[name])}: {allowed}")
 
     require(fields["_class_name"] == "UNet2DModel", "_class_name", 'must be "UNet2DModel"')
     widths, size, groups, channels = (
@@ -274,7 +274,7 @@ def _check_network(fields, origin):
         for name in ("block_out_channels", "sample_size", "norm_num_groups", "in_channels")
     )
     for name in ("layers_per_block", "norm_num_groups"):
-        require(_is_size(fields[name]), name, "must be a whole number above 0")
+        require(is_size(fields[name]), name, "must be a whole number above 0")
     fits = _are_sizes(widths) and all(width % widths[0] == 0 for width in widths)
     require(fits, "block_out_channels", "must be a list of multiples of its first number")
     fits = widths[0] % 2 == 0 and widths[0] >= 4
@@ -285,7 +285,7 @@ def _check_network(fields, origin):
     for name, (_, ours) in FIXED.items():
         same = fields[name] == ours or (name, fields[name]) == ("act_fn", "swish")
         unused = name.startswith("downsample") and len(widths) == 1
-        require(same or unused, name, f"our U-Net has {_json(ours)}")
+        require(same or unused, name, f"our U-Net has {json_text(ours)}")
     for name in sorted(fields):
         supported = name in FIXED or name in DEFAULTS or name.startswith("_")
         require(supported or fields[name] is None, name, "is not supported by our U-Net")
@@ -513,17 +513,8 @@ def _find(folder, component, name):
     return next((path for path in paths if os.path.isfile(path)), None)  # no error for a long name
 
 
-def _json(value):
-    """A value as in a JSON file."""
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _is_size(value):
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**20
-
-
 def _are_sizes(value):
-    return isinstance(value, list | tuple) and value and all(map(_is_size, value))
+    return isinstance(value, list | tuple) and value and all(map(is_size, value))
 
 
 def _attends(types, plain):

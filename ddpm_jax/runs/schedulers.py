@@ -9,6 +9,7 @@ import logging
 
 import numpy as np
 
+from ddpm_jax import configs
 from ddpm_jax.core import schedules
 from ddpm_jax.errors import UserError
 
@@ -153,7 +154,7 @@ def read_scheduler(scheduler, origin):
 
     def require(fits, name, allowed):
         if not fits:
-            raise UserError(f"{origin}: {name}={_json(fields.get(name))}: {allowed}")
+            raise UserError(f"{origin}: {name}={json_text(fields.get(name))}: {allowed}")
 
     classes = ", ".join(sorted(FIELDS))
     allowed = f"choose from {classes} (without this file, --config defines the diffusion)"
@@ -163,7 +164,7 @@ def read_scheduler(scheduler, origin):
         known = name in supported or name.startswith("_")
         require(known or fields[name] is None, name, allowed)
     for name, (_, ours) in fixed.items():
-        require(fields[name] == ours, name, f"must be {_json(ours)}")
+        require(fields[name] == ours, name, f"must be {json_text(ours)}")
     return _diffusion(fields, require) | _clipping(fields, require) | _sampler(fields, require)
 
 
@@ -179,8 +180,7 @@ def _diffusion(fields, require):
     require(fields.get("predict_epsilon", True) is True, "predict_epsilon", "must be true")
     prediction = _take(fields, require, "prediction_type", PREDICTIONS)
     steps, start, end = (fields[n] for n in ("num_train_timesteps", "beta_start", "beta_end"))
-    fits = isinstance(steps, int) and not isinstance(steps, bool) and 0 < steps < 2**20
-    require(fits, "num_train_timesteps", "must be a whole number above 0")
+    require(is_size(steps), "num_train_timesteps", "must be a whole number above 0")
     for name in ("beta_start", "beta_end"):
         fits = isinstance(fields[name], float | int) and 0 < fields[name] < 1
         require(fits, name, "must lie in (0, 1)")
@@ -298,7 +298,7 @@ def write_scheduler(config):
     variances = VARIANCES if kind in PLAIN else {diffusion.variance}
     for field, supported in (("prediction", predictions), ("variance", variances)):
         text = f"{kind} has only {', '.join(supported)}"
-        _require(diffusion[field] in supported, f"diffusion.{field}", diffusion[field], text)
+        configs.require(diffusion[field] in supported, f"diffusion.{field}", diffusion[field], text)
     betas = schedules.SCHEDULES[diffusion.schedule](
         diffusion.num_timesteps, diffusion.beta_start, diffusion.beta_end
     )
@@ -323,11 +323,13 @@ def _written_sampler(config, kind):
     fields = {name: ours for name, (_, ours) in FIXED.get(kind, {}).items()}
     fields.pop("lambda_min_clipped", None)  # JSON has no -∞; it is the default
     zero_snr, name = diffusion.zero_terminal_snr, "diffusion.zero_terminal_snr"
-    _require(not zero_snr or "rescale_betas_zero_snr" in has, name, zero_snr, f"{kind} has none")
+    configs.require(
+        not zero_snr or "rescale_betas_zero_snr" in has, name, zero_snr, f"{kind} has none"
+    )
     if "rescale_betas_zero_snr" in has:
         fields["rescale_betas_zero_snr"] = zero_snr
     name = "sample.dynamic_threshold"
-    _require(not quantile or "thresholding" in has, name, quantile, f"{kind} has none")
+    configs.require(not quantile or "thresholding" in has, name, quantile, f"{kind} has none")
     if quantile or (diffusion.clip_x0 and "thresholding" in has and "clip_sample" not in has):
         fields["thresholding"] = True
         fields["sample_max_value"] = UNBOUNDED if quantile else 1.0
@@ -336,7 +338,7 @@ def _written_sampler(config, kind):
         fields["clip_sample"] = diffusion.clip_x0
     else:
         clips, name = diffusion.clip_x0, "diffusion.clip_x0"
-        _require(not clips or "thresholding" in has, name, clips, f"{kind} does not clip")
+        configs.require(not clips or "thresholding" in has, name, clips, f"{kind} does not clip")
     if kind in PLAIN:
         return fields | {"variance_type": diffusion.variance}
     if "solver_order" in has:
@@ -357,18 +359,18 @@ def _written_spacing(spacing, kind):
         *(name for name, flag in flags.items() if flag in FIELDS[kind]),
     ]
     text = f"{kind} has only {', '.join(supported)}"
-    _require(spacing in supported, "sample.spacing", spacing, text)
+    configs.require(spacing in supported, "sample.spacing", spacing, text)
     if spacing in EVEN:
         return {"timestep_spacing": spacing, "steps_offset": 0}
     log.warning("%s", KARRAS)
     return {flags[spacing]: True}
 
 
-def _require(condition, name, value, allowed):
-    if not condition:
-        raise UserError(f"{name}={value!r}: {allowed}")
-
-
-def _json(value):
+def json_text(value):
     """A value as in a JSON file."""
     return json.dumps(value, ensure_ascii=False)
+
+
+def is_size(value):
+    """Whether a value of a JSON file is a whole number above 0, and not absurdly large."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**20
