@@ -2,8 +2,8 @@
 
     python main.py --config=configs/digits.py
 
-On 2 cores (AMD EPYC): 109 to 146 s in total, 1,420 to 1,930 images/s; held-out loss 0.142. A classifier
-of real digits is confident about 0.78 of 512 samples, and about 0.85 of real digits
+On 2 cores (AMD EPYC): 109 to 146 s in total, 1,420 to 1,930 images/s; held-out loss 0.142. A
+classifier of real digits is confident about 0.78 of 512 samples, and about 0.85 of real digits
 (benchmarks/digits_quality.py).
 """
 
