@@ -20,7 +20,7 @@ from benchmarks.memory import peak
 from ddpm_jax import configs, cpu, parallel
 from ddpm_jax.core import solvers, unet
 from ddpm_jax.files import data
-from ddpm_jax.runs import generate, interop, schedulers, train
+from ddpm_jax.runs import generate, networks, schedulers, train
 from ddpm_jax.runs import state as states
 
 DIFFUSERS = ("eager", "channels_last", "compile")  # modes of diffusers
@@ -164,7 +164,7 @@ def diffusers(cell, mode):
     from diffusers import DDIMPipeline, DDPMPipeline, UNet2DModel
 
     config, (device, autocast) = get_config(cell), torch_device()
-    network = UNet2DModel.from_config(interop.diffusers_network(config)).to(device)
+    network = UNet2DModel.from_config(networks.diffusers_network(config)).to(device)
     fields = schedulers.write_scheduler(config)
     scheduler = getattr(importlib.import_module("diffusers"), fields["_class_name"])
     scheduler = scheduler.from_config(fields)
@@ -251,7 +251,7 @@ def lucidrains(cell):
     shape = configs.image_shape(config)
     options = {"dim_mults": tuple(config.model.channel_mults), "channels": shape[-1]}
     with torch.device("meta"):
-        target = multiply_adds(UNet2DModel.from_config(interop.diffusers_network(config)), shape)
+        target = multiply_adds(UNet2DModel.from_config(networks.diffusers_network(config)), shape)
         by_dim = {dim: multiply_adds(Unet(dim, **options), shape) for dim in range(8, 257, 8)}
     dim = min(by_dim, key=lambda dim: abs(by_dim[dim] - target))
     network = Unet(dim, **options).to(device)

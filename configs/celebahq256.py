@@ -22,6 +22,7 @@ def get_config():
     )
     config.diffusion.variance = "fixed_small"
     config.model.update(channel_mults=(1, 1, 2, 2, 4, 4), dropout=0.0)
+    config.model.update(attention_down=(4,), attention_up=(4,))  # at 16 × 16
     config.optim.learning_rate = 2e-5
     config.train.update(batch_size=64, num_steps=500_000)
     config.sample.update(num_samples=16, batch_size=16)

@@ -25,7 +25,8 @@ def get_config():
         channels=32,
         channel_mults=(1, 2),
         num_res_blocks=1,
-        attention_resolutions=(),
+        attention_down=(),
+        attention_up=(),
         dropout=0.0,
         norm_groups=8,
     )

@@ -21,4 +21,5 @@ def get_config():
     )
     config.diffusion.variance = "fixed_small"
     config.model.channel_mults = (1, 2, 2, 2, 2)
+    config.model.update(attention_down=(2,), attention_up=(2,))  # at 16 × 16
     return config

@@ -17,7 +17,8 @@ def get_config():
         channels=32,
         channel_mults=(1, 2, 2),
         num_res_blocks=1,
-        attention_resolutions=(7,),
+        attention_down=(2,),
+        attention_up=(2,),
         norm_groups=8,
         dropout=0.0,
     )

@@ -19,16 +19,17 @@ from ddpm_jax.errors import UserError, one_line
 HERE = pathlib.Path(__file__).parent
 FOLDERS = (HERE / "config_files", HERE.parent / "configs")
 POSITIVE = """
-    data.image_size model.channels model.channel_mults model.num_res_blocks model.norm_groups
-    optim.learning_rate optim.accumulate train.batch_size
-    train.log_every train.eval_every train.eval_images train.sample_every
+    data.image_size model.channels model.channel_mults model.widths model.num_res_blocks
+    model.num_heads model.norm_groups model.norm_eps optim.learning_rate optim.accumulate
+    train.batch_size train.log_every train.eval_every train.eval_images train.sample_every
     train.checkpoint_every train.keep_checkpoints sample.num_samples sample.batch_size
     sample.resamplings sample.jump_length show.num_images show.num_frames
 """.split()
 NOT_NEGATIVE = """
-    seed data.max_ram_gib data.num_classes optim.warmup_steps optim.weight_decay optim.grad_clip
-    optim.max_skipped train.num_steps train.num_epochs train.keep_every
-    sample.seed sample.num_steps sample.columns sample.guidance show.num_steps
+    seed data.max_ram_gib data.num_classes model.attention_down model.attention_up
+    model.head_channels model.resblock_down model.resblock_up model.freq_shift optim.warmup_steps
+    optim.weight_decay optim.grad_clip optim.max_skipped train.num_steps train.num_epochs
+    train.keep_every sample.seed sample.num_steps sample.columns sample.guidance show.num_steps
     evaluate.num_samples evaluate.bits_per_dim_images
 """.split()
 BELOW_ONE = ("model.dropout", "optim.ema_decay")  # in [0, 1)
@@ -41,6 +42,7 @@ LARGEST = {
     "diffusion.num_timesteps": 1_000_000,
     "model.channels": 2**14,
     "model.channel_mults": 2**14,
+    "model.widths": 2**14,
     "model.num_res_blocks": 64,
     "train.batch_size": 2**20,
     "train.eval_images": 10_000_000,
@@ -116,6 +118,18 @@ ADDED = {
     "diffusion.loss": "simple",
     "diffusion.zero_terminal_snr": False,
     "model.kind": "unet",
+    "model.widths": (),
+    "model.attention_middle": True,
+    "model.middle_norm": True,
+    "model.num_heads": 1,
+    "model.head_channels": 0,
+    "model.resblock_down": (),
+    "model.resblock_up": (),
+    "model.symmetric_padding": False,
+    "model.scale_shift": False,
+    "model.norm_eps": 1e-6,
+    "model.freq_shift": 1,
+    "model.null_class": True,
     "model.remat": False,
     "optim.accumulate": 1,
     "optim.max_skipped": 0,
@@ -172,7 +186,7 @@ def _diffusion_fields():
     diffusion.zero_terminal_snr = False  # rescale the schedule to ᾱ_T = 0 (needs x0 or v)
     diffusion.prediction = "eps"  # the network's prediction target: eps, x0, mean (μ̃), v
     diffusion.loss = "simple"  # the MSE of the prediction; or vlb, the variational bound
-    diffusion.variance = "fixed_large"  # of the reverse process: β; fixed_small, β̃; or learned
+    diffusion.variance = "fixed_large"  # β; fixed_small, β̃; learned; or learned_range, between both
     diffusion.clip_x0 = True  # clip predicted images to [-1, 1] at every sampling step
     return diffusion
 
@@ -180,12 +194,25 @@ def _diffusion_fields():
 def _model_fields():
     model = ConfigDict()
     model.kind = "unet"  # or classifier, of noisy images x_t, for classifier guidance
-    model.channels = 128  # width of the first level; a multiple of norm_groups
+    model.channels = 128  # width of the first convolution; a multiple of norm_groups
     model.channel_mults = (1, 2, 2, 2)  # width of each level in multiples of `channels`
+    model.widths = ()  # width of each level, instead of channel_mults; empty: channel_mults decides
     model.num_res_blocks = 2  # per level of the down path; the up path has one more
-    model.attention_resolutions = (16,)  # heights of the feature maps with self-attention
+    model.attention_down = (1,)  # levels of the down path with self-attention; 0 is the first level
+    model.attention_up = (1,)  # levels of the up path with self-attention
+    model.attention_middle = True  # self-attention in the middle block
+    model.middle_norm = True  # a GroupNorm before this attention
+    model.num_heads = 1  # of each attention
+    model.head_channels = 0  # channels of each head, instead of num_heads; 0: num_heads decides
+    model.resblock_down = ()  # levels reached by a residual block, not a strided convolution
+    model.resblock_up = ()  # levels left by a residual block, not a convolution
+    model.symmetric_padding = False  # of strided convolutions: (1, 1), as in PyTorch, not (0, 1)
+    model.scale_shift = False  # the time embedding scales and shifts normalised features, as in ADM
     model.dropout = 0.1  # inside the residual blocks
     model.norm_groups = 32  # of every GroupNorm
+    model.norm_eps = 1e-6  # of every GroupNorm
+    model.freq_shift = 1  # of the time embedding's frequencies, 10000^(-i / (channels / 2 - shift))
+    model.null_class = True  # with classes: whether "no class" is one more, for guidance
     model.dtype = "float32"  # of the computation; or bfloat16 (parameters are float32)
     model.remat = False  # recompute activations in the backward pass: less memory, slower
     return model
@@ -332,6 +359,21 @@ def rename_old_values(config):
     return config
 
 
+def with_levels(config):
+    """Replaces, in the config of an old run, the heights of attention by levels; returns it."""
+    fields = flatten(config)
+    names = ("model.attention_resolutions", "model.channel_mults", "data.image_size")
+    found = [fields.get(name) for name in names]
+    if all(isinstance(value, tuple) and _all(lambda v: v >= 0, value) for value in found):
+        heights, mults, (height, *_) = found
+        attends = [height // 2**level in heights for level in range(len(mults))]
+        levels = tuple(level for level, attend in enumerate(attends) if attend)
+        with config.unlocked():
+            del config.model.attention_resolutions
+            config.model.update(attention_down=levels, attention_up=levels)
+    return config
+
+
 def flatten(config):
     """{"section.field": value} of a config."""
     flat = {}
@@ -413,13 +455,21 @@ def make_schedule(config):
     return schedules.from_alpha_bars(make_alpha_bars(config))
 
 
+def widths(model):
+    """The width of each level of a config's `model` section, the highest resolution first."""
+    return model.widths or tuple(mult * model.channels for mult in model.channel_mults)
+
+
 def make_model(config):
     """The network of a config."""
     fields = {**config.model, "dtype": jnp.dtype(config.model.dtype)}
     fields |= {"num_classes": config.data.num_classes, "convolve": cpu.convolve}
+    fields |= {"widths": widths(config.model)}
+    del fields["channel_mults"]
     if fields.pop("kind") == "classifier":
         return unet.Classifier(**fields)
-    return unet.UNet(**fields, learned_variance=config.diffusion.variance == "learned")
+    learned = config.diffusion.variance in diffusion.LEARNED_VARIANCES
+    return unet.UNet(**fields, learned_variance=learned)
 
 
 def batch_sizes(config, mode):
@@ -506,24 +556,50 @@ def _check_sizes(fields):
 
 def _check_model(model, image_size):
     """The network's levels must divide the image size, and its groups the channels."""
-    allowed = f"must be a multiple of model.norm_groups={model.norm_groups} and even, at least 4"
+    groups = f"must be a multiple of model.norm_groups={model.norm_groups}"
     fits = model.channels % model.norm_groups == 0 and model.channels % 2 == 0
+    allowed = f"{groups} and even, at least 4"
     require(fits and model.channels >= 4, "model.channels", model.channels, allowed)
     require(len(image_size) == 2, "data.image_size", image_size, "must be (height, width)")
-    name, mults = "model.channel_mults", model.channel_mults
-    levels, most = len(mults), LARGEST["data.image_size"].bit_length()
-    require(0 < levels <= most, name, mults, f"needs at least one level, and at most {most}")
-    widest = model.channels * max(mults)
+    name = "model.widths" if model.widths else "model.channel_mults"
+    given, of_levels = flatten(model)[name.removeprefix("model.")], widths(model)
+    levels, most = len(of_levels), LARGEST["data.image_size"].bit_length()
+    require(0 < levels <= most, name, given, f"needs at least one level, and at most {most}")
+    fits = _all(lambda width: width % model.norm_groups == 0, of_levels)
+    require(fits, name, given, groups.replace("a multiple", "multiples"))
     most = LARGEST["model.channels"]
+    widest = max(of_levels)
     allowed = f"times model.channels={model.channels} is {widest} channels; must be at most {most}"
-    require(widest <= most, name, mults, allowed)
+    require(widest <= most, name, given, allowed)
     factor = 2 ** (levels - 1)
-    allowed = f"must be multiples of {factor} (model.channel_mults has {levels} levels)"
+    allowed = f"must be multiples of {factor} ({name} has {levels} levels)"
     require(_all(lambda v: v % factor == 0, image_size), "data.image_size", image_size, allowed)
-    heights = [image_size[0] // 2**level for level in range(levels)]
-    name, resolutions = "model.attention_resolutions", model.attention_resolutions
-    allowed = f"choose from the levels' heights, {', '.join(map(str, heights))}"
-    require(_all(lambda v: v in heights, resolutions), name, resolutions, allowed)
+    for path in ("attention_down", "attention_up", "resblock_down", "resblock_up"):
+        first = 1 if "resblock" in path else 0  # no layer leads to level 0, or up from it
+        allowed = f"must be levels, from {first} to {levels - 1}"
+        fits = _all(lambda v, first=first: first <= v < levels, model[path])
+        require(fits, f"model.{path}", model[path], allowed)
+    _check_heads(model)
+    name, shift = "model.freq_shift", model.freq_shift
+    require(shift < model.channels // 2, name, shift, "must be below half of model.channels")
+
+
+def attention_widths(model):
+    """The widths at which a config's `model` section has attention, ascending."""
+    of_levels = widths(model)
+    levels = {*model.attention_down, *model.attention_up}
+    levels |= {len(of_levels) - 1} if model.attention_middle else set()
+    return sorted({of_levels[level] for level in levels})
+
+
+def _check_heads(model):
+    """Heads must divide the widths at which there is attention."""
+    name, heads, size = "model.num_heads", model.num_heads, model.head_channels
+    require(not size or heads == 1, name, heads, f"must be 1 with model.head_channels={size}")
+    for width in attention_widths(model):
+        require(width % heads == 0, name, heads, f"must divide {width}, a width with attention")
+        allowed = f"must be at most {width}, a width with attention"
+        require(size <= width, "model.head_channels", size, allowed)
 
 
 def _check_task(config, mode):
@@ -534,7 +610,12 @@ def _check_task(config, mode):
     require(fits, name, True, allowed)
     variance, loss, kind = config.diffusion.variance, config.diffusion.loss, config.model.kind
     allowed = "needs diffusion.loss='vlb'; L_simple trains no variance"
-    require(variance != "learned" or loss == "vlb", "diffusion.variance", variance, allowed)
+    fits = variance not in diffusion.LEARNED_VARIANCES or loss == "vlb"
+    require(fits, "diffusion.variance", variance, allowed)
+    name, rate = "train.label_dropout", config.train.label_dropout
+    allowed = "must be 0: the network has no null class (model.null_class=False)"
+    fits = config.model.null_class or not config.data.num_classes or kind == "classifier"
+    require(fits or rate == 0, name, rate, allowed)
     if kind == "classifier":
         name, count = "data.num_classes", config.data.num_classes
         require(count > 1, name, count, "must be 2 or more for a classifier")
@@ -627,7 +708,8 @@ def check_same_run(saved, config, workdir, purpose):
     saved, new = ADDED | flatten(saved), flatten(config)
     free, variance = set(FREE[purpose]), "diffusion.variance"
     loss_uses_variance = purpose == "train" and new["diffusion.loss"] == "vlb"
-    if loss_uses_variance or "learned" in (saved.get(variance), new[variance]):
+    learned = any(v in diffusion.LEARNED_VARIANCES for v in (saved.get(variance), new[variance]))
+    if loss_uses_variance or learned:
         free.remove(variance)
     changed = [
         f"{name} {saved.get(name)!r} -> {new.get(name)!r}"

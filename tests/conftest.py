@@ -49,7 +49,12 @@ def config():
 
     config = configs.named_config("digits")
     config.model.update(
-        channels=8, channel_mults=(1,), num_res_blocks=1, attention_resolutions=(), dropout=0.1
+        channels=8,
+        channel_mults=(1,),
+        num_res_blocks=1,
+        attention_down=(),
+        attention_up=(),
+        dropout=0.1,
     )
     config.model.norm_groups = 4
     config.diffusion.num_timesteps = 20

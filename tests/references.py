@@ -19,11 +19,11 @@ import numpy as np
 
 from ddpm_jax import configs
 from ddpm_jax.core import diffusion, likelihood, sampling, schedules, solvers, spacings, unet
-from ddpm_jax.runs import interop, schedulers
+from ddpm_jax.runs import interop, networks, schedulers
 
 FIXTURES = pathlib.Path(__file__).resolve().parent / "fixtures"
-CIFAR10 = dict(channel_mults=(1, 2, 2, 2), num_res_blocks=2, attention_resolutions=(16,))
-LARGE = dict(channel_mults=(1, 1, 2, 2, 4, 4), num_res_blocks=2, attention_resolutions=(16,))
+CIFAR10 = dict(mults=(1, 2, 2, 2), attention=(1,))
+LARGE = dict(mults=(1, 1, 2, 2, 4, 4), attention=(4,))
 
 
 class Reference(NamedTuple):
@@ -135,9 +135,16 @@ def gaussian_variance(data_variance, name, num_steps=1000, **options):
     return gaussian_outcome(data_variance, solver, alpha_bars)
 
 
+def make_unet(channels, mults, attention, **options):
+    """The paper's U-Net, with other widths; attention: the levels that have it."""
+    widths = tuple(mult * channels for mult in mults)
+    paths = {"attention_down": attention, "attention_up": attention}
+    return unet.UNet(channels, widths, 2, **paths, **options)
+
+
 def parameters(channels, layout, size):
     """Number of parameters of a network for size × size RGB images."""
-    shapes = unet.param_shapes(unet.UNet(channels, **layout), (size, size, 3))
+    shapes = unet.param_shapes(make_unet(channels, **layout), (size, size, 3))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
@@ -146,7 +153,7 @@ def macs(layout, size):
 
     In bfloat16, whose convolutions are direct ones on every backend.
     """
-    model = unet.UNet(128, **layout, dtype=jnp.bfloat16)
+    model = make_unet(128, **layout, dtype=jnp.bfloat16)
     params = unet.param_shapes(model, (size, size, 3))
     x, t = jnp.zeros((1, size, size, 3)), jnp.zeros(1, int)
     jaxpr = jax.make_jaxpr(lambda params: unet.net_fn(model, params)(x, t))(params)
@@ -181,7 +188,7 @@ def embedding_norm():
 
 def initial_loss():
     """The ε-MSE of a network that has not been trained."""
-    model = unet.UNet(32, (1, 2), 1, (8,))
+    model = unet.UNet(32, (32, 64), 1, (1,), (1,))
     x0, eps = np.random.default_rng(0).standard_normal((2, 128, 16, 16, 3), np.float32)
 
     @jax.jit
@@ -211,7 +218,7 @@ def fixture_config():
         json.loads((FIXTURES / name).read_text())
         for name in ("unet/config.json", "scheduler/scheduler_config.json")
     )
-    config.update_from_flattened_dict(interop.network_fields(network, "config.json"))
+    config.update_from_flattened_dict(networks.network_fields(network, "config.json"))
     config.update_from_flattened_dict(schedulers.read_scheduler(scheduler, "scheduler_config.json"))
     return config
 
@@ -237,17 +244,17 @@ def network_gradients():
     return gradients(model, params, expected["x_t"], expected["t"], expected["eps"])
 
 
-def gradients(model, params, x_t, t, eps):
+def gradients(model, params, x_t, t, eps, *labels):
     """{diffusers' name: gradient of the ε-MSE} of a batch."""
 
     @jax.jit
     def grad(params):
         def loss(params):
-            return jnp.mean(jnp.square(unet.net_fn(model, params)(x_t, t) - eps))
+            return jnp.mean(jnp.square(unet.net_fn(model, params)(x_t, t, *labels) - eps))
 
         return jax.grad(loss)(params)
 
-    return interop.diffusers_tensors(grad(params), len(model.channel_mults))
+    return interop.diffusers_tensors(grad(params), len(model.widths))
 
 
 def assert_same_gradients(ours, theirs):

@@ -172,7 +172,7 @@ BAD = {
     "--config.model.norm_groups=5": "model.channels=32",
     "--config.model.channel_mults=()": "model.channel_mults=()",
     "--config.model.channel_mults=(1,1,1,1,1)": "data.image_size=(8, 8)",
-    "--config.model.attention_resolutions=(5,)": "model.attention_resolutions=(5,)",
+    "--config.model.attention_down=(5,)": "model.attention_down=(5,): must be levels, from 0 to",
     "--config.model.channel_mults=(1.5,2)": "whole numbers above 0",
     "--config.model.dropout=1.0": "model.dropout=1.0",
     "--config.model.dtype=float16": "model.dtype='float16'",

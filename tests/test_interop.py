@@ -16,7 +16,7 @@ from ddpm_jax.core import unet
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.runs import interop, schedulers
+from ddpm_jax.runs import interop, networks, schedulers
 from ddpm_jax.runs import state as states
 
 TENSORS = f"unet/{interop.TENSORS}"
@@ -112,10 +112,10 @@ def test_the_published_networks_are_the_paper_s(name):
         "trained_betas": None,
         "variance_type": "fixed_large" if cifar else "fixed_small",
     }
-    found = interop.network_fields(fields, "f") | schedulers.read_scheduler(scheduler, "f")
+    found = networks.network_fields(fields, "f") | schedulers.read_scheduler(scheduler, "f")
     expected = configs.flatten(config)
     assert found == {name: expected[name] for name in found}
-    assert len(found) == 17
+    assert len(found) == 29
 
 
 def test_old_names_flat_folder_and_half_precision(tmp_path, weights):
@@ -191,8 +191,8 @@ def test_a_scheduler_that_says_nothing():
 def test_a_network_survives(config):
     """Not square, with attention and dropout; heights are the first of each pair in both."""
     config.data.update(image_size=(16, 24), channels=3)
-    config.model.update(channel_mults=(1, 2), attention_resolutions=(8,), dropout=0.3)
-    fields = interop.network_fields(interop.diffusers_network(config), "f")
+    config.model.update(channel_mults=(1, 2), attention_down=(1,), attention_up=(1,), dropout=0.3)
+    fields = networks.network_fields(networks.diffusers_network(config), "f")
     expected = configs.flatten(config)
     assert fields == {name: expected[name] for name in fields}
     assert fields["model.dropout"] == 0.3 and fields["data.image_size"] == (16, 24)
@@ -364,7 +364,20 @@ def test_a_sampler_that_diffusers_does_not_have(config, changes, message):
             {"diffusion.variance": "learned", "diffusion.loss": "vlb"},
             "'learned': DDPMScheduler has",
         ),
-        ({"data.num_classes": 10}, "data.num_classes=10: diffusers' pipelines need 0"),
+        ({"model.middle_norm": False}, "diffusers needs model.scale_shift=True for it"),
+        ({"model.widths": (16,)}, "model.channels=8: diffusers needs the first level's, 16"),
+        (
+            {"model.channel_mults": (1, 2), "model.attention_up": (0,), "model.num_heads": 4},
+            "model.num_heads=4: diffusers needs the same channels a head; they have [2, 4]",
+        ),
+        (
+            {
+                "model.channel_mults": (1, 1, 1),
+                "model.attention_down": (0, 1),
+                "model.resblock_down": (2,),
+            },
+            "model.resblock_down=(2,): diffusers needs all or none of the levels",
+        ),
     ],
 )
 def test_what_diffusers_cannot_express(tmp_path, config, changes, message):
@@ -377,23 +390,28 @@ def test_what_diffusers_cannot_express(tmp_path, config, changes, message):
 
 NETWORKS = {
     "_class_name": ("UNet2DConditionModel", 'must be "UNet2DModel"'),
-    "norm_eps": (1e-5, "our U-Net has 1e-06"),
-    "downsample_padding": (1, "our U-Net has 0"),
-    "freq_shift": ("away", "our U-Net has 1"),
-    "mid_block_type": (None, "our U-Net has"),
-    "time_embedding_type": ("fourier", "our U-Net has"),
-    "num_class_embeds": (10, "our U-Net has null"),
-    "add_attention": (False, "our U-Net has true"),
-    "attention_head_dim": ([8, 16], "one head"),
-    "attn_norm_num_groups": (2, "our U-Net has 4"),
-    "time_embedding_dim": (64, "our U-Net has 32"),
-    "out_channels": (6, "must be in_channels=3"),
+    "norm_eps": (0, "must lie in (0, 1)"),
+    "downsample_padding": (2, "must be 0 or 1"),
+    "freq_shift": (4, "must be a whole number from 0 to 3"),
+    "mid_block_type": (None, 'must be "UNetMidBlock2D"'),
+    "mid_block_scale_factor": (2, "must be 1"),
+    "time_embedding_type": ("fourier", 'must be "positional"'),
+    "class_embed_type": ("timestep", "must be null"),
+    "num_class_embeds": (1, "whole number above 1"),
+    "add_attention": (1, "must be false or true"),
+    "act_fn": ("relu", 'must be "silu" or "swish"'),
+    "resnet_time_scale_shift": ("spatial", 'must be "default" or "scale_shift"'),
+    "downsample_type": ("fir", 'must be "conv" or "resnet"'),
+    "attention_head_dim": ([8, 16], "a whole number from 1 to 16"),
+    "attn_norm_num_groups": (2, "must be null or norm_num_groups=4"),
+    "time_embedding_dim": (64, "must be 32"),
+    "out_channels": (9, "must be in_channels=3, or twice as many"),
     "in_channels": (2, "choose from 1, 3, 4"),
-    "block_out_channels": ([8, 12], "multiples of its first"),
-    "down_block_types": (["DownBlock2D", "SkipDownBlock2D"], "DownBlock2D and AttnDownBlock2D"),
-    "up_block_types": (["UpBlock2D", "AttnUpBlock2D"], "where down_block_types has it"),
+    "block_out_channels": ([8, "16"], "must be a list of whole numbers"),
+    "down_block_types": (["DownBlock2D", "SkipDownBlock2D"], "SkipDownBlock2D is a block with FIR"),
+    "up_block_types": (["UpBlock2D"], "must be a list of 2"),
     "sample_size": (None, "--config.data.image_size=H,W"),
-    "layers_per_block": (2, "lacks down_blocks.0.resnets.1.conv1.bias"),
+    "layers_per_block": (2, "lacks up_blocks.1.resnets.2.conv1.weight"),
     "norm_num_groups": ("4", "whole number above 0"),
     "dropout": (1, "must lie in [0, 1)"),
     "window_size": (7, "is not supported by our U-Net"),
@@ -404,7 +422,7 @@ SCHEDULERS = {
     "num_train_timesteps": (50.0, "whole number above 0"),
     "beta_start": (0, "must lie in (0, 1)"),
     "beta_end": ("big", "must lie in (0, 1)"),
-    "variance_type": ("learned_range", "choose from fixed_small"),
+    "variance_type": ("learned", "choose from fixed_small"),
     "prediction_type": ("flow", "choose from epsilon, sample, v_prediction"),
     "predict_epsilon": (False, "must be true"),
     "thresholding": ("yes", "must be true or false"),
@@ -481,7 +499,7 @@ def test_overrides_of_what_the_folder_says(tmp_path, weights):
     run("import", f"--workdir={tmp_path / 'run'}", f"--weights={weights}", *free)
     saved = run_files.load_config(tmp_path / "run")
     assert (saved.diffusion.variance, saved.model.dropout) == ("fixed_large", 0.2)
-    assert saved.data.image_size == (16, 24) and saved.model.attention_resolutions == (8,)
+    assert saved.data.image_size == (16, 24) and saved.model.attention_down == (1,)
 
 
 def test_places_that_cannot_be_written(tmp_path, weights, monkeypatch):
@@ -559,7 +577,7 @@ def test_what_import_and_export_need(tmp_path, weights, config):
         run("export", workdir, f"--weights={weights}")
     config.model.channel_mults = (2,)
     run_files.save_config(config, tmp_path / "run")
-    with pytest.raises(UserError, match=r"channel_mults=.2,.: diffusers"):
+    with pytest.raises(UserError, match=r"channels=8: diffusers needs the first level's, 16"):
         run("export", workdir, f"--weights={tmp_path / 'out'}")
     assert not (tmp_path / "out").exists()
 

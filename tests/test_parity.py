@@ -14,11 +14,29 @@ from references import assert_same_gradients, gradients
 
 from ddpm_jax import cli, configs
 from ddpm_jax.core import diffusion, sampling, schedules, solvers, spacings, unet
-from ddpm_jax.runs import interop, schedulers, state
+from ddpm_jax.runs import interop, networks, schedulers, state
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 SMALL = dict(sample_size=8, norm_num_groups=4, layers_per_block=1)
+# diffusers' own defaults, where torch_reference.make_network has Ho's.
+THEIRS = dict(
+    norm_eps=1e-5,
+    downsample_padding=1,
+    freq_shift=0,
+    flip_sin_to_cos=True,
+    attention_head_dim=8,
+)
+TRAIN_UNCONDITIONAL = dict(THEIRS, sample_size=64)  # the script's network, at its resolution
+SHIFT, DOWN = "scale_shift", "DownBlock2D"
+ADM = dict(
+    THEIRS,
+    norm_num_groups=8,
+    attn_norm_num_groups=8,
+    resnet_time_scale_shift=SHIFT,
+    downsample_type="resnet",
+    upsample_type="resnet",
+)
 # widths, levels with attention, the other arguments of UNet2DModel
 NETWORKS = {
     "cifar10, a quarter wide": ((32, 64, 64, 64), {1}, dict(sample_size=32)),
@@ -31,9 +49,42 @@ NETWORKS = {
     "one level": ((32,), {0}, dict(sample_size=8, layers_per_block=3)),
     "cosines first": ((32, 64), {1}, dict(sample_size=8, flip_sin_to_cos=True)),
     "one head said otherwise": ((32, 64), {1}, dict(sample_size=8, attention_head_dim=64)),
-}
+    "four heads": ((32, 64), {1}, dict(sample_size=8, attention_head_dim=16)),
+    "heads that do not fill the width": ((20, 36), {0, 1}, dict(SMALL, attention_head_dim=8)),
+    "odd widths": ((12, 20, 52), {1}, dict(sample_size=16, norm_num_groups=4)),
+    "narrower below": ((32, 16), {1}, dict(SMALL)),
+    "no attention in the middle": ((8, 16), {1}, dict(SMALL, add_attention=False)),
+    "scale-shift, middle without norm": ((8, 16), {1}, dict(SMALL, resnet_time_scale_shift=SHIFT)),
+    "blocks of every kind": ((8, 8, 16, 16), set(), dict(
+        SMALL,
+        sample_size=(16, 8),
+        downsample_type="resnet",
+        down_block_types=[DOWN, "AttnDownBlock2D", "ResnetDownsampleBlock2D", DOWN],
+        up_block_types=["ResnetUpsampleBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    )),
+    "train_unconditional, a quarter wide": ((32, 32, 64, 64, 128, 128), {4}, TRAIN_UNCONDITIONAL),
+    "the course's MNIST, with classes": ((32, 64, 64), {1, 2}, dict(
+        THEIRS, sample_size=28, in_channels=1, out_channels=1, num_class_embeds=10,
+    )),
+    "ADM for ImageNet 64, an eighth wide": ((24, 48, 72, 96), {1, 2, 3}, dict(
+        ADM,
+        sample_size=64,
+        layers_per_block=3,
+        num_class_embeds=1000,
+        down_block_types=["ResnetDownsampleBlock2D", *3 * ["AttnDownBlock2D"]],
+        up_block_types=[*3 * ["AttnUpBlock2D"], "ResnetUpsampleBlock2D"],
+    )),
+    "ADM for LSUN 256, a sixteenth wide": ((16, 16, 32, 32, 64, 64), {3, 4, 5}, dict(
+        ADM,
+        sample_size=64,
+        out_channels=6,
+        down_block_types=[*3 * ["ResnetDownsampleBlock2D"], *3 * ["AttnDownBlock2D"]],
+        up_block_types=[*3 * ["AttnUpBlock2D"], *3 * ["ResnetUpsampleBlock2D"]],
+    )),
+}  # fmt: skip
 FULL = {
     "cifar10": ((128, 256, 256, 256), {1}, dict(sample_size=32)),
+    "train_unconditional": ((128, 128, 256, 256, 512, 512), {4}, TRAIN_UNCONDITIONAL),
     "256²": ((128, 128, 256, 256, 512, 512), {4}, dict(sample_size=256)),
 }
 
@@ -49,7 +100,7 @@ def converted(network, folder):
     network.save_pretrained(folder)
     config = configs.default_config()
     fields = json.loads((folder / "config.json").read_text())
-    config.update_from_flattened_dict(interop.network_fields(fields, "config.json"))
+    config.update_from_flattened_dict(networks.network_fields(fields, "config.json"))
     configs.check(config, "import")
     flip = fields["flip_sin_to_cos"]
     params = interop.read_params(folder / interop.TENSORS, config, flip_sin_to_cos=flip)
@@ -57,11 +108,14 @@ def converted(network, folder):
 
 
 def batch(network, size=2, seed=0):
-    """x_t, t, eps."""
-    rng, shape = np.random.default_rng(seed), network.config.sample_size
-    shape = (size, *np.broadcast_to(shape, 2), network.config.in_channels)
+    """x_t, t, eps, and labels if the network has classes."""
+    rng, config = np.random.default_rng(seed), network.config
+    shape = (size, *np.broadcast_to(config.sample_size, 2), config.in_channels)
     x_t, eps = rng.standard_normal((2, *shape), np.float32)
-    return x_t, rng.integers(1000, size=size), eps
+    if config.out_channels != config.in_channels:  # a learned variance
+        eps = np.concatenate([eps, eps[..., ::-1]], axis=-1)
+    t, classes = rng.integers(1000, size=size), config.num_class_embeds
+    return x_t, t, eps, *([rng.integers(classes, size=size)] if classes else [])
 
 
 def relative_error(ours, theirs):
@@ -80,26 +134,27 @@ def test_network(name, reference, tmp_path):
     widths, attention, kwargs = NETWORKS[name]
     network = reference.make_network(widths, attention, **kwargs)
     model, params = converted(network, tmp_path)
-    x_t, t, eps = batch(network, size=1 if "256" in name else 2)
-    out = jax.jit(unet.net_fn(model, params))(x_t, t)
-    error = relative_error(out, reference.forward(network, x_t, t))
+    x_t, t, eps, *labels = batch(network, size=1 if "256²" in name else 2)
+    out = jax.jit(unet.net_fn(model, params))(x_t, t, *labels)
+    error = relative_error(out, reference.forward(network, x_t, t, *labels))
     assert error <= 1e-5
-    theirs = reference.gradients(network, x_t, t, eps)
+    theirs = reference.gradients(network, x_t, t, eps, *labels)
     if kwargs.get("flip_sin_to_cos"):
         theirs = {name: swapped(g, name) for name, g in theirs.items()}
-    assert_same_gradients(gradients(model, params, x_t, t, eps), theirs)
-    if not kwargs.get("flip_sin_to_cos"):  # torch_reference writes its own embedding
-        with jax.enable_x64(True):
-            double = jax.tree.map(lambda p: np.float64(np.asarray(p)), params)
-            eps_fn = unet.net_fn(model.clone(dtype=jnp.float64), double)
-            out = np.asarray(jax.jit(eps_fn)(np.float64(x_t), t))
-        theirs = reference.forward(reference.embed_in_float64(network), np.float64(x_t), t)
-        assert out.dtype == np.float64 and relative_error(out, theirs) <= 1e-12
+    assert_same_gradients(gradients(model, params, x_t, t, eps, *labels), theirs)
+    with jax.enable_x64(True):
+        double = jax.tree.map(lambda p: np.float64(np.asarray(p)), params)
+        eps_fn = unet.net_fn(model.clone(dtype=jnp.float64), double)
+        out = np.asarray(jax.jit(eps_fn)(np.float64(x_t), t, *labels))
+    theirs = reference.forward(reference.embed_in_float64(network), np.float64(x_t), t, *labels)
+    assert out.dtype == np.float64 and relative_error(out, theirs) <= 1e-12
 
 
-@pytest.mark.parametrize("name", ["cifar10", pytest.param("256²", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    "name", ["cifar10", "train_unconditional", pytest.param("256²", marks=pytest.mark.nightly)]
+)
 def test_full_size(name, reference, tmp_path):
-    """The published networks: the output, and for CIFAR-10 every gradient."""
+    """Published networks: the output, and for CIFAR-10 every gradient."""
     widths, attention, kwargs = FULL[name]
     network = reference.make_network(widths, attention, **kwargs)
     model, params = converted(network, tmp_path)
@@ -121,10 +176,11 @@ def run(solver, predict_fn, x_T, noises):
 
 
 @pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
 def test_reverse_chain(variance, clip, reference, tmp_path):
     """1,000 steps with the same noises, through a network."""
-    network = reference.make_network((8, 16), {1}, **SMALL)
+    learned = variance == "learned_range"
+    network = reference.make_network((8, 16), {1}, **SMALL, out_channels=6 if learned else 3)
     model, params = converted(network, tmp_path)
     x_T, *_ = batch(network, size=1)
     noises = np.random.default_rng(1).standard_normal((1000, *x_T.shape), np.float32)
@@ -133,7 +189,7 @@ def test_reverse_chain(variance, clip, reference, tmp_path):
 
     alpha_bars = schedules.make_alpha_bars("linear", 1000)
     schedule = schedules.from_alpha_bars(alpha_bars)
-    predict_fn = diffusion.predictor(schedule, unet.net_fn(model, params))
+    predict_fn = diffusion.predictor(schedule, unet.net_fn(model, params), learned=learned)
     predict_fn = diffusion.clipped(predict_fn) if clip else predict_fn
     ours = run(solvers.ancestral(alpha_bars, variance), predict_fn, x_T, noises[::-1])
     # A network that was not trained drives images to hundreds, unless they are clipped.

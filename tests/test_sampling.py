@@ -141,7 +141,7 @@ def test_classifier_free_guidance():
     np.testing.assert_allclose(none.x0, free.x0, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(one.x0, given.x0, rtol=1e-5, atol=1e-6)
     for found in (none, one, two):
-        np.testing.assert_array_equal(found.log_variance, given.log_variance)
+        np.testing.assert_array_equal(found.variance, given.variance)
     # As the paper has it, in ε: ε_u + g (ε_c - ε_u).
     eps = [diffusion.predict_eps(HO, x_t, t, p.x0) for p in (free, given, two)]
     np.testing.assert_allclose(eps[2], eps[0] + 2 * (eps[1] - eps[0]), rtol=1e-3, atol=1e-3)

@@ -8,12 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import cpu
+from ddpm_jax import configs, cpu
 from ddpm_jax.core import unet
 
-CIFAR10 = dict(channel_mults=(1, 2, 2, 2), num_res_blocks=2, attention_resolutions=(16,))
 TINY = dict(
-    channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(4,), norm_groups=4
+    channels=8,
+    widths=(8, 16),
+    num_res_blocks=1,
+    attention_down=(1,),
+    attention_up=(1,),
+    norm_groups=4,
 )
 
 
@@ -22,7 +26,8 @@ def init(model, x):
 
 
 def test_six_attention_blocks_on_cifar10():
-    names = unet.param_shapes(unet.UNet(128, **CIFAR10), (32, 32, 3))
+    model = configs.make_model(configs.named_config("cifar10"))
+    names = unet.param_shapes(model, (32, 32, 3))
     assert sorted(n for n in names if "attention" in n) == [
         "down1_block0_attention",
         "down1_block1_attention",
@@ -69,7 +74,7 @@ def test_wide_layers_are_as_exact_as_direct_ones(channels, monkeypatch):
     monkeypatch.setattr(
         cpu, "conv3x3_winograd", lambda *a, f=cpu.conv3x3_winograd: calls.append(1) or f(*a)
     )
-    layer = unet.conv3x3(channels, jnp.float32, cpu.convolve, "layer")
+    layer = unet.make_layers(1, 1e-6, jnp.float32, cpu.convolve).conv3x3(channels)
 
     def by_layer(x, kernel):
         return layer.apply({"params": {"kernel": kernel, "bias": jnp.zeros(channels)}}, x)
@@ -90,7 +95,7 @@ def test_wide_layers_are_as_exact_as_direct_ones(channels, monkeypatch):
 
 def test_initialisation_scales():
     """Variance scaling, fan_avg, uniform: limit √(3 · scale / fan_avg)."""
-    model = unet.UNet(**{**TINY, "channels": 32})
+    model = unet.UNet(**{**TINY, "channels": 32, "widths": (32, 64)})
     params = init(model, jnp.zeros((1, 8, 8, 3)))
     block = params["down0_block0"]
     limit = np.sqrt(3 / (9 * 32))
@@ -122,7 +127,9 @@ def test_images_of_all_kinds(channels, size, dtype):
 def test_downsampling_pads_like_ho():
     """SAME, stride 2, even size: zeros only below and to the right."""
     x = jnp.zeros((1, 4, 4, 1)).at[0, 0, 0, 0].set(1.0)
-    conv = unet.conv3x3(1, jnp.float32, jax.lax.conv_general_dilated, "c", strides=2)
+    conv = unet.make_layers(1, 1e-6, jnp.float32, jax.lax.conv_general_dilated).conv3x3(
+        1, strides=2
+    )
     ones = {"params": {"kernel": jnp.ones((3, 3, 1, 1)), "bias": jnp.zeros(1)}}
     out = conv.apply(ones, x)[0, :, :, 0]
     np.testing.assert_array_equal(out, [[1, 0], [0, 0]])

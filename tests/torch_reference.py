@@ -61,12 +61,12 @@ def make_network(widths, attention, seed=0, **changes):
     """
     torch.manual_seed(seed)
     attends = [level in attention for level in range(len(widths))]
-    network = UNet2DModel(
+    blocks = dict(
         block_out_channels=widths,
         down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in attends[::-1]],
-        **{**HO, **changes},
     )
+    network = UNet2DModel(**{**HO, **blocks, **changes})
     with torch.no_grad():  # biases and norms would be zeros and ones
         for parameter in network.parameters():
             if parameter.ndim == 1:
@@ -84,31 +84,37 @@ def from_torch(images):
     return images.detach().numpy().transpose(0, 2, 3, 1)
 
 
-def forward(network, x_t, t):
-    """ε of a batch."""
+def output(network, x_t, t, *labels):
+    """The network's output for a batch, [B, C, H, W]."""
+    return network(to_torch(x_t), torch.from_numpy(t), *map(torch.from_numpy, labels)).sample
+
+
+def forward(network, x_t, t, *labels):
+    """The network's output for a batch, [B, H, W, C]."""
     with torch.no_grad():
-        return from_torch(network(to_torch(x_t), torch.from_numpy(t)).sample)
+        return from_torch(output(network, x_t, t, *labels))
 
 
 def embed_in_float64(network):
     """Makes a network compute its time embedding in float64; diffusers rounds it to float32."""
-    half = network.config.block_out_channels[0] // 2
+    config = network.config
+    half = config.block_out_channels[0] // 2
 
     class Embedding(torch.nn.Module):
         def forward(self, t):
-            frequencies = 10000.0 ** -(np.arange(half) / (half - 1))
+            frequencies = 10000.0 ** -(np.arange(half) / (half - config.freq_shift))
             angles = np.float64(t.numpy())[:, None] * frequencies
-            return torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1))
+            parts = [np.sin(angles), np.cos(angles)]
+            parts = parts[::-1] if config.flip_sin_to_cos else parts
+            return torch.from_numpy(np.concatenate(parts, axis=1))
 
     network.time_proj = Embedding()
     return network.double()
 
 
-def gradients(network, x_t, t, eps):
+def gradients(network, x_t, t, eps, *labels):
     """{name: gradient of the ε-MSE}."""
-    loss = torch.nn.functional.mse_loss(
-        network(to_torch(x_t), torch.from_numpy(t)).sample, to_torch(eps)
-    )
+    loss = torch.nn.functional.mse_loss(output(network, x_t, t, *labels), to_torch(eps))
     names, parameters = zip(*network.named_parameters(), strict=True)
     grads = torch.autograd.grad(loss, parameters)
     return {name: grad.numpy() for name, grad in zip(names, grads, strict=True)}

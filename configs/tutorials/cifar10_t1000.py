@@ -24,7 +24,8 @@ def get_config():
         channels=64,
         channel_mults=(1, 2, 2),
         num_res_blocks=1,
-        attention_resolutions=(8,),
+        attention_down=(2,),
+        attention_up=(2,),
         dropout=0.0,
     )
     config.optim.update(learning_rate=1e-4, warmup_steps=0, grad_clip=0.0, ema_decay=0.999)

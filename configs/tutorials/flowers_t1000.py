@@ -37,7 +37,8 @@ def get_config():
     config.data.update(name="folder", split="train[5%:]", eval_split="train[:5%]")
     config.data.update(resize="squash", random_flip=True)
     config.diffusion.schedule = "linear_rescaled"
-    config.model.update(channels=64, channel_mults=(1, 2, 4, 4), attention_resolutions=(16, 8))
+    config.model.update(channels=64, channel_mults=(1, 2, 4, 4))
+    config.model.update(attention_down=(1, 2), attention_up=(1, 2))  # at 16 × 16 and 8 × 8
     config.optim.update(warmup_steps=0, grad_clip=0.0, weight_decay=0.01, ema_decay=0.999)
     config.train.update(batch_size=32, num_steps=0, num_epochs=800)
     config.train.update(eval_every=20 * EPOCH, sample_every=20 * EPOCH)

@@ -10,9 +10,9 @@ epochs: here 1e-3, 128 and 20, as in tutorial D. It shows ᾱ over t, here in sh
 Pitfall, about which the program warns: ᾱ ends at 0.132 (in the tutorial's plot at 0.096), so
 sampling starts from noise that the network never saw in training. Corrected:
 --config.diffusion.schedule=linear_rescaled. For CIFAR-10, which the tutorial also mentions:
---config.data.name=cifar10 --config.data.channels=3 "--config.data.image_size=(32,32)"
-"--config.model.attention_resolutions=(8,)". Cosine schedule: --config.diffusion.schedule=cosine.
-Next steps: --config.sample.sampler=ddim, and --config.data.num_classes=10 for guidance.
+--config.data.name=cifar10 --config.data.channels=3 "--config.data.image_size=(32,32)". Cosine
+schedule: --config.diffusion.schedule=cosine. Next steps: --config.sample.sampler=ddim, and
+--config.data.num_classes=10 for guidance.
 
 Intentional differences: samples use the EMA of the parameters. The last batch of an epoch is filled
 from the next epoch.

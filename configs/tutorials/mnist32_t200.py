@@ -31,7 +31,6 @@ def get_config():
     config = named_config("mnist")
     config.data.image_size = (32, 32)
     config.diffusion.update(num_timesteps=200, variance="fixed_small")
-    config.model.attention_resolutions = (8,)
     config.optim.update(warmup_steps=0, decay="constant", grad_clip=0.0)
     config.train.update(num_steps=0, num_epochs=20, eval_every=469, sample_every=469)
     config.train.checkpoint_every = 469

@@ -14,14 +14,15 @@ import jax.numpy as jnp
 
 PREDICTIONS = ("eps", "x0", "mean", "v")
 FIXED_VARIANCES = ("fixed_small", "fixed_large")
-VARIANCES = (*FIXED_VARIANCES, "learned")
+LEARNED_VARIANCES = ("learned", "learned_range")
+VARIANCES = FIXED_VARIANCES + LEARNED_VARIANCES
 
 
 class Prediction(NamedTuple):
     """The network's prediction at x_t."""
 
     x0: jax.Array  # [B, H, W, C]
-    log_variance: jax.Array | None  # [B, H, W, C], of p(x_{t-1} | x_t); None unless learned
+    variance: jax.Array | None  # [B, H, W, C], what log_variance_line takes; None unless learned
 
 
 class PMeanVariance(NamedTuple):
@@ -167,19 +168,19 @@ def predictor(schedule, net_fn, *, prediction="eps", learned=False):
       schedule: coefficients, each [T], of all steps that the network was trained on.
       net_fn: the network, (x_t [B, H, W, C], t [B], …) to [B, H, W, C].
       prediction: the prediction target, one of PREDICTIONS.
-      learned: whether the output is [B, H, W, 2C], whose second half is the log variance of
-        p(x_{t-1} | x_t), as in Ho's code.
+      learned: whether the output is [B, H, W, 2C], whose second half is a learned variance; see
+        log_variance_line.
 
     Returns:
       predict_fn: (x_t, t, …) to a Prediction, not clipped.
     """
 
     def predict_fn(x_t, t, *condition):
-        output, log_variance = net_fn(x_t, t, *condition), None
+        output, variance = net_fn(x_t, t, *condition), None
         if learned:
-            output, log_variance = jnp.split(output, 2, axis=-1)
+            output, variance = jnp.split(output, 2, axis=-1)
         chex.assert_equal_shape((output, x_t))
-        return Prediction(to_x0(schedule, output, x_t, t, prediction), log_variance)
+        return Prediction(to_x0(schedule, output, x_t, t, prediction), variance)
 
     return predict_fn
 
@@ -213,6 +214,30 @@ def dynamically_thresholded(predict_fn, quantile):
     return threshold
 
 
+def log_variance_line(log_small, log_large, variance):
+    """log σ² of p(x_{t-1} | x_t) as a + b · v, where v is the second half of the network's output.
+
+    "learned" is v itself, as in Ho's code. "learned_range" lies between log β̃_t at v = -1 and
+    log β_t at v = 1 (Nichol & Dhariwal 2021, Eq. 15), those of the chain at hand: of fewer steps,
+    too. The fixed variances do not depend on v.
+
+    Args:
+      log_small: log β̃, [T].
+      log_large: log β, [T].
+      variance: one of VARIANCES.
+
+    Returns:
+      (a, b): each [T].
+    """
+    zero = 0 * log_small
+    return {
+        "fixed_small": (log_small, zero),
+        "fixed_large": (log_large, zero),
+        "learned": (zero, zero + 1),
+        "learned_range": ((log_large + log_small) / 2, (log_large - log_small) / 2),
+    }[variance]
+
+
 def p_mean_variance(schedule, predict_fn, x_t, t, *, variance):
     """p(x_{t-1} | x_t): Eq. (11), written through x0.
 
@@ -224,19 +249,20 @@ def p_mean_variance(schedule, predict_fn, x_t, t, *, variance):
       predict_fn: (x_t, t) to a Prediction.
       x_t: [B, H, W, C].
       t: [B] int32, in [0, T).
-      variance: "fixed_small" (β̃_t), "fixed_large" (β_t), Sec. 3.2, or "learned".
+      variance: one of VARIANCES: "fixed_small" (β̃_t), "fixed_large" (β_t), Sec. 3.2, or learned.
 
     Returns:
       A PMeanVariance.
     """
-    x0_pred, log_variance = predict_fn(x_t, t)
+    x0_pred, v = predict_fn(x_t, t)
     mean, _ = q_posterior(schedule, x0_pred, x_t, t)
-    if variance != "learned":
-        log_variances = {
-            "fixed_small": schedule.fixed_small_log_variance,
-            "fixed_large": schedule.fixed_large_log_variance,
-        }
-        log_variance = at(log_variances[variance], t, x_t)
+    log_small, log_large = schedule.fixed_small_log_variance, schedule.fixed_large_log_variance
+    if variance == "learned_range":
+        log_large = jnp.log(schedule.betas)  # theirs is β at t = 0, too
+    a, b = log_variance_line(log_small, log_large, variance)
+    log_variance = at(a, t, x_t)
+    if variance in LEARNED_VARIANCES:
+        log_variance += at(b, t, x_t) * v
     return PMeanVariance(mean, log_variance, x0_pred)
 
 

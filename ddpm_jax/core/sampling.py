@@ -128,7 +128,10 @@ def make_step(solver, predict_fn, noise_fn):
         terms = [*state, prediction.x0]
         if used[:, -1].any():
             eps = noise_fn(n, x.shape[1:])
-            terms.append(eps * jnp.exp(0.5 * prediction.log_variance) if solver.learned else eps)
+            if solver.log_variance is not None:
+                a, b = jnp.asarray(solver.log_variance, jnp.float32)[n]
+                eps *= jnp.exp(0.5 * (a + b * prediction.variance))
+            terms.append(eps)
 
         def combine(k):
             chosen = [weights[n, k, j] * term for j, term in enumerate(terms) if used[k, j]]

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ddpm_jax.core import diffusion
+
 
 class Solver(NamedTuple):
     """A method on a chain of S steps; it calls the network N times (NFE).
@@ -28,7 +30,7 @@ class Solver(NamedTuple):
 
     steps: np.ndarray  # [N] ints in [0, S): the step at which the network is called; -1: no call
     weights: np.ndarray  # [N, K, K + 2] float64: (state, x0_pred, noise) to the next state
-    learned: bool = False  # whether the noise has the network's learned variance
+    log_variance: np.ndarray | None = None  # [N, 2]: a, b of diffusion.log_variance_line; or fixed
 
 
 def ancestral(alpha_bars, variance="fixed_small"):
@@ -36,28 +38,31 @@ def ancestral(alpha_bars, variance="fixed_small"):
 
       x_{t-1} = √ᾱ_{t-1} β_t / (1 - ᾱ_t) · x0 + √α_t (1 - ᾱ_{t-1}) / (1 - ᾱ_t) · x_t + σ_t · ε
 
-    This is Eq. (11), written through x0 by Eq. (7). σ_t² is β̃_t or β_t (Sec. 3.2), or learned; the
-    last step adds no noise.
+    This is Eq. (11), written through x0 by Eq. (7). σ_t² is β̃_t or β_t (Sec. 3.2), or learned (see
+    diffusion.log_variance_line); the last step adds no noise.
 
     Args:
       alpha_bars: ᾱ, [S] float64, descending.
-      variance: "fixed_small", "fixed_large" or "learned".
+      variance: one of diffusion.VARIANCES.
 
     Returns:
       A Solver, NFE = S.
     """
     x, x0, eps = np.eye(3)
-    rows, steps = [], range(len(alpha_bars))[::-1]
+    rows, lines, steps = [], [], range(len(alpha_bars))[::-1]
     alpha_bars_prev = np.append(1.0, alpha_bars[:-1])
     for i in steps:
         a, a_prev = alpha_bars[i], alpha_bars_prev[i]
         beta = 1 - a / a_prev
         mean = np.sqrt(a_prev) * beta / (1 - a) * x0
         mean += np.sqrt(1 - beta) * (1 - a_prev) / (1 - a) * x
-        variances = {"fixed_small": beta * (1 - a_prev) / (1 - a), "fixed_large": beta}
-        std = np.sqrt(variances.get(variance, 1.0)) if i > 0 else 0.0
-        rows.append([mean + std * eps])
-    return Solver(np.array(steps), np.array(rows), learned=variance == "learned")
+        small = beta * (1 - a_prev) / (1 - a) if i > 0 else beta  # no noise at i = 0
+        line = diffusion.log_variance_line(np.log(small), np.log(beta), variance)
+        std = {"fixed_small": np.sqrt(small), "fixed_large": np.sqrt(beta)}.get(variance, 1.0)
+        rows.append([mean + (std if i > 0 else 0.0) * eps])
+        lines.append(line)
+    learned = variance in diffusion.LEARNED_VARIANCES
+    return Solver(np.array(steps), np.array(rows), np.array(lines) if learned else None)
 
 
 def ddim(alpha_bars, eta=0.0):

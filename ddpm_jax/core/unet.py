@@ -2,12 +2,18 @@
 
 Each level has residual blocks at one resolution. Strided convolutions lead to the next level down,
 nearest-neighbour upsampling to the next level up, and skip connections join the two paths. At the
-attention resolutions, single-head self-attention follows each residual block. The classifier is the
-U-Net's down path and middle block.
+levels with attention, self-attention follows each residual block. The classifier is the U-Net's
+down path and middle block.
+
+All of it consists of two blocks, ResBlock and AttentionBlock, which consist of three layers (see
+Layers). The defaults are the paper's; the other choices are those of Nichol & Dhariwal 2021 and of
+Dhariwal & Nichol 2021 (ADM), and of networks trained with diffusers.
 """
 
+import functools
 import zlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import chex
 import flax.linen as nn
@@ -19,20 +25,28 @@ ONE = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 NEAR_ZERO = nn.initializers.variance_scaling(1e-10, "fan_avg", "uniform")
 
 
-def conv3x3(features, dtype, convolve, name, kernel_init=ONE, strides=1):
-    """A 3×3 convolution; with stride 2 on even sizes, SAME padding is (0, 1), as in Ho's code."""
-    options = {"kernel_init": kernel_init, "dtype": dtype, "name": name}
-    return nn.Conv(features, (3, 3), strides, conv_general_dilated=convolve, **options)
+class Layers(NamedTuple):
+    """The layers that all blocks consist of; each takes a `name`."""
+
+    conv3x3: Callable  # (features): a 3×3 convolution
+    dense: Callable  # (features): linear on the last axis; on images, a 1×1 convolution
+    group_norm: Callable  # (): its statistics are float32 for every dtype
 
 
-def dense(features, dtype, name, kernel_init=ONE):
-    """A linear layer on the last axis (on images: a 1×1 convolution)."""
-    return nn.Dense(features, kernel_init=kernel_init, dtype=dtype, name=name)
-
-
-def group_norm(groups, dtype, name):
-    """GroupNorm with Ho's ε; its statistics are float32 for every dtype."""
-    return nn.GroupNorm(groups, epsilon=1e-6, dtype=dtype, name=name)
+def make_layers(norm_groups, norm_eps, dtype, convolve):
+    """The Layers of a network; the arguments are Network's attributes."""
+    conv3x3 = functools.partial(
+        nn.Conv,
+        kernel_size=(3, 3),
+        kernel_init=ONE,
+        dtype=dtype,
+        conv_general_dilated=convolve,
+    )
+    return Layers(
+        conv3x3,
+        functools.partial(nn.Dense, kernel_init=ONE, dtype=dtype),
+        functools.partial(nn.GroupNorm, norm_groups, epsilon=norm_eps, dtype=dtype),
+    )
 
 
 def upsample(x):
@@ -40,19 +54,26 @@ def upsample(x):
     return x.repeat(2, axis=1).repeat(2, axis=2)
 
 
-def timestep_embedding(t, dim):
-    """Sinusoidal embedding of t (Vaswani et al. 2017, as in Ho's code).
+def downsample(x):
+    """Halves height and width: the mean of each 2×2 pixels."""
+    batch, height, width, channels = x.shape
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean((2, 4))
+
+
+def timestep_embedding(t, dim, freq_shift=1):
+    """Sinusoidal embedding of t (Vaswani et al. 2017).
 
     Args:
       t: [B], counted from 0.
       dim: size of the embedding, even and at least 4.
+      freq_shift: s below; 1 in Ho's code, 0 in Nichol & Dhariwal's.
 
     Returns:
       [B, dim] float32 (float64 under jax_enable_x64): sines, then cosines, at frequencies
-      10000^(-i / (dim / 2 - 1)).
+      10000^(-i / (dim / 2 - s)).
     """
     half = dim // 2
-    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half) / (half - 1))
+    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half) / (half - freq_shift))
     angles = t.astype(frequencies.dtype)[:, None] * frequencies[None, :]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
@@ -77,49 +98,82 @@ def per_example_dropout(x, rate, keys, tag):
 
 
 class ResBlock(nn.Module):
-    """norm, swish, conv, + time embedding, norm, swish, dropout, conv, + x."""
+    """norm, swish, conv, + time embedding, norm, swish, dropout, conv, + x.
+
+    Attributes:
+      channels: of the output.
+      layers: Layers.
+      dropout: rate, in [0, 1).
+      scale_shift: whether the time embedding scales and shifts the second norm's output, instead
+        of being added before it (Dhariwal & Nichol 2021, Eq. 2).
+      resample: what happens to both branches before their convolutions: nothing, `upsample` or
+        `downsample` (BigGAN's blocks; Dhariwal & Nichol 2021).
+    """
 
     channels: int
-    dropout: float
-    norm_groups: int
-    dtype: jnp.dtype
-    convolve: Callable
+    layers: Layers
+    dropout: float = 0.0
+    scale_shift: bool = False
+    resample: Callable | None = None
 
     @nn.compact
     def __call__(self, x, temb, dropout_keys):
-        h = nn.swish(group_norm(self.norm_groups, self.dtype, "norm1")(x))
-        h = conv3x3(self.channels, self.dtype, self.convolve, "conv1")(h)
-        h += dense(self.channels, self.dtype, "temb")(nn.swish(temb))[:, None, None, :]
-        h = nn.swish(group_norm(self.norm_groups, self.dtype, "norm2")(h))
+        conv3x3, dense, group_norm = self.layers
+        h = nn.swish(group_norm(name="norm1")(x))
+        if self.resample:
+            x, h = self.resample(x), self.resample(h)
+        h = conv3x3(self.channels, name="conv1")(h)
+        size = 2 * self.channels if self.scale_shift else self.channels
+        temb = dense(size, name="temb")(nn.swish(temb))[:, None, None, :]
+        norm2 = group_norm(name="norm2")
+        if self.scale_shift:
+            scale, shift = jnp.split(temb, 2, axis=-1)
+            h = norm2(h) * (1 + scale) + shift
+        else:
+            h = norm2(h + temb)
+        h = nn.swish(h)
         if dropout_keys is not None and self.dropout > 0:
             tag = zlib.crc32("/".join(self.path).encode())
             h = per_example_dropout(h, self.dropout, dropout_keys, tag)
-        h = conv3x3(self.channels, self.dtype, self.convolve, "conv2", NEAR_ZERO)(h)
+        h = conv3x3(self.channels, kernel_init=NEAR_ZERO, name="conv2")(h)
         if x.shape[-1] != self.channels:
-            x = dense(self.channels, self.dtype, "shortcut")(x)
+            x = dense(self.channels, name="shortcut")(x)
         return x + h
 
 
 class AttentionBlock(nn.Module):
-    """Single-head self-attention over the H·W positions, with a residual connection."""
+    """Self-attention over the H·W positions (Vaswani et al. 2017), with a residual connection.
 
-    norm_groups: int
-    dtype: jnp.dtype
+    Attributes:
+      layers: Layers.
+      num_heads: heads of the attention.
+      head_channels: channels of each.
+      normalizes: whether it begins with a norm.
+    """
+
+    layers: Layers
+    num_heads: int
+    head_channels: int
+    normalizes: bool = True
 
     @nn.compact
     def __call__(self, x):
         batch, height, width, channels = x.shape
-        h = group_norm(self.norm_groups, self.dtype, "norm")(x)
+        _, dense, group_norm = self.layers
+        h = group_norm(name="norm")(x) if self.normalizes else x
         h = h.reshape(batch, height * width, channels)
-        query = dense(channels, self.dtype, "query")(h)
-        key = dense(channels, self.dtype, "key")(h)
-        value = dense(channels, self.dtype, "value")(h)
-        # The softmax is computed in float32, or in float64 if the network is.
+        size = self.num_heads * self.head_channels
+        query, key, value = (
+            dense(size, name=name)(h).reshape(*h.shape[:2], self.num_heads, self.head_channels)
+            for name in ("query", "key", "value")
+        )
+        # The softmax is computed in float32, or in float64 if the network is; in
+        # jax.nn.dot_product_attention it is never float64.
         softmax_dtype = jnp.promote_types(query.dtype, jnp.float32)
-        scores = jnp.einsum("bqc,bkc->bqk", query, key, preferred_element_type=softmax_dtype)
-        weights = nn.softmax(scores / channels**0.5).astype(value.dtype)
-        h = jnp.einsum("bqk,bkc->bqc", weights, value)
-        h = dense(channels, self.dtype, "proj", NEAR_ZERO)(h)
+        scores = jnp.einsum("bqnc,bknc->bnqk", query, key, preferred_element_type=softmax_dtype)
+        weights = nn.softmax(scores / self.head_channels**0.5).astype(value.dtype)
+        h = jnp.einsum("bnqk,bknc->bqnc", weights, value).reshape(*h.shape[:2], size)
+        h = dense(channels, kernel_init=NEAR_ZERO, name="proj")(h)
         return x + h.reshape(x.shape)
 
 
@@ -127,85 +181,130 @@ class Network(nn.Module):
     """The layers that the U-Net and the classifier share: the down path and the middle block.
 
     Attributes:
-      channels: width of the first level; a multiple of norm_groups.
-      channel_mults: width of each level in multiples of `channels`.
+      channels: width of the first convolution and of the embedding of t; a multiple of norm_groups.
+      widths: width of each level, the highest resolution first; multiples of norm_groups.
       num_res_blocks: residual blocks per level of the down path; the up path has one more.
-      attention_resolutions: heights of the feature maps that get attention.
+      attention_down: levels of the down path with attention; level 0 has the highest resolution.
+      attention_up: levels of the up path with attention.
+      attention_middle: whether the middle block has attention.
+      middle_norm: whether this attention begins with a norm, as the others do.
+      num_heads: heads of each attention.
+      head_channels: channels of each head, instead of num_heads; 0: num_heads decides.
+      resblock_down: levels to which a residual block leads down, instead of a strided convolution.
+      resblock_up: levels from which a residual block leads up, instead of a convolution.
+      symmetric_padding: whether strided convolutions pad (1, 1), as PyTorch's do; otherwise
+        (0, 1), as Ho's.
+      scale_shift: how the time embedding enters a residual block; see ResBlock.
       dropout: rate inside the residual blocks, in [0, 1).
       norm_groups: groups of every GroupNorm.
+      norm_eps: ε of every GroupNorm.
+      freq_shift: of the time embedding.
       dtype: of the computation (parameters are float32).
       num_classes: K, the number of labels; 0 for an unconditional network.
+      null_class: whether the U-Net has the label K, "no class".
       remat: whether the backward pass recomputes each block's activations instead of storing them.
       convolve: computes the 3×3 convolutions; has the arguments of lax.conv_general_dilated.
     """
 
     channels: int
-    channel_mults: tuple[int, ...]
+    widths: tuple[int, ...]
     num_res_blocks: int
-    attention_resolutions: tuple[int, ...]
+    attention_down: tuple[int, ...] = ()
+    attention_up: tuple[int, ...] = ()
+    attention_middle: bool = True
+    middle_norm: bool = True
+    num_heads: int = 1
+    head_channels: int = 0
+    resblock_down: tuple[int, ...] = ()
+    resblock_up: tuple[int, ...] = ()
+    symmetric_padding: bool = False
+    scale_shift: bool = False
     dropout: float = 0.0
     norm_groups: int = 32
+    norm_eps: float = 1e-6
+    freq_shift: int = 1
     dtype: jnp.dtype = jnp.float32
     num_classes: int = 0
+    null_class: bool = True
     remat: bool = False
     convolve: Callable = jax.lax.conv_general_dilated
 
+    @property
+    def layers(self):
+        """Its Layers."""
+        return make_layers(self.norm_groups, self.norm_eps, self.dtype, self.convolve)
+
     def time_embedding(self, t):
         """The embedding of t for every residual block, [B, 4 · channels]."""
-        temb = timestep_embedding(t, self.channels)
-        temb = dense(4 * self.channels, self.dtype, "temb1")(temb)
-        return dense(4 * self.channels, self.dtype, "temb2")(nn.swish(temb))
+        dense = self.layers.dense
+        temb = timestep_embedding(t, self.channels, self.freq_shift)
+        temb = dense(4 * self.channels, name="temb1")(temb)
+        return dense(4 * self.channels, name="temb2")(nn.swish(temb))
 
-    def res_block(self, h, features, name, context):
+    def res_block(self, h, features, name, context, resample=None):
         """A residual block; context is (temb, dropout_keys)."""
         block = nn.remat(ResBlock) if self.remat else ResBlock
-        options = self.dropout, self.norm_groups, self.dtype, self.convolve
+        options = self.layers, self.dropout, self.scale_shift, resample
         return block(features, *options, name=name)(h, *context)
 
-    def attention(self, h, name):
+    def attention(self, h, name, normalizes=True):
         """An attention block."""
         block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
-        return block(self.norm_groups, self.dtype, name=name)(h)
+        count, size = self.num_heads, h.shape[-1] // self.num_heads
+        if self.head_channels:
+            count, size = h.shape[-1] // self.head_channels, self.head_channels
+        return block(self.layers, count, size, normalizes, name=name)(h)
 
-    def level_block(self, h, features, name, context):
-        """A residual block, followed by attention at the attention resolutions."""
+    def level_block(self, h, features, name, context, attends):
+        """A residual block, followed by attention at the levels that have it."""
         h = self.res_block(h, features, name, context)
-        has_attention = h.shape[1] in self.attention_resolutions
-        return self.attention(h, f"{name}_attention") if has_attention else h
+        return self.attention(h, f"{name}_attention") if attends else h
+
+    def down(self, h, level, context):
+        """From the level above to `level`: half the height and width."""
+        if level in self.resblock_down:
+            return self.res_block(h, h.shape[-1], f"down{level}_resblock", context, downsample)
+        padding = 1 if self.symmetric_padding else "SAME"  # SAME: (0, 1), since sizes are even
+        options = {"strides": 2, "padding": padding, "name": f"down{level}_conv"}
+        return self.layers.conv3x3(h.shape[-1], **options)(h)
+
+    def up(self, h, level, context):
+        """From `level` to the level above: twice the height and width."""
+        if level in self.resblock_up:
+            return self.res_block(h, h.shape[-1], f"up{level}_resblock", context, upsample)
+        return self.layers.conv3x3(h.shape[-1], name=f"up{level}_conv")(upsample(h))
 
     def down_path(self, x, context):
         """The outputs of all layers from x down to the lowest resolution, a list."""
-        widths = [mult * self.channels for mult in self.channel_mults]
-        h = conv3x3(self.channels, self.dtype, self.convolve, "conv_in")(x)
+        h = self.layers.conv3x3(self.channels, name="conv_in")(x)
         skips = [h]
-        for level, width in enumerate(widths):
+        for level, width in enumerate(self.widths):
             if level > 0:
-                h = conv3x3(
-                    widths[level - 1], self.dtype, self.convolve, f"down{level}_conv", strides=2
-                )(h)
+                h = self.down(h, level, context)
                 skips.append(h)
             for block in range(self.num_res_blocks):
-                h = self.level_block(h, width, f"down{level}_block{block}", context)
+                name, attends = f"down{level}_block{block}", level in self.attention_down
+                h = self.level_block(h, width, name, context, attends)
                 skips.append(h)
         return skips
 
     def mid_block(self, h, context):
         """The blocks at the lowest resolution."""
-        width = self.channel_mults[-1] * self.channels
-        h = self.res_block(h, width, "middle_block0", context)
-        h = self.attention(h, "middle_attention")
-        return self.res_block(h, width, "middle_block1", context)
+        h = self.res_block(h, self.widths[-1], "middle_block0", context)
+        if self.attention_middle:
+            h = self.attention(h, "middle_attention", self.middle_norm)
+        return self.res_block(h, self.widths[-1], "middle_block1", context)
 
     def output_norm(self, h):
         """The normalisation before the output layer."""
-        return nn.swish(group_norm(self.norm_groups, self.dtype, "norm_out")(h))
+        return nn.swish(self.layers.group_norm(name="norm_out")(h))
 
 
 class UNet(Network):
     """ε_θ(x_t, t), or another prediction target.
 
     Attributes:
-      learned_variance: whether it also predicts a log variance; the others are Network's.
+      learned_variance: whether it also predicts a variance; the others are Network's.
     """
 
     learned_variance: bool = False
@@ -217,7 +316,8 @@ class UNet(Network):
         Args:
           x: [B, H, W, C]; the levels halve H and W, so both are multiples of 2^(levels - 1).
           t: [B] int32, in [0, T).
-          labels: [B] int32, in [0, K]; K is "no class", and None is K for all.
+          labels: [B] int32, in [0, K], or [0, K) without a null class; K is "no class", and None is
+            K for all.
           dropout_keys: [B] PRNG keys, or None for no dropout.
 
         Returns:
@@ -227,24 +327,25 @@ class UNet(Network):
         assert labels is None or self.num_classes > 0
         temb = self.time_embedding(t)
         if self.num_classes > 0:
+            assert labels is not None or self.null_class or self.is_initializing()
             labels = jnp.full(t.shape, self.num_classes) if labels is None else labels
-            size, init = (self.num_classes + 1, temb.shape[-1]), nn.initializers.normal(1.0)
-            temb += nn.Embed(*size, self.dtype, embedding_init=init, name="labels")(labels)
+            size, init = self.num_classes + self.null_class, nn.initializers.normal(1.0)
+            embed = nn.Embed(size, temb.shape[-1], self.dtype, embedding_init=init, name="labels")
+            temb += embed(labels)
         context = temb, dropout_keys
         skips = self.down_path(x, context)
         h = self.mid_block(skips[-1], context)
-        for level, mult in reversed(tuple(enumerate(self.channel_mults))):
-            width = mult * self.channels
+        for level, width in reversed(tuple(enumerate(self.widths))):
             for block in range(self.num_res_blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = self.level_block(h, width, f"up{level}_block{block}", context)
-            if level > 0:
-                h = conv3x3(width, self.dtype, self.convolve, f"up{level}_conv")(upsample(h))
+                name, attends = f"up{level}_block{block}", level in self.attention_up
+                h = self.level_block(h, width, name, context, attends)
+            h = self.up(h, level, context) if level > 0 else h
         assert not skips
 
         channels = x.shape[-1] * (2 if self.learned_variance else 1)
-        h = conv3x3(channels, self.dtype, self.convolve, "conv_out", NEAR_ZERO)(self.output_norm(h))
-        return h.astype(x.dtype)
+        conv_out = self.layers.conv3x3(channels, kernel_init=NEAR_ZERO, name="conv_out")
+        return conv_out(self.output_norm(h)).astype(x.dtype)
 
 
 class Classifier(Network):
@@ -264,7 +365,8 @@ class Classifier(Network):
         """
         context = self.time_embedding(t), dropout_keys
         h = self.output_norm(self.mid_block(self.down_path(x, context)[-1], context)).mean((1, 2))
-        return nn.log_softmax(dense(self.num_classes, self.dtype, "logits")(h).astype(x.dtype))
+        logits = self.layers.dense(self.num_classes, name="logits")(h)
+        return nn.log_softmax(logits.astype(x.dtype))
 
 
 def param_shapes(model, image_shape):

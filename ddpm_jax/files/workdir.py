@@ -168,7 +168,7 @@ def load_config(workdir):
     fields = read_json(path)
     try:
         config = ml_collections.ConfigDict(configs.with_tuples(fields)).lock()
-        return configs.rename_old_values(config)
+        return configs.with_levels(configs.rename_old_values(config))
     except (AttributeError, RecursionError, ValueError) as error:
         raise UserError(f"{path}: is not a config ({one_line(error)})") from None
 

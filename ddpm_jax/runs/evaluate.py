@@ -333,8 +333,8 @@ def _mean(values):
 
 def vlb_variances(config):
     """The variances that bits/dim are computed for: the fixed ones, and the learned one if any."""
-    learned = config.diffusion.variance == "learned"
-    return diffusion.VARIANCES if learned else diffusion.FIXED_VARIANCES
+    variance, fixed = config.diffusion.variance, diffusion.FIXED_VARIANCES
+    return (*fixed, variance) if variance in diffusion.LEARNED_VARIANCES else fixed
 
 
 def make_vlb_rows(config, params, source):
@@ -475,7 +475,8 @@ def is_papers(config):
         "model.channels": 128,
         "model.channel_mults": (1, 2, 2, 2),
         "model.num_res_blocks": 2,
-        "model.attention_resolutions": (16,),
+        "model.attention_down": (1,),
+        "model.attention_up": (1,),
         "data.num_classes": 0,
         "diffusion.prediction": "eps",
         "diffusion.loss": "simple",

@@ -142,9 +142,8 @@ def guided_predict(config, chain, params, labels, classifier=None):
 def unguided_predict(config, schedule, net_fn):
     """The predict_fn of a network with the config's prediction target, without guidance."""
     section = config.diffusion
-    return diffusion.predictor(
-        schedule, net_fn, prediction=section.prediction, learned=section.variance == "learned"
-    )
+    learned = section.variance in diffusion.LEARNED_VARIANCES
+    return diffusion.predictor(schedule, net_fn, prediction=section.prediction, learned=learned)
 
 
 def with_labels(predict_fn, labels):
@@ -404,6 +403,7 @@ def load_classifier(config):
     for name in ("data.image_size", "data.channels", *(f"diffusion.{name}" for name in schedule)):
         if fields[name] != theirs[name]:
             raise UserError(f"{field}: its {name} is {theirs[name]!r}, this run's {fields[name]!r}")
+    saved = configs.with_added(saved)
     _, params = checkpoint.restore_params(saved, workdir)
     return configs.make_model(saved), params, run_files.load_label_names(workdir)
 

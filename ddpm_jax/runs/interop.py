@@ -1,4 +1,6 @@
-"""Import and export of weights of diffusers' UNet2DModel; schedulers.py has its schedulers.
+"""Import and export of weights of diffusers' UNet2DModel.
+
+networks.py has the network's config, schedulers.py the schedulers.
 
 A folder in diffusers' format is flat, or a pipeline with a subfolder for each component:
 
@@ -6,9 +8,11 @@ A folder in diffusers' format is flat, or a pipeline with a subfolder for each c
   diffusion_pytorch_model.safetensors    unet/diffusion_pytorch_model.safetensors
   scheduler_config.json                  scheduler/scheduler_config.json
 
+Large weights are several files with an index, diffusion_pytorch_model.safetensors.index.json.
 Tensors have PyTorch's layout: convolutions [out, in, height, width], linear layers [out, in].
 """
 
+import contextlib
 import logging
 import os
 import pathlib
@@ -26,47 +30,13 @@ from ddpm_jax.core import unet
 from ddpm_jax.errors import UserError, one_line
 from ddpm_jax.files import checkpoint
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.runs import schedulers
-from ddpm_jax.runs.schedulers import is_size, json_text
+from ddpm_jax.runs import networks, schedulers
 
 log = logging.getLogger(__name__)
 
 TENSORS = "diffusion_pytorch_model.safetensors"
+SCHEDULER = "scheduler", "scheduler_config.json"
 
-# Fields of a UNet2DModel for which our U-Net has one value: (diffusers' default, our value).
-FIXED = {
-    "center_input_sample": (False, False),
-    "time_embedding_type": ("positional", "positional"),
-    "freq_shift": (0, 1),
-    "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2D"),
-    "mid_block_scale_factor": (1, 1),
-    "downsample_padding": (1, 0),  # 0 is the padding of (0, 1)
-    "downsample_type": ("conv", "conv"),
-    "upsample_type": ("conv", "conv"),
-    "act_fn": ("silu", "silu"),
-    "norm_eps": (1e-5, 1e-6),
-    "resnet_time_scale_shift": ("default", "default"),
-    "add_attention": (True, True),
-    "class_embed_type": (None, None),
-    "num_class_embeds": (None, None),
-}
-# The other fields, with diffusers' defaults.
-DEFAULTS = {
-    "sample_size": None,
-    "in_channels": 3,
-    "out_channels": 3,
-    "block_out_channels": (224, 448, 672, 896),
-    "down_block_types": ("DownBlock2D", *3 * ["AttnDownBlock2D"]),
-    "up_block_types": (*3 * ["AttnUpBlock2D"], "UpBlock2D"),
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-    "attention_head_dim": 8,
-    "attn_norm_num_groups": None,
-    "time_embedding_dim": None,
-    "flip_sin_to_cos": True,  # the cosines first
-    "dropout": 0.0,
-    "num_train_timesteps": None,  # of an embedding that we do not have
-}
 # diffusers' names of our modules and parameters.
 MODULES = {
     "conv_in": "conv_in",
@@ -77,6 +47,7 @@ MODULES = {
     "middle_block0": "mid_block.resnets.0",
     "middle_attention": "mid_block.attentions.0",
     "middle_block1": "mid_block.resnets.1",
+    "labels": "class_embedding",
     # in a residual block
     "norm1": "norm1",
     "conv1": "conv1",
@@ -91,6 +62,7 @@ MODULES = {
     "value": "to_v",
     "proj": "to_out.0",
     # in a layer
+    "embedding": "weight",
     "kernel": "weight",
     "scale": "weight",
     "bias": "bias",
@@ -106,7 +78,7 @@ def import_run(config, weights, workdir, overrides=()):
 
     Args:
       config: for the fields that the folder does not define.
-      weights: the folder.
+      weights: the folder, or a .safetensors file with a config.json beside it.
       workdir: the run's folder; must not exist, or be empty.
       overrides: names of the fields that the user set; see read_run.
 
@@ -123,18 +95,18 @@ def import_run(config, weights, workdir, overrides=()):
     log.info("wrote %s", workdir)
 
 
-def is_diffusers(folder):
-    """Whether a folder has the config of a diffusers network."""
-    path = _find(pathlib.Path(folder), "unet", "config.json")
+def is_diffusers(weights):
+    """Whether a folder or a file has the config of a diffusers network."""
+    path = _find(_folder_of(weights), "unet", "config.json")
     return path is not None and "_class_name" in run_files.read_json(path)
 
 
 def read_run(config, weights, overrides=()):
-    """Reads a folder in diffusers' format.
+    """Reads weights in diffusers' format.
 
     Args:
       config: for the fields that the folder does not define.
-      weights: the folder.
+      weights: the folder, or a .safetensors file with a config.json beside it.
       overrides: names of the fields that the user set. A value that contradicts the folder is an
         error, unless it does not change the function of the weights (as dropout).
 
@@ -144,19 +116,17 @@ def read_run(config, weights, overrides=()):
     Raises:
       UserError: for a network that our U-Net does not support, or an incomplete folder.
     """
-    weights = pathlib.Path(weights)
-    if not os.path.isdir(weights):
-        raise UserError(f"weights={weights}: no such folder")
-    _check_pipeline(weights)
-    path = _find(weights, "unet", "config.json")
+    folder = _folder_of(weights)
+    if not os.path.isdir(folder) or not os.path.exists(weights):
+        raise UserError(f"weights={weights}: no such folder, nor a .safetensors file")
+    _check_pipeline(folder)
+    path = _find(folder, "unet", "config.json")
     if path is None:
         raise UserError(f"weights={weights}: has no config.json (nor unet/config.json)")
-    network = run_files.read_json(path)
-    size = config.data.image_size if "data.image_size" in overrides else None
-    fields = network_fields(network, path, size)
-    schedule = _find(weights, "scheduler", "scheduler_config.json")
+    network, schedule = run_files.read_json(path), _find(folder, *SCHEDULER)
+    fields = read_fields(config, network, path, overrides)
     if schedule is not None:
-        fields |= schedulers.read_scheduler(run_files.read_json(schedule), schedule)
+        fields = _with_scheduler(fields, run_files.read_json(schedule), schedule)
 
     user_fields = configs.flatten(config)
     for name in fields.keys() & set(overrides):
@@ -168,14 +138,42 @@ def read_run(config, weights, overrides=()):
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(fields)
     configs.check(config, "import")
-    flip = network.get("flip_sin_to_cos", DEFAULTS["flip_sin_to_cos"])
-    params = read_params(path.with_name(TENSORS), config, flip_sin_to_cos=flip)
+    flip = network.get("flip_sin_to_cos", networks.DEFAULTS["flip_sin_to_cos"])
+    tensors = path.with_name(TENSORS) if folder == pathlib.Path(weights) else pathlib.Path(weights)
+    params = read_params(tensors, config, flip_sin_to_cos=flip)
     log.info("read %s: %s", weights, ", ".join(f"{k}={v}" for k, v in fields.items()))
     if schedule is None:
         chain = ", ".join(f"{name}={value}" for name, value in config.diffusion.items())
         text = "no scheduler_config.json in %s: the diffusion process is the config's, %s"
         log.warning(text, weights, chain)
     return config, params
+
+
+def _with_scheduler(fields, scheduler, path):
+    """Adds the fields of a scheduler to those of the network; they must agree on the variance."""
+    found = schedulers.read_scheduler(scheduler, path)
+    learned, said = "diffusion.variance" in fields, scheduler.get("variance_type")
+    if learned and said is None:
+        found.pop("diffusion.variance", None)
+    elif learned != (said == "learned_range"):
+        text = "the network has learned a variance" if learned else "the network has no variance"
+        allowed = "must be" if learned else "cannot be"
+        text = f'{allowed} "learned_range": {text} (out_channels)'
+        raise UserError(f"{path}: variance_type={schedulers.json_text(said)}: {text}")
+    return fields | found
+
+
+def read_fields(config, network, path, overrides):
+    """networks.network_fields, with what the user says and the file does not."""
+    size = config.data.image_size if "data.image_size" in overrides else None
+    null_class = config.model.null_class and "model.null_class" in overrides
+    fields = networks.network_fields(network, path, size, null_class)
+    if fields["data.num_classes"] and "model.null_class" not in overrides:
+        text = (
+            "%s: its %d classes have no null class (if the last is one: --config.model.null_class)"
+        )
+        log.info(text, path, fields["data.num_classes"])
+    return fields
 
 
 def export_run(config, workdir, weights):
@@ -199,11 +197,11 @@ def export_run(config, workdir, weights):
             "scheduler": ["diffusers", scheduler["_class_name"]],
             "unet": ["diffusers", "UNet2DModel"],
         },
-        "unet/config.json": diffusers_network(config),
+        "unet/config.json": networks.diffusers_network(config),
         "scheduler/scheduler_config.json": scheduler,
     }
     step, params = checkpoint.restore_params(config, workdir)
-    tensors = diffusers_tensors(params, len(config.model.channel_mults))
+    tensors = diffusers_tensors(params, len(configs.widths(config.model)))
     with run_files.new_folder("weights", weights) as folder:
         for name, content in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
@@ -216,135 +214,14 @@ def export_run(config, workdir, weights):
     if kind != "DDPMScheduler":
         text = "DDPMPipeline may not run a %s: load the network and the scheduler by themselves"
         log.info(text, kind)
+    elif config.data.num_classes:
+        text = (
+            "DDPMPipeline gives the network no labels: call it yourself, the classes are 0 to %d%s"
+        )
+        null = ", and the last embedding is the null class" if config.model.null_class else ""
+        log.info(text, config.data.num_classes - 1, null)
     elif steps != 1000:
         log.info("call the DDPMPipeline with num_inference_steps=%d; its default is 1000", steps)
-
-
-def network_fields(network, origin, image_size=None):
-    """Converts a UNet2DModel's config to fields of our config.
-
-    Args:
-      network: the content of its config.json.
-      origin: the file, for errors.
-      image_size: (H, W), for a file without sample_size.
-
-    Returns:
-      {"section.field": value}.
-
-    Raises:
-      UserError: that names the first field that our U-Net does not support.
-    """
-    defaults = {name: default for name, (default, _) in FIXED.items()}
-    fields = {"_class_name": None, **defaults, **DEFAULTS, **network}
-    if fields["sample_size"] is None:
-        fields["sample_size"] = image_size
-    elif is_size(fields["sample_size"]):
-        fields["sample_size"] = 2 * [fields["sample_size"]]
-    _check_network(fields, origin)
-
-    widths, size = fields["block_out_channels"], fields["sample_size"]
-    attends = _attends(fields["down_block_types"], "DownBlock2D")
-    # Older files have no dropout; it matters only in training.
-    dropout = {"model.dropout": float(network["dropout"])} if "dropout" in network else {}
-    return dropout | {
-        "data.image_size": tuple(size),
-        "data.channels": fields["in_channels"],
-        "data.num_classes": 0,
-        "model.kind": "unet",
-        "model.channels": widths[0],
-        "model.channel_mults": tuple(width // widths[0] for width in widths),
-        "model.num_res_blocks": fields["layers_per_block"],
-        "model.attention_resolutions": tuple(
-            size[0] // 2**level for level, attend in enumerate(attends) if attend
-        ),
-        "model.norm_groups": fields["norm_num_groups"],
-    }
-
-
-def _check_network(fields, origin):
-    """Raises a UserError that names the first field of a UNet2DModel that is not supported."""
-
-    def require(fits, name, allowed):
-        if not fits:
-            raise UserError(f"{origin}: {name}={json_text(fields[name])}: {allowed}")
-
-    require(fields["_class_name"] == "UNet2DModel", "_class_name", 'must be "UNet2DModel"')
-    widths, size, groups, channels = (
-        fields[name]
-        for name in ("block_out_channels", "sample_size", "norm_num_groups", "in_channels")
-    )
-    for name in ("layers_per_block", "norm_num_groups"):
-        require(is_size(fields[name]), name, "must be a whole number above 0")
-    fits = _are_sizes(widths) and all(width % widths[0] == 0 for width in widths)
-    require(fits, "block_out_channels", "must be a list of multiples of its first number")
-    fits = widths[0] % 2 == 0 and widths[0] >= 4
-    require(fits, "block_out_channels", "the first must be even, at least 4")
-    fits = widths[0] % groups == 0
-    require(fits, "norm_num_groups", f"must divide the first of block_out_channels, {widths[0]}")
-
-    for name, (_, ours) in FIXED.items():
-        same = fields[name] == ours or (name, fields[name]) == ("act_fn", "swish")
-        unused = name.startswith("downsample") and len(widths) == 1
-        require(same or unused, name, f"our U-Net has {json_text(ours)}")
-    for name in sorted(fields):
-        supported = name in FIXED or name in DEFAULTS or name.startswith("_")
-        require(supported or fields[name] is None, name, "is not supported by our U-Net")
-
-    factor = 2 ** (len(widths) - 1)
-    fits = _are_sizes(size) and len(size) == 2 and all(side % factor == 0 for side in size)
-    allowed = f"must be the images' height and width, multiples of {factor}"
-    require(fits, "sample_size", f"{allowed} (or null, and --config.data.image_size=H,W)")
-    choices = configs.CHOICES["data.channels"]
-    require(channels in choices, "in_channels", f"choose from {', '.join(map(str, choices))}")
-    require(fields["out_channels"] == channels, "out_channels", f"must be in_channels={channels}")
-    flips = isinstance(fields["flip_sin_to_cos"], bool)
-    require(flips, "flip_sin_to_cos", "must be true or false")
-    dropout = fields["dropout"]
-    fits = isinstance(dropout, float | int) and 0 <= dropout < 1
-    require(fits, "dropout", "must lie in [0, 1)")
-
-    attends = _attends(fields["down_block_types"], "DownBlock2D")
-    fits = attends is not None and len(attends) == len(widths)
-    allowed = f"must be {len(widths)} of DownBlock2D and AttnDownBlock2D"
-    require(fits, "down_block_types", allowed)
-    fits = _attends(fields["up_block_types"], "UpBlock2D") == attends[::-1]
-    allowed = "must be UpBlock2D and AttnUpBlock2D, with attention where down_block_types has it"
-    require(fits, "up_block_types", allowed)
-    heads = {width for width, attend in zip(widths, attends, strict=True) if attend} | {widths[-1]}
-    size = fields["attention_head_dim"]
-    fits = size is None or all(width == size for width in heads)
-    allowed = f"our attention has one head: must be null, or the width, {sorted(heads)}"
-    require(fits, "attention_head_dim", allowed)
-    for name, ours in (("attn_norm_num_groups", groups), ("time_embedding_dim", 4 * widths[0])):
-        require(fields[name] in (None, ours), name, f"our U-Net has {ours}")
-
-
-def diffusers_network(config):
-    """The config.json of the UNet2DModel that equals a config's network."""
-    model, size = config.model, config.data.image_size
-    mults = model.channel_mults
-    if mults[0] != 1:
-        raise UserError(f"model.channel_mults={mults!r}: diffusers needs 1 as the first")
-    if config.data.num_classes:  # diffusers' pipelines have no labels
-        raise UserError(f"data.num_classes={config.data.num_classes}: diffusers' pipelines need 0")
-    attends = [size[0] // 2**level in model.attention_resolutions for level in range(len(mults))]
-    return {
-        "_class_name": "UNet2DModel",
-        "_diffusers_version": schedulers.VERSION,
-        **{name: ours for name, (_, ours) in FIXED.items()},
-        **DEFAULTS,
-        "sample_size": size[0] if size[0] == size[1] else list(size),
-        "in_channels": config.data.channels,
-        "out_channels": config.data.channels,
-        "block_out_channels": [mult * model.channels for mult in mults],
-        "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
-        "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in attends[::-1]],
-        "layers_per_block": model.num_res_blocks,
-        "norm_num_groups": model.norm_groups,
-        "attention_head_dim": None,
-        "flip_sin_to_cos": False,
-        "dropout": model.dropout,
-    }
 
 
 def diffusers_tensors(params, levels):
@@ -379,13 +256,14 @@ def tensor_name(path, levels):
 
 def _block_name(module, levels):
     side, level, layer, attention = re.fullmatch(
-        r"(down|up)(\d+)_(conv|block\d+)(_attention)?", module
+        r"(down|up)(\d+)_(conv|resblock|block\d+)(_attention)?", module
     ).groups()
     level = int(level)
-    # A downsampling convolution belongs to the level after it here, before it in diffusers.
-    if layer == "conv":
-        down = f"down_blocks.{level - 1}.downsamplers.0.conv"
-        return down if side == "down" else f"up_blocks.{levels - 1 - level}.upsamplers.0.conv"
+    # What leads down belongs to the level after it here, before it in diffusers.
+    if layer in ("conv", "resblock"):
+        down = f"down_blocks.{level - 1}.downsamplers.0"
+        up = f"up_blocks.{levels - 1 - level}.upsamplers.0"
+        return (down if side == "down" else up) + (".conv" if layer == "conv" else "")
     index = level if side == "down" else levels - 1 - level
     kind = "attentions" if attention else "resnets"
     return f"{side}_blocks.{index}.{kind}.{layer.removeprefix('block')}"
@@ -397,13 +275,15 @@ def to_diffusers(name, array):
         return array.transpose(3, 2, 0, 1)
     if "conv_shortcut" in name and array.ndim == 2:
         return array.T[:, :, None, None]
-    return array.T
+    return array if name == "class_embedding.weight" else array.T
 
 
 def from_diffusers(name, array):
     """The inverse of to_diffusers."""
     if "conv_shortcut" in name and array.ndim == 4:
         return array[:, :, 0, 0].T
+    if name == "class_embedding.weight":
+        return array
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
 
 
@@ -411,7 +291,7 @@ def read_params(path, config, flip_sin_to_cos=False):
     """Reads a network's parameters, tensor by tensor, to save memory.
 
     Args:
-      path: a .safetensors file.
+      path: a .safetensors file, or that of the whole if there are several files and an index.
       config: its data and model sections define the expected tensors.
       flip_sin_to_cos: whether the time embedding has the cosines first.
 
@@ -421,23 +301,29 @@ def read_params(path, config, flip_sin_to_cos=False):
     Raises:
       UserError: if the file is missing or damaged, or has missing or unexpected tensors.
     """
-    shapes = unet.param_shapes(configs.make_model(config), configs.image_shape(config))
-    shapes, levels = traverse_util.flatten_dict(shapes), len(config.model.channel_mults)
-    names = {param: tensor_name(param, levels) for param in shapes}
-    expected = {
-        name: jax.eval_shape(lambda p, name=name: to_diffusers(name, p), shapes[param]).shape
-        for param, name in names.items()
-    }
-    with _open(path) as file:
-        keys = file.keys()
-        stored = {_new_name(name): name for name in keys}
-        if len(stored) < len(keys):
-            duplicates = _listed(set(keys) - set(stored.values()))
+    levels = len(configs.widths(config.model))
+    with contextlib.ExitStack() as stack:
+        files = _open_tensors(path, stack)
+        stored = {_new_name(name): name for name in files}
+        if len(stored) < len(files):
+            duplicates = _listed(set(files) - set(stored.values()))
             raise UserError(f"{path}: has tensors under an old and a new name: {duplicates}")
-        _check_tensors(path, file, stored, expected)
+        # A network that is far from the file could take minutes to trace.
+        last = f"up_blocks.{levels - 1}.resnets.{config.model.num_res_blocks}.conv1.weight"
+        if last not in stored:
+            raise UserError(f"{path}: lacks {last}")
+        shapes = unet.param_shapes(configs.make_model(config), configs.image_shape(config))
+        shapes = traverse_util.flatten_dict(shapes)
+        names = {param: tensor_name(param, levels) for param in shapes}
+        expected = {
+            name: jax.eval_shape(lambda p, name=name: to_diffusers(name, p), shapes[param]).shape
+            for param, name in names.items()
+        }
+        slices = {name: files[old].get_slice(old) for name, old in stored.items()}
+        _check_tensors(path, slices, expected)
         params = {}
         for param, name in names.items():
-            array = from_diffusers(name, file.get_tensor(stored[name]))
+            array = from_diffusers(name, files[stored[name]].get_tensor(stored[name]))
             params[param] = jnp.asarray(array, jnp.float32)
     if flip_sin_to_cos:
         kernel = params["temb1", "kernel"]  # [embedding, out]
@@ -445,16 +331,15 @@ def read_params(path, config, flip_sin_to_cos=False):
     return traverse_util.unflatten_dict(params)
 
 
-def _check_tensors(path, file, stored, expected):
+def _check_tensors(path, slices, expected):
     """Raises a UserError that names missing, unexpected and mismatched tensors of a file."""
     problems = {
-        "lacks": expected.keys() - stored.keys(),
-        "has, and should not,": stored.keys() - expected.keys(),
+        "lacks": expected.keys() - slices.keys(),
+        "has, and should not,": slices.keys() - expected.keys(),
         "has of another shape or type": set(),
     }
-    for name in expected.keys() & stored.keys():
-        tensor = file.get_slice(stored[name])
-        shape, kind = tuple(tensor.get_shape()), tensor.get_dtype()
+    for name in expected.keys() & slices.keys():
+        shape, kind = tuple(slices[name].get_shape()), slices[name].get_dtype()
         if shape != expected[name] or kind not in ("F32", "F16", "BF16"):
             text = f"{name} {kind} {list(shape)}, not F32 {list(expected[name])}"
             problems["has of another shape or type"].add(text)
@@ -477,21 +362,54 @@ def _new_name(name):
     return ".".join(modules)
 
 
+def _open_tensors(path, stack):
+    """Opens one .safetensors file, or those of its index: {name of a tensor: its file}."""
+    index = path.with_name(f"{path.name}.index.json")
+    if path.is_file() or not index.is_file():
+        file = stack.enter_context(_open(path))
+        return dict.fromkeys(file.keys(), file)
+    weight_map = run_files.read_json(index).get("weight_map")
+    fits = isinstance(weight_map, dict) and all(map(_is_file_name, weight_map.values()))
+    if not fits:
+        raise UserError(f"{index}: weight_map: must give each tensor the name of a file beside it")
+    parts = {name: path.with_name(name) for name in sorted(set(weight_map.values()))}
+    files = {name: stack.enter_context(_open(part)) for name, part in parts.items()}
+    keys = {name: set(file.keys()) for name, file in files.items()}
+    for tensor, name in weight_map.items():
+        if tensor not in keys[name]:
+            raise UserError(f"{parts[name]}: lacks {tensor}, which the index has there")
+    return {tensor: files[name] for tensor, name in weight_map.items()}
+
+
+def _is_file_name(name):
+    """Whether a value of a JSON file is the name of a file, not a path to another folder."""
+    return isinstance(name, str) and name not in ("", "..") and pathlib.Path(name).name == name
+
+
 def _open(path):
     """Opens a .safetensors file; a pickle is never read."""
     if not path.is_file():
-        pickle = path.with_suffix(".bin")
+        folder, pickle = str(path.parent), path.with_suffix(".bin")
         if pickle.exists():
-            folder = str(path.parent)
             raise UserError(
                 f"{pickle}: is a pickle, which is not read; convert it to safetensors with "
                 f"diffusers: UNet2DModel.from_pretrained({folder!r}).save_pretrained({folder!r})"
             )
-        raise UserError(f"{path}: no such file")
+        others = sorted(path.parent.glob("*.safetensors"))
+        hint = f"; to read another one, --weights={others[0]}" if others else ""
+        raise UserError(f"{path}: no such file{hint}")
     try:
         return safetensors.safe_open(path, framework="np")
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: is not a complete safetensors file ({one_line(error)})") from None
+
+
+def _folder_of(weights):
+    """The folder of `weights`, a folder or a .safetensors file."""
+    weights = pathlib.Path(weights)
+    return (
+        weights.parent if weights.suffix == ".safetensors" and os.path.isfile(weights) else weights
+    )
 
 
 def _check_pipeline(folder):
@@ -511,16 +429,3 @@ def _find(folder, component, name):
         folders.append(folder.absolute().parent / component)
     paths = (folder / name for folder in folders)
     return next((path for path in paths if os.path.isfile(path)), None)  # no error for a long name
-
-
-def _are_sizes(value):
-    return isinstance(value, list | tuple) and value and all(map(is_size, value))
-
-
-def _attends(types, plain):
-    """Whether each block has attention, a list; None if a block has another type."""
-    if not isinstance(types, list | tuple):
-        return None
-    kinds = {plain: False, f"Attn{plain}": True}
-    attends = [kinds.get(str(name).removeprefix("UNetRes")) for name in types]
-    return None if None in attends else attends

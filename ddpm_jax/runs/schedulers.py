@@ -11,6 +11,7 @@ import numpy as np
 
 from ddpm_jax import configs
 from ddpm_jax.core import schedules
+from ddpm_jax.core.diffusion import FIXED_VARIANCES
 from ddpm_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ VARIANCES = {
     "fixed_small": "fixed_small",
     "fixed_small_log": "fixed_small",
     "fixed_large": "fixed_large",
+    "learned_range": "learned_range",  # its "learned" is σ², ours its logarithm
 }
 ALGORITHMS = {"dpmsolver++": "dpmpp", "sde-dpmsolver++": "dpmpp_sde"}
 EVEN = ("leading", "linspace", "trailing")  # timestep_spacing
@@ -68,6 +70,7 @@ FIELDS = {
         **THRESHOLD,
         "solver_order": 2,
         "algorithm_type": "dpmsolver++",
+        "variance_type": None,  # only whether the network has one
         "timestep_spacing": "linspace",
         "use_karras_sigmas": False,
         "use_lu_lambdas": False,
@@ -108,7 +111,6 @@ FIXED = {
         "euler_at_final": (False, False),
         "final_sigmas_type": ("zero", "zero"),
         "lambda_min_clipped": (-np.inf, -np.inf),
-        "variance_type": (None, None),
         "use_dynamic_shifting": (False, False),
     },
     "UniPCMultistepScheduler": {
@@ -201,6 +203,9 @@ def _diffusion(fields, require):
     }
     if fields["_class_name"] in PLAIN:
         found["diffusion.variance"] = _take(fields, require, "variance_type", VARIANCES)
+    elif fields.get("variance_type") is not None:
+        choices = {"learned_range": "learned_range"}
+        found["diffusion.variance"] = _take(fields, require, "variance_type", choices)
     return found
 
 
@@ -295,7 +300,9 @@ def write_scheduler(config):
     predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
     if kind == "PNDMScheduler":
         predictions = {"eps": "epsilon"}  # it extrapolates v where we extrapolate ε
-    variances = VARIANCES if kind in PLAIN else {diffusion.variance}
+    variances = {ours: None for ours in VARIANCES.values() if "variance_type" in FIELDS[kind]}
+    if kind not in PLAIN:
+        variances |= dict.fromkeys(FIXED_VARIANCES)  # it adds none of them
     for field, supported in (("prediction", predictions), ("variance", variances)):
         text = f"{kind} has only {', '.join(supported)}"
         configs.require(diffusion[field] in supported, f"diffusion.{field}", diffusion[field], text)
@@ -343,6 +350,8 @@ def _written_sampler(config, kind):
         return fields | {"variance_type": diffusion.variance}
     if "solver_order" in has:
         fields["solver_order"] = section.order
+    if diffusion.variance == "learned_range":
+        fields["variance_type"] = "learned_range"
     if kind == "DPMSolverMultistepScheduler":
         algorithms = {ours: theirs for theirs, ours in ALGORITHMS.items()}
         fields["algorithm_type"] = algorithms[section.sampler]
