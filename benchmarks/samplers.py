@@ -7,9 +7,10 @@
 
 Quality is the Fréchet distance between samples and the training split, on the 64 hidden units of a
 classifier of its images (scikit-learn's MLPClassifier, on pixels in [0, 1], trained on at most
-10,000 of them). Rows that the CSV file has already are not measured again, so the command can be
-interrupted. For a conditional run, a table of guidance scales is printed: a second classifier,
-trained on the held-out images, measures the fraction of samples whose class it recognizes.
+10,000 of them). Rows that the CSV file has already are not measured again, and parts of a row are
+kept in the run's folder, so the command can be interrupted. For a conditional run, a table of
+guidance scales is printed: a second classifier, trained on the held-out images, measures the
+fraction of samples whose class it recognizes.
 """
 
 import csv
@@ -99,6 +100,23 @@ def add_row(path, row):
         writer.writerows(([COLUMNS] if is_new else []) + [row])
 
 
+def generate_in_parts(sample, params, seed, name):
+    """The images of a row, uint8; each part is kept until all are there, to go on after a stop."""
+    folder, parts = pathlib.Path(WORKDIR.value) / "samplers", []
+    for first in range(0, SAMPLES.value, BATCH_SIZE):
+        path = folder / f"{name}_{first}.npy"
+        if not path.exists():
+            indices = np.arange(first, min(first + BATCH_SIZE, SAMPLES.value))
+            folder.mkdir(exist_ok=True)
+            with run_files.atomic_write(path) as part, part.open("wb") as file:
+                np.save(file, sample(params, indices, seed=seed).x)
+        parts.append(path)
+    images = np.concatenate([np.load(part) for part in parts])
+    for part in parts:
+        part.unlink()
+    return images
+
+
 def measure(config, params, distance):
     """Adds the rows that the CSV file lacks, and prints them."""
     path, name = pathlib.Path(CSV.value), pathlib.Path(WORKDIR.value).name
@@ -112,7 +130,7 @@ def measure(config, params, distance):
             if tuple(map(str, row)) in done:
                 continue
             sample = sample or generate.make_sampler(config)
-            images = sample(params, np.arange(SAMPLES.value), seed=seed).x
+            images = generate_in_parts(sample, params, seed, "_".join(map(str, row)))
             row += [f"{distance(images):.4f}", datetime.date.today()]
             add_row(path, row)
             print(*row, flush=True)

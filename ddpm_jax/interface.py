@@ -42,20 +42,23 @@ class Run(NamedTuple):
         Args:
           x_t: [B, H, W, C] float32, an image diffused to step t (Eq. 4).
           t: [B] or a scalar, int, in [0, T); 0 is the last denoising step.
-          labels: [B] int in [0, K), for a network with K classes; None: unconditional.
+          labels: [B] int in [0, K), for a network with K classes; None: the null class.
 
         Returns:
           x0: [B, H, W, C], the predicted image; clipped to [-1, 1] if diffusion.clip_x0.
           log_variance: of p(x_{t-1} | x_t), [B, 1, 1, 1], or of x0's shape if it is learned.
 
         Raises:
-          UserError: for arrays of other shapes, or labels for an unconditional network.
+          UserError: for arrays of other shapes, labels for an unconditional network, or none for a
+            network without a null class.
         """
         shape, num_classes = configs.image_shape(self.config), self.config.data.num_classes
         if jnp.ndim(x_t) != 4 or jnp.shape(x_t)[1:] != shape:
             raise UserError(f"x_t: has shape {jnp.shape(x_t)}, not [B, {str(shape)[1:-1]}]")
         if labels is not None and not num_classes:
             raise UserError("labels: this model is unconditional (data.num_classes=0)")
+        if labels is None and num_classes and not self.config.model.null_class:
+            raise UserError("labels: must be given; model.null_class=False, there is no null class")
         schedule = configs.make_schedule(self.config)
         net_fn = unet.net_fn(configs.make_model(self.config), self.params)
         predict_fn = generate.unguided_predict(self.config, schedule, net_fn)

@@ -23,11 +23,14 @@ import sys
 import tempfile
 import unittest.mock
 import zipfile
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import psutil
 import pytest
+import safetensors.numpy
+from flax import traverse_util
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -39,7 +42,7 @@ from ddpm_jax.core import unet
 from ddpm_jax.files import checkpoint, data, image_files
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.metrics import features, inception
-from ddpm_jax.runs import evaluate, generate, interop, show, train
+from ddpm_jax.runs import evaluate, generate, interop, networks, show, train
 
 SECONDS = 20  # for an example; most take a hundredth
 MEMORY = 4 * 2**30  # bytes that it may ask for
@@ -53,6 +56,7 @@ EXAMPLES = {
     "images": 60,
     "safetensors": 40,
     "configs of diffusers": 60,
+    "a family of networks": 500,
     "arrays": 80,
     "flags": 60,
 }
@@ -549,6 +553,97 @@ def test_configs_of_diffusers(given):
     with place(FIXTURES) as folder:
         (folder / FIXTURES.name / path).write_bytes(content)
         attempt("--mode=import", f"--weights={FIXTURES.name}", "--workdir=run", *more)
+
+
+TINY_NETWORK = {
+    "_class_name": "UNet2DModel",
+    "sample_size": 8,
+    "block_out_channels": [8, 16],
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+}
+FAMILY = [
+    TINY_NETWORK,
+    {**TINY_NETWORK, "block_out_channels": [8, 12], "sample_size": [8, 4], "norm_eps": 1e-6},
+    {**TINY_NETWORK, "num_class_embeds": 3, "attention_head_dim": 4, "add_attention": False},
+    {
+        **TINY_NETWORK,
+        "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "ResnetUpsampleBlock2D"],
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "resnet_time_scale_shift": "scale_shift",
+        "out_channels": 6,
+    },
+]
+BLOCKS = sorted({kind for of_path in networks.BLOCKS.values() for kind in of_path})
+BLOCKS += ["UNetResDownBlock2D", "SkipUpBlock2D", "KDownBlock2D", "CrossAttnDownBlock2D", "", 3]
+KNOWN = sorted(networks.DEFAULTS)
+
+
+@functools.cache
+def tensors_of(text):
+    """The tensors that a network's config.json needs, zeros."""
+    config = configs.default_config()
+    config.update_from_flattened_dict(networks.network_fields(json.loads(text), "config.json"))
+    params = unet.param_shapes(configs.make_model(config), configs.image_shape(config))
+    levels, tensors = len(configs.widths(config.model)), {}
+    for path, leaf in traverse_util.flatten_dict(params).items():
+        name = interop.tensor_name(path, levels)
+        zeros = interop.to_diffusers(name, np.zeros(leaf.shape, np.float16))
+        tensors[name] = np.ascontiguousarray(zeros)
+    return tensors
+
+
+class Example(NamedTuple):
+    """A network; hypothesis prints no tensors."""
+
+    fields: dict
+    tensors: dict
+
+    def __repr__(self):
+        shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in self.tensors.items()}
+        return f"{self.fields} {shapes}"[:5000]
+
+
+@st.composite
+def networks_nearby(draw):
+    """A config.json and tensors that fit it; then some of one of them is changed."""
+    whole = draw(st.sampled_from(FAMILY))
+    fields, tensors = whole, dict(tensors_of(json.dumps(whole)))
+    if draw(st.booleans()):
+        fields = draw(altered(whole))
+    for name in draw(st.lists(st.sampled_from(KNOWN), max_size=2)):
+        of_blocks = st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=3)
+        likely = of_blocks if name.endswith("block_types") else INTS | JSONS | HUGE
+        fields = {**fields, name: draw(likely)}
+    for name in draw(st.lists(st.sampled_from(sorted(tensors)), max_size=2)):
+        shape = draw(st.lists(st.integers(0, 9), max_size=5))
+        dtype = draw(st.sampled_from(["float32", "float64", "int8", "bool", "uint16"]))
+        change = draw(st.sampled_from(["missing", "misshapen", "renamed", "another type"]))
+        tensor = tensors.pop(name, np.zeros(2, np.float32))
+        changed = {
+            "misshapen": {name: np.zeros(shape, np.float32)},
+            "renamed": {draw(ANY_TEXT): tensor},
+            "another type": {name: tensor.astype(dtype)},
+        }
+        tensors |= changed.get(change, {})
+    return Example(fields, tensors)
+
+
+@thrown("a family of networks")
+@given(given=st.data())
+def test_a_family_of_networks(given):
+    """Of all that a UNet2DModel can be; an error names a field or a tensor."""
+    fields, tensors = given.draw(networks_nearby())
+    with place() as folder:
+        (folder / "config.json").write_text(json.dumps(fields))
+        (folder / interop.TENSORS).write_bytes(safetensors.numpy.save(tensors))
+        said = attempt("--mode=import", "--weights=.", "--workdir=run")
+        names = ["_class_name", "lacks", *KNOWN, *fields, *tensors]
+        assert not said or any(str(name) in said for name in names), said
 
 
 # Arrays.

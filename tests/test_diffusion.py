@@ -143,6 +143,29 @@ def test_every_prediction_gives_the_same_chain(prediction, clip):
     np.testing.assert_allclose(sample(prediction), sample("eps"), atol=1e-4)
 
 
+@pytest.mark.parametrize("steps", [1000, 10])
+@pytest.mark.parametrize("v, power", [(-1.0, 0.0), (0.0, 0.5), (1.0, 1.0)])
+def test_learned_range(steps, v, power):
+    """β^p β̃^(1-p), p = (v + 1) / 2 (Nichol & Dhariwal 2021, Eq. 15), of a shorter chain, too."""
+    alpha_bars = schedules.make_alpha_bars("linear", 1000)[999 // steps :: 1000 // steps]
+    before = np.append(1.0, alpha_bars[:-1])
+    betas = 1 - alpha_bars / before
+    small = betas * (1 - before) / (1 - alpha_bars)
+    expected = np.log(betas[1:] ** power * small[1:] ** (1 - power))  # β̃ is 0 at t = 0
+    t = np.arange(1, steps)
+    x_t = jnp.ones((steps - 1, 1, 1, 1))
+    predict_fn = diffusion.predictor(
+        schedules.from_alpha_bars(alpha_bars),
+        lambda x, t: jnp.concatenate([x, v * x], axis=-1),
+        learned=True,
+    )
+    schedule = schedules.from_alpha_bars(alpha_bars)
+    p = diffusion.p_mean_variance(schedule, predict_fn, x_t, t, variance="learned_range")
+    np.testing.assert_allclose(p.log_variance.ravel(), expected, rtol=2e-6)
+    a, b = solvers.ancestral(alpha_bars, "learned_range").log_variance[::-1][1:].T
+    np.testing.assert_allclose(a + b * v, expected, rtol=1e-12)
+
+
 def test_learned_variance_is_the_second_half_of_the_output():
     def net_fn(x_t, t):
         return jnp.concatenate([0.4 * x_t, jnp.full_like(x_t, -3.0)], axis=-1)

@@ -414,9 +414,8 @@ def test_averages_that_have_hardly_moved(config, caplog):
 
 
 @slow
-@pytest.mark.parametrize(
-    "command", ["kill_sweep --kills=1", pytest.param("leaks", marks=pytest.mark.nightly)]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("command", ["kill_sweep --kills=1", "leaks"])
 def test_the_benchmarks_of_faults(command):
     """Their exit code says whether what is compared is the same, and whether memory grew."""
     command = [sys.executable, "-m", *f"benchmarks.{command}".split()]

@@ -11,6 +11,7 @@ import references
 import safetensors.numpy
 from references import FIXTURES
 
+import ddpm_jax
 from ddpm_jax import cli, configs
 from ddpm_jax.core import unet
 from ddpm_jax.errors import UserError
@@ -196,6 +197,197 @@ def test_a_network_survives(config):
     expected = configs.flatten(config)
     assert fields == {name: expected[name] for name in fields}
     assert fields["model.dropout"] == 0.3 and fields["data.image_size"] == (16, 24)
+
+
+def network_json(**fields):
+    """A small UNet2DModel's config.json."""
+    return {
+        "_class_name": "UNet2DModel",
+        "sample_size": 8,
+        "block_out_channels": [8, 16],
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        **fields,
+    }
+
+
+FAMILY = [
+    {},
+    {"norm_eps": 1e-6, "freq_shift": 1, "downsample_padding": 0, "dropout": 0.2},
+    {"block_out_channels": [20, 36], "attention_head_dim": 16, "add_attention": False},
+    {"num_class_embeds": 10, "resnet_time_scale_shift": "scale_shift", "sample_size": [16, 8]},
+    {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 4, "out_channels": 6},
+    {
+        "block_out_channels": [8, 8, 16],
+        "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["UpBlock2D", "ResnetUpsampleBlock2D", "AttnUpBlock2D"],
+        "downsample_type": "resnet",
+    },
+]
+
+
+@pytest.mark.parametrize("fields", FAMILY, ids=str)
+def test_a_network_of_the_family_survives(fields):
+    """From a config.json to fields and back; what it does not say is diffusers' default."""
+    given = json.loads(json.dumps({**networks.DEFAULTS, **network_json(**fields)}))
+    config = configs.default_config()
+    config.update_from_flattened_dict(networks.network_fields(network_json(**fields), "f"))
+    configs.check(config, "import")
+    found = json.loads(json.dumps(networks.diffusers_network(config)))
+    # Import turns the embedding round, and keeps a dropout of which the file says nothing.
+    same = found.keys() - {"_diffusers_version", "flip_sin_to_cos", "dropout"}
+    assert {name: found[name] for name in same} == {name: given[name] for name in same}
+
+
+@pytest.mark.parametrize("name", ["defaults", "adm"])
+def test_what_diffusers_computes(name, tmp_path):
+    """Of float16 weights; padding, heads, ε, the embedding, scale-shift, residual resampling."""
+    with np.load(FIXTURES / "family" / name / "expected.npz") as file:
+        expected = dict(file)
+    loaded = ddpm_jax.load(FIXTURES / "family" / name)
+    model, params = configs.make_model(loaded.config), loaded.params
+    inputs = [expected[name] for name in ("x_t", "t", "labels") if name in expected]
+    found = jax.jit(unet.net_fn(model, params))(*inputs)
+    error = np.linalg.norm(found - expected["output"]) / np.linalg.norm(expected["output"])
+    assert error <= 1e-5
+    with jax.enable_x64(True):
+        double = jax.tree.map(lambda leaf: np.float64(np.asarray(leaf)), params)
+        net_fn = unet.net_fn(model.clone(dtype=np.dtype("float64")), double)
+        found = np.asarray(jax.jit(net_fn)(np.float64(inputs[0]), *inputs[1:]))
+    difference = np.linalg.norm(found - expected["output_float64"])
+    assert difference <= 1e-12 * np.linalg.norm(found)
+
+
+def test_where_each_level_s_layers_are():
+    """Ours are numbered from the highest resolution on both paths; both names are of one layer."""
+    fields = networks.network_fields(network_json(**FAMILY[-1]), "f")
+    assert fields["model.attention_down"] == (1, 2) and fields["model.attention_up"] == (0,)
+    assert fields["model.resblock_down"] == (1, 2) and fields["model.resblock_up"] == (1,)
+    names = {
+        "down1_resblock": "down_blocks.0.downsamplers.0",
+        "down2_conv": "down_blocks.1.downsamplers.0.conv",
+        "up1_resblock": "up_blocks.1.upsamplers.0",
+        "up2_conv": "up_blocks.0.upsamplers.0.conv",
+        "up0_block1_attention": "up_blocks.2.attentions.1",
+    }
+    assert {name: interop.tensor_name([name], 3) for name in names} == names
+
+
+@pytest.fixture
+def with_classes(tmp_path):
+    """A folder of a network with three classes, and its tensors, which are random."""
+    folder, rng = tmp_path / "conditional", np.random.default_rng(0)
+    folder.mkdir()
+    fields = network_json(num_class_embeds=3, in_channels=1, out_channels=1)
+    config = configs.default_config()
+    config.update_from_flattened_dict(networks.network_fields(fields, "f"))
+    shapes = unet.param_shapes(configs.make_model(config), configs.image_shape(config))
+    params = jax.tree.map(lambda s: 0.1 * rng.standard_normal(s.shape, np.float32), shapes)
+    (folder / "config.json").write_text(json.dumps(fields))
+    tensors = interop.diffusers_tensors(params, 2)
+    safetensors.numpy.save_file(tensors, folder / interop.TENSORS)
+    return folder, tensors
+
+
+def test_classes_without_a_null_class(tmp_path, with_classes):
+    folder, tensors = with_classes
+    workdir = f"--workdir={tmp_path / 'run'}"
+    run("import", workdir, f"--weights={folder}")
+    saved = run_files.load_config(tmp_path / "run")
+    assert (saved.data.num_classes, saved.model.null_class) == (3, False)
+    assert saved.train.label_dropout == 0
+    run("export", workdir, f"--weights={tmp_path / 'out'}")
+    name = "class_embedding.weight"
+    out = safetensors.numpy.load_file(tmp_path / "out" / TENSORS)
+    assert out[name].tobytes() == tensors[name].tobytes()
+    with pytest.raises(UserError, match=r"sample\.guidance=2\.0: must be 1"):
+        run("sample", workdir, "--config.sample.guidance=2")
+    with pytest.raises(UserError, match=r"label_dropout=0\.1: must be 0: the network has no null"):
+        run("train", workdir, "--config.data.name=digits", "--config.train.label_dropout=0.1")
+    loaded = ddpm_jax.load(folder)
+    x, labels = np.zeros((2, 8, 8, 1), np.float32), np.array([0, 2])
+    of_classes = loaded.predict(x, 10, labels)[0]
+    assert np.abs(of_classes[0] - of_classes[1]).max() > 1e-6
+    with pytest.raises(UserError, match="labels: must be given"):
+        loaded.predict(x, 900)
+
+
+@pytest.mark.usefixtures("no_report")
+def test_the_last_class_is_the_null_class(tmp_path, with_classes):
+    folder, tensors = with_classes
+    workdir, few = f"--workdir={tmp_path / 'run'}", "--config.sample.num_samples=4"
+    run("import", workdir, f"--weights={folder}", "--config.model.null_class")
+    saved = run_files.load_config(tmp_path / "run")
+    assert (saved.data.num_classes, saved.model.null_class) == (2, True)
+    quick = ["--config.sample.sampler=ddim", "--config.sample.num_steps=2", few]
+    run("sample", workdir, "--config.sample.guidance=2", *quick, "--config.sample.batch_size=4")
+    run("export", workdir, f"--weights={tmp_path / 'out'}")
+    network = json.loads((tmp_path / "out/unet/config.json").read_text())
+    out = safetensors.numpy.load_file(tmp_path / "out" / TENSORS)
+    assert network["num_class_embeds"] == 3
+    assert out["class_embedding.weight"].tobytes() == tensors["class_embedding.weight"].tobytes()
+
+
+def test_several_files_with_an_index(tmp_path, weights):
+    """As diffusers writes large weights."""
+    path = weights / TENSORS
+    tensors = safetensors.numpy.load_file(path)
+    names, whole = sorted(tensors), interop.read_params(path, references.fixture_config())
+    path.unlink()
+    refused(tmp_path, weights, f"{path}: no such file")
+    parts = {"a.safetensors": names[:9], "b.safetensors": names[9:]}
+    for part, chosen in parts.items():
+        safetensors.numpy.save_file({n: tensors[n] for n in chosen}, path.with_name(part))
+    refused(tmp_path, weights, f"--weights={path.with_name('a.safetensors')}")
+    weight_map = {name: part for part, chosen in parts.items() for name in chosen}
+    index = path.with_name(f"{path.name}.index.json")
+    for broken, message in (
+        ({}, "weight_map: must give each tensor the name of a file"),
+        ({"weight_map": {names[0]: "../a.safetensors"}}, "must give each tensor"),
+        ({"weight_map": {**weight_map, names[-1]: "a.safetensors"}}, f"lacks {names[-1]}"),
+        ({"weight_map": {**weight_map, names[-1]: "c.safetensors"}}, "c.safetensors: no such"),
+    ):
+        index.write_text(json.dumps(broken))
+        refused(tmp_path, weights, message)
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    again = interop.read_params(path, references.fixture_config())
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+
+
+def test_one_file_with_its_config_beside_it(tmp_path, weights):
+    path = weights / TENSORS
+    other = path.with_name("diffusion_pytorch_model.fp16.safetensors")
+    path.rename(other)
+    refused(tmp_path, weights, f"to read another one, --weights={other}")
+    refused(tmp_path, tmp_path / "nothing.safetensors", "no such folder, nor a .safetensors file")
+    run("import", f"--workdir={tmp_path / 'run'}", f"--weights={other}")
+    assert run_files.load_config(tmp_path / "run").diffusion.num_timesteps == 50  # its scheduler
+    assert ddpm_jax.load(other).config.model.channels == 8
+
+
+@pytest.mark.parametrize(
+    "channels, kind, said, message",
+    [
+        (6, "DDPMScheduler", {}, None),
+        (6, "DDIMScheduler", {}, None),
+        (6, "DDPMScheduler", {"variance_type": "learned_range"}, None),
+        (6, "DPMSolverMultistepScheduler", {"variance_type": "learned_range"}, None),
+        (6, "DDPMScheduler", {"variance_type": "fixed_small"}, 'must be "learned_range"'),
+        (3, "DDPMScheduler", {"variance_type": "learned_range"}, "has no variance"),
+    ],
+)
+def test_a_learned_variance_comes_in(channels, kind, said, message):
+    """Of twice as many output channels; the scheduler must not contradict."""
+    fields = networks.network_fields(network_json(out_channels=channels), "f")
+    scheduler = {"_class_name": kind, **said}
+    if message:
+        with pytest.raises(UserError, match=message):
+            interop.with_scheduler(fields, scheduler, "f")
+    else:
+        found = interop.with_scheduler(fields, scheduler, "f")
+        assert found["diffusion.variance"] == "learned_range" and found["diffusion.loss"] == "vlb"
 
 
 def test_cosines_first_is_what_diffusers_means_by_nothing(tmp_path, weights):

@@ -38,6 +38,41 @@ def test_six_attention_blocks_on_cifar10():
     ]
 
 
+def test_parameters_of_the_improved_network():
+    """Counted from the layers of Nichol & Dhariwal's U-Net."""
+
+    def conv3x3(inputs, outputs):
+        return 9 * inputs * outputs + outputs
+
+    def linear(inputs, outputs):
+        return inputs * outputs + outputs
+
+    def norm(channels):
+        return 2 * channels
+
+    def block(inputs, outputs, attends=False):
+        shift_and_scale = linear(512, 2 * outputs)
+        shortcut = linear(inputs, outputs) if inputs != outputs else 0
+        count = norm(inputs) + conv3x3(inputs, outputs) + shift_and_scale + norm(outputs)
+        count += conv3x3(outputs, outputs) + shortcut
+        return count + (norm(outputs) + 4 * linear(outputs, outputs) if attends else 0)
+
+    count = linear(128, 512) + linear(512, 512) + conv3x3(3, 128)  # embedding of t, first layer
+    count += block(128, 128) + 2 * block(128, 128) + conv3x3(128, 128)  # down: 32 × 32
+    count += block(128, 256, True) + 2 * block(256, 256, True) + conv3x3(256, 256)  # 16 × 16
+    count += 3 * block(256, 256, True) + conv3x3(256, 256)  # 8 × 8
+    count += 3 * block(256, 256)  # 4 × 4
+    count += block(256, 256, True) + block(256, 256)  # middle
+    count += 4 * block(512, 256) + conv3x3(256, 256)  # up: 4 × 4, each with a skip of 256
+    count += 4 * block(512, 256, True) + conv3x3(256, 256)  # 8 × 8
+    count += 3 * block(512, 256, True) + block(384, 256, True) + conv3x3(256, 256)  # 16 × 16
+    count += block(384, 128) + 3 * block(256, 128)  # 32 × 32
+    count += norm(128) + conv3x3(128, 3)
+    model = configs.make_model(configs.named_config("cifar10_improved"))
+    shapes = unet.param_shapes(model, (32, 32, 3))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count == 52_542_979
+
+
 def test_starts_near_zero():
     """The last convolution makes the first ε almost 0, so that the first loss is about 1."""
     model = unet.UNet(**TINY)
@@ -138,6 +173,31 @@ def test_downsampling_pads_like_ho():
     # The pixel (2, 2) lies in all four windows only if none of them reaches past the top left.
     centre = conv.apply(ones, jnp.zeros((1, 4, 4, 1)).at[0, 2, 2, 0].set(1.0))[0, :, :, 0]
     np.testing.assert_array_equal(centre, [[1, 1], [1, 1]])
+
+
+def test_downsampling_is_the_mean_of_four():
+    x = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    np.testing.assert_array_equal(unet.downsample(x)[0, :, :, 0], [[2.5, 4.5], [10.5, 12.5]])
+
+
+def test_two_heads_attend_apart():
+    """Each head's output is that of single-head attention on its half of the channels."""
+    layers = unet.make_layers(1, 1e-6, jnp.float32, jax.lax.conv_general_dilated)
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4, 8))
+    both = unet.AttentionBlock(layers, 2, 4, normalizes=False)
+    params = both.init(jax.random.key(1), x)["params"]
+    params["proj"] = {"kernel": jnp.eye(8), "bias": jnp.zeros(8)}
+    found = both.apply({"params": params}, x) - x
+
+    def half(tree, chosen):
+        names = ("query", "key", "value")
+        cut = {name: jax.tree.map(lambda leaf: leaf[..., chosen], tree[name]) for name in names}
+        return cut | {"proj": {"kernel": jnp.eye(4, 8), "bias": jnp.zeros(8)}}
+
+    one = unet.AttentionBlock(layers, 1, 4, normalizes=False)
+    for chosen in (slice(0, 4), slice(4, 8)):
+        alone = one.apply({"params": half(params, chosen)}, x) - x
+        np.testing.assert_allclose(found[..., chosen], alone[..., :4], rtol=1e-5, atol=1e-6)
 
 
 def test_upsampling_is_nearest():

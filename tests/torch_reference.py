@@ -34,6 +34,14 @@ HO = dict(
     flip_sin_to_cos=False,
     attention_head_dim=None,
 )
+# diffusers' own defaults.
+DIFFUSERS = dict(
+    norm_eps=1e-5,
+    downsample_padding=1,
+    freq_shift=0,
+    flip_sin_to_cos=True,
+    attention_head_dim=8,
+)
 DPMPP = dict(algorithm_type="dpmsolver++", solver_type="midpoint")
 SDE = dict(algorithm_type="sde-dpmsolver++", solver_type="midpoint", solver_order=2)
 UNIPC = dict(solver_type="bh2", predict_x0=True)
@@ -314,6 +322,35 @@ def write_fixtures():
     np.savez_compressed(FIXTURES / "expected.npz", **arrays)
 
 
+def write_family_fixtures():
+    """Two networks of the family, in float16, and their output; Ho's is in write_fixtures."""
+    small = dict(sample_size=(8, 16), norm_num_groups=4, layers_per_block=1)
+    adm = dict(
+        attn_norm_num_groups=4,
+        resnet_time_scale_shift="scale_shift",
+        downsample_type="resnet",
+        upsample_type="resnet",
+        down_block_types=["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
+        up_block_types=["AttnUpBlock2D", "UpBlock2D"],
+        out_channels=6,
+        num_class_embeds=3,
+    )
+    members = {
+        "defaults": make_network((8, 20), {1}, **small, **DIFFUSERS),
+        "adm": make_network((8, 16), {1}, **small, **{**DIFFUSERS, **adm}),
+    }
+    rng = np.random.default_rng(0)
+    x_t, t = rng.standard_normal((2, 8, 16, 3), np.float32), np.array([3, 900])
+    for name, network in members.items():
+        network.half().save_pretrained(FIXTURES / "family" / name)
+        network, labels = network.float(), [np.array([2, 0])] if name == "adm" else []
+        arrays = dict(x_t=x_t, t=t, output=forward(network, x_t, t, *labels))
+        arrays |= {"labels": labels[0]} if labels else {}
+        network = embed_in_float64(network)
+        arrays["output_float64"] = forward(network, np.float64(x_t), t, *labels)
+        np.savez_compressed(FIXTURES / "family" / name / "expected.npz", **arrays)
+
+
 def write_solver_fixtures():
     """What each solver makes of a simple function; tests/test_solvers_fixtures.py has the same."""
 
@@ -338,4 +375,5 @@ def write_solver_fixtures():
 
 if __name__ == "__main__":
     write_fixtures()
+    write_family_fixtures()
     write_solver_fixtures()

@@ -126,7 +126,7 @@ def read_run(config, weights, overrides=()):
     network, schedule = run_files.read_json(path), _find(folder, *SCHEDULER)
     fields = read_fields(config, network, path, overrides)
     if schedule is not None:
-        fields = _with_scheduler(fields, run_files.read_json(schedule), schedule)
+        fields = with_scheduler(fields, run_files.read_json(schedule), schedule)
 
     user_fields = configs.flatten(config)
     for name in fields.keys() & set(overrides):
@@ -142,6 +142,9 @@ def read_run(config, weights, overrides=()):
     tensors = path.with_name(TENSORS) if folder == pathlib.Path(weights) else pathlib.Path(weights)
     params = read_params(tensors, config, flip_sin_to_cos=flip)
     log.info("read %s: %s", weights, ", ".join(f"{k}={v}" for k, v in fields.items()))
+    if config.data.num_classes and "model.null_class" not in overrides:
+        text = "%s: none of its %d classes is a null class (or else: --config.model.null_class)"
+        log.info(text, weights, config.data.num_classes)
     if schedule is None:
         chain = ", ".join(f"{name}={value}" for name, value in config.diffusion.items())
         text = "no scheduler_config.json in %s: the diffusion process is the config's, %s"
@@ -149,7 +152,7 @@ def read_run(config, weights, overrides=()):
     return config, params
 
 
-def _with_scheduler(fields, scheduler, path):
+def with_scheduler(fields, scheduler, path):
     """Adds the fields of a scheduler to those of the network; they must agree on the variance."""
     found = schedulers.read_scheduler(scheduler, path)
     learned, said = "diffusion.variance" in fields, scheduler.get("variance_type")
@@ -167,13 +170,7 @@ def read_fields(config, network, path, overrides):
     """networks.network_fields, with what the user says and the file does not."""
     size = config.data.image_size if "data.image_size" in overrides else None
     null_class = config.model.null_class and "model.null_class" in overrides
-    fields = networks.network_fields(network, path, size, null_class)
-    if fields["data.num_classes"] and "model.null_class" not in overrides:
-        text = (
-            "%s: its %d classes have no null class (if the last is one: --config.model.null_class)"
-        )
-        log.info(text, path, fields["data.num_classes"])
-    return fields
+    return networks.network_fields(network, path, size, null_class)
 
 
 def export_run(config, workdir, weights):
