@@ -27,10 +27,10 @@ POSITIVE = """
 """.split()
 NOT_NEGATIVE = """
     seed data.max_ram_gib data.num_classes model.attention_down model.attention_up
-    model.head_channels model.resblock_down model.resblock_up model.freq_shift optim.warmup_steps
-    optim.weight_decay optim.grad_clip optim.max_skipped train.num_steps train.num_epochs
-    train.keep_every sample.seed sample.num_steps sample.columns sample.guidance show.num_steps
-    evaluate.num_samples evaluate.bits_per_dim_images
+    model.head_channels model.label_channels model.resblock_down model.resblock_up
+    model.freq_shift optim.warmup_steps optim.weight_decay optim.grad_clip optim.max_skipped
+    train.num_steps train.num_epochs train.keep_every sample.seed sample.num_steps sample.columns
+    sample.guidance show.num_steps evaluate.num_samples evaluate.bits_per_dim_images
 """.split()
 BELOW_ONE = ("model.dropout", "optim.ema_decay")  # in [0, 1)
 # The largest values, far above sensible ones; a mistyped number must not take all memory. Other
@@ -44,6 +44,7 @@ LARGEST = {
     "model.channel_mults": 2**14,
     "model.widths": 2**14,
     "model.num_res_blocks": 64,
+    "model.label_channels": 2**14,
     "train.batch_size": 2**20,
     "train.eval_images": 10_000_000,
     "sample.num_samples": 10_000_000,
@@ -130,6 +131,7 @@ ADDED = {
     "model.norm_eps": 1e-6,
     "model.freq_shift": 1,
     "model.null_class": True,
+    "model.label_channels": 0,
     "model.remat": False,
     "optim.accumulate": 1,
     "optim.max_skipped": 0,
@@ -213,6 +215,7 @@ def _model_fields():
     model.norm_eps = 1e-6  # of every GroupNorm
     model.freq_shift = 1  # of the time embedding's frequencies, 10000^(-i / (channels / 2 - shift))
     model.null_class = True  # with classes: whether "no class" is one more, for guidance
+    model.label_channels = 0  # of a label, as further channels of x; 0: added to the embedding of t
     model.dtype = "float32"  # of the computation; or bfloat16 (parameters are float32)
     model.remat = False  # recompute activations in the backward pass: less memory, slower
     return model
@@ -612,6 +615,9 @@ def _check_task(config, mode):
     allowed = "needs diffusion.loss='vlb'; L_simple trains no variance"
     fits = variance not in diffusion.LEARNED_VARIANCES or loss == "vlb"
     require(fits, "diffusion.variance", variance, allowed)
+    name, channels = "model.label_channels", config.model.label_channels
+    fits = channels == 0 or (config.data.num_classes > 0 and kind == "unet")
+    require(fits, name, channels, "must be 0 for a classifier, and where data.num_classes is 0")
     name, rate = "train.label_dropout", config.train.label_dropout
     allowed = "must be 0: the network has no null class (model.null_class=False)"
     fits = config.model.null_class or not config.data.num_classes or kind == "classifier"

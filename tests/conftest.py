@@ -1,6 +1,7 @@
 """Four virtual CPU devices, strict JAX, tiny networks."""
 
 import getpass
+import importlib
 import os
 import pathlib
 import sys
@@ -32,6 +33,20 @@ def pytest_configure(config):
     if config.option.markexpr in config.getini("addopts"):  # the default run
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """torch_reference.py, imported late, so that only the parity tests need PyTorch.
+
+    With one thread: pytest has a process for each core, and more are slower for small networks.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield importlib.import_module("torch_reference")
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -599,6 +599,7 @@ NETWORKS = {
     "time_embedding_dim": (64, "must be 32"),
     "out_channels": (9, "must be in_channels=3, or twice as many"),
     "in_channels": (2, "choose from 1, 3, 4"),
+    "in_channels ": (5, "2 more than out_channels must be a label's, --config.data.num_classes=K"),
     "block_out_channels": ([8, "16"], "must be a list of whole numbers"),
     "down_block_types": (["DownBlock2D", "SkipDownBlock2D"], "SkipDownBlock2D is a block with FIR"),
     "up_block_types": (["UpBlock2D"], "must be a list of 2"),
@@ -657,7 +658,7 @@ def refused(tmp_path, weights, match, *arguments):
 @pytest.mark.parametrize("field", NETWORKS)
 def test_a_network_that_is_not_ours(tmp_path, weights, field):
     value, message = NETWORKS[field]
-    edit(weights / "unet/config.json", **{field: value})
+    edit(weights / "unet/config.json", **{field.strip(): value})
     refused(tmp_path, weights, message)
 
 

@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from references import assert_same_gradients, gradients
 
 from ddpm_jax import cli, configs
 from ddpm_jax.core import diffusion, sampling, schedules, solvers, spacings, unet
+from ddpm_jax.files import checkpoint
+from ddpm_jax.files import workdir as run_files
 from ddpm_jax.runs import interop, networks, schedulers, state
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
@@ -36,6 +39,12 @@ ADM = dict(
     resnet_time_scale_shift=SHIFT,
     downsample_type="resnet",
     upsample_type="resnet",
+)
+ADM_BLOCKS = dict(
+    ADM,
+    attn_norm_num_groups=4,
+    down_block_types=["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
+    up_block_types=["AttnUpBlock2D", "ResnetUpsampleBlock2D"],
 )
 # widths, levels with attention, the other arguments of UNet2DModel
 NETWORKS = {
@@ -87,12 +96,6 @@ FULL = {
     "train_unconditional": ((128, 128, 256, 256, 512, 512), {4}, TRAIN_UNCONDITIONAL),
     "256²": ((128, 128, 256, 256, 512, 512), {4}, dict(sample_size=256)),
 }
-
-
-@pytest.fixture(scope="module")
-def reference():
-    """torch_reference.py; imported late, so that only these tests need PyTorch."""
-    return importlib.import_module("torch_reference")
 
 
 def converted(network, folder):
@@ -148,6 +151,42 @@ def test_network(name, reference, tmp_path):
         out = np.asarray(jax.jit(eps_fn)(np.float64(x_t), t, *labels))
     theirs = reference.forward(reference.embed_in_float64(network), np.float64(x_t), t, *labels)
     assert out.dtype == np.float64 and relative_error(out, theirs) <= 1e-12
+
+
+def test_the_course_s_network_with_classes(reference, tmp_path):
+    """Its label embedding is not added to the time's, but concatenated to x; gradients, too."""
+    import torch
+
+    class ClassConditionedUnet(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.class_emb = torch.nn.Embedding(10, 4)
+            kwargs = dict(THEIRS, sample_size=28, in_channels=5, out_channels=1)
+            self.model = reference.make_network((32, 64, 64), {1, 2}, **kwargs)
+
+        def forward(self, x, t, labels):
+            maps = self.class_emb(labels)[:, :, None, None].expand(-1, -1, *x.shape[2:])
+            return self.model(torch.cat([x, maps], 1), t)
+
+    network = ClassConditionedUnet()
+    network.model.save_config(tmp_path)
+    tensors = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+    safetensors.numpy.save_file(tensors, tmp_path / interop.TENSORS)
+    arguments = [f"--weights={tmp_path}", "--config.data.num_classes=10"]
+    cli.run(["main", "--mode=import", f"--workdir={tmp_path / 'run'}", *arguments])
+    config = run_files.saved_config(tmp_path / "run")
+    _, params = checkpoint.restore_params(config, tmp_path / "run")
+    model = configs.make_model(config)
+
+    rng = np.random.default_rng(0)
+    x_t, eps = rng.standard_normal((2, 2, 28, 28, 1), np.float32)
+    t, labels = np.array([5, 700]), np.array([3, 8])
+    out = jax.jit(unet.net_fn(model, params))(x_t, t, labels)
+    assert relative_error(out, reference.forward(network, x_t, t, labels)) <= 1e-5
+    theirs = reference.gradients(network, x_t, t, eps, labels)
+    theirs = {name.removeprefix("model."): swapped(g, name) for name, g in theirs.items()}
+    theirs["class_embedding.weight"] = theirs.pop("class_emb.weight")
+    assert_same_gradients(gradients(model, params, x_t, t, eps, labels), theirs)
 
 
 @pytest.mark.parametrize(
@@ -270,11 +309,13 @@ def test_optimisation(reference, tmp_path):
 
 
 @pytest.mark.parametrize("schedule", ["linear", "sigmoid"])
-def test_pipelines_load_what_we_export(schedule, reference, tmp_path):
+@pytest.mark.parametrize("kwargs", [{}, ADM_BLOCKS], ids=["Ho's", "ADM's"])
+def test_pipelines_load_what_we_export(kwargs, schedule, reference, tmp_path):
     """DDPMPipeline and DDIMPipeline generate; the first one the images that we do."""
     from diffusers import DDIMPipeline, DDPMPipeline
 
-    network = reference.make_network((8, 16), {1}, **{**SMALL, "sample_size": (8, 16)})
+    kwargs = {**kwargs, **SMALL, "sample_size": (8, 16)}
+    network = reference.make_network((8, 16), {1}, **kwargs)
     network.save_pretrained(tmp_path / "weights")
     run = f"--workdir={tmp_path / 'run'}"
     chain = [f"--config.diffusion.schedule={schedule}", "--config.diffusion.num_timesteps=20"]
@@ -288,7 +329,9 @@ def test_pipelines_load_what_we_export(schedule, reference, tmp_path):
     assert images.shape == (2, 8, 16, 3) and np.isfinite(images).all()
     ddpm = DDPMPipeline.from_pretrained(tmp_path / "out")
     for name, tensor in ddpm.unet.state_dict().items():
-        assert tensor.numpy().tobytes() == network.state_dict()[name].numpy().tobytes()
+        theirs = network.state_dict()[name].numpy()
+        theirs = swapped(theirs, name) if kwargs.get("flip_sin_to_cos") else theirs
+        assert tensor.numpy().tobytes() == theirs.tobytes()
 
     cli.run(["main", "--mode=sample", run, *(f"--config.sample.{n}=4" for n in
               ("num_samples", "batch_size"))])  # fmt: skip

@@ -3,7 +3,6 @@
 pip install -r requirements-parity.txt && python -m pytest -m parity
 """
 
-import importlib
 import itertools
 
 import jax
@@ -22,17 +21,6 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 ALPHA_BARS = schedules.make_alpha_bars("linear", 1000)
 SPACINGS = ("leading", "linspace", "trailing")
 STEPS = (5, 10, 20)
-
-
-@pytest.fixture(scope="module")
-def reference():
-    """torch_reference.py, with one thread: more are slower for a network as small as this."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield importlib.import_module("torch_reference")
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -202,6 +202,8 @@ class Network(nn.Module):
       dtype: of the computation (parameters are float32).
       num_classes: K, the number of labels; 0 for an unconditional network.
       null_class: whether the U-Net has the label K, "no class".
+      label_channels: size of the label's embedding, which becomes further channels of x; 0: it is
+        added to the embedding of t.
       remat: whether the backward pass recomputes each block's activations instead of storing them.
       convolve: computes the 3×3 convolutions; has the arguments of lax.conv_general_dilated.
     """
@@ -226,6 +228,7 @@ class Network(nn.Module):
     dtype: jnp.dtype = jnp.float32
     num_classes: int = 0
     null_class: bool = True
+    label_channels: int = 0
     remat: bool = False
     convolve: Callable = jax.lax.conv_general_dilated
 
@@ -325,15 +328,20 @@ class UNet(Network):
         """
         chex.assert_rank((x, t), (4, 1))
         assert labels is None or self.num_classes > 0
-        temb = self.time_embedding(t)
+        temb, inputs = self.time_embedding(t), x
         if self.num_classes > 0:
             assert labels is not None or self.null_class or self.is_initializing()
             labels = jnp.full(t.shape, self.num_classes) if labels is None else labels
-            size, init = self.num_classes + self.null_class, nn.initializers.normal(1.0)
-            embed = nn.Embed(size, temb.shape[-1], self.dtype, embedding_init=init, name="labels")
-            temb += embed(labels)
+            size = self.num_classes + self.null_class, self.label_channels or temb.shape[-1]
+            init = nn.initializers.normal(1.0)
+            embedding = nn.Embed(*size, self.dtype, embedding_init=init, name="labels")(labels)
+            if self.label_channels:
+                of_pixels = jnp.broadcast_to(embedding[:, None, None], (*x.shape[:3], size[1]))
+                inputs = jnp.concatenate([x, of_pixels], axis=-1)
+            else:
+                temb += embedding
         context = temb, dropout_keys
-        skips = self.down_path(x, context)
+        skips = self.down_path(inputs, context)
         h = self.mid_block(skips[-1], context)
         for level, width in reversed(tuple(enumerate(self.widths))):
             for block in range(self.num_res_blocks + 1):

@@ -170,7 +170,8 @@ def read_fields(config, network, path, overrides):
     """networks.network_fields, with what the user says and the file does not."""
     size = config.data.image_size if "data.image_size" in overrides else None
     null_class = config.model.null_class and "model.null_class" in overrides
-    return networks.network_fields(network, path, size, null_class)
+    classes = config.data.num_classes if "data.num_classes" in overrides else 0
+    return networks.network_fields(network, path, size, null_class, classes)
 
 
 def export_run(config, workdir, weights):
@@ -352,8 +353,13 @@ def _listed(names, most=4):
 
 
 def _new_name(name):
-    """A tensor's name in today's diffusers."""
-    modules = name.split(".")
+    """A tensor's name in today's diffusers, also if the network is the `model` of another module.
+
+    As in the class-conditional U-Net of diffusers' course, whose label embedding is class_emb.
+    """
+    modules = name.removeprefix("model.").split(".")
+    if modules[0] == "class_emb":
+        modules[0] = "class_embedding"
     if "attentions" in modules and modules[-2] in OLD_NAMES:
         modules[-2] = OLD_NAMES[modules[-2]]
     return ".".join(modules)

@@ -72,7 +72,7 @@ OTHER_BLOCKS = {
 }
 
 
-def network_fields(network, origin, image_size=None, null_class=False):
+def network_fields(network, origin, image_size=None, null_class=False, num_classes=0):
     """Converts a UNet2DModel's config to fields of our config.
 
     Args:
@@ -80,6 +80,7 @@ def network_fields(network, origin, image_size=None, null_class=False):
       origin: the file, for errors.
       image_size: (H, W), for a file without sample_size.
       null_class: whether the last of its classes, if it has any, is "no class".
+      num_classes: of a network whose further input channels are a label's embedding.
 
     Returns:
       {"section.field": value}.
@@ -92,11 +93,12 @@ def network_fields(network, origin, image_size=None, null_class=False):
         fields["sample_size"] = image_size
     elif is_size(fields["sample_size"]):
         fields["sample_size"] = 2 * [fields["sample_size"]]
-    _check_network(fields, origin)
+    _check_network(fields, origin, num_classes)
 
+    label_channels = _label_channels(fields)
     found = {
         "data.image_size": tuple(fields["sample_size"]),
-        "data.channels": fields["in_channels"],
+        "data.channels": fields["in_channels"] - label_channels,
         "data.num_classes": 0,
         "model.kind": "unet",
         "model.channels": fields["block_out_channels"][0],
@@ -109,10 +111,12 @@ def network_fields(network, origin, image_size=None, null_class=False):
         **_level_fields(fields),
         **_attention_fields(fields),
     }
-    if (classes := fields["num_class_embeds"]) is not None:
+    classes = num_classes + null_class if label_channels else fields["num_class_embeds"]
+    if classes is not None:
         found |= {"data.num_classes": classes - null_class, "model.null_class": null_class}
         found |= {} if null_class else {"train.label_dropout": 0.0}
-    if fields["out_channels"] != fields["in_channels"]:
+        found["model.label_channels"] = label_channels
+    if fields["out_channels"] > fields["in_channels"]:
         found |= {"diffusion.variance": "learned_range", "diffusion.loss": "vlb"}
     if "dropout" in network:  # older files have none; it matters only in training
         found["model.dropout"] = float(network["dropout"])
@@ -157,7 +161,12 @@ def _attention_widths(fields):
     return found | ({widths[-1]} if fields["add_attention"] else set())
 
 
-def _check_network(fields, origin):
+def _label_channels(fields):
+    """The channels that a network takes besides the image's."""
+    return max(fields["in_channels"] - fields["out_channels"], 0)
+
+
+def _check_network(fields, origin, num_classes):
     """Raises a UserError that names the first field of a UNet2DModel that is not supported."""
 
     def require(fits, name, allowed):
@@ -185,7 +194,7 @@ def _check_network(fields, origin):
     require(fits, "freq_shift", f"must be a whole number from 0 to {widths[0] // 2 - 1}")
     require(_is_number(dropout) and 0 <= dropout < 1, "dropout", "must lie in [0, 1)")
 
-    _check_images(fields, require)
+    _check_images(fields, require, num_classes)
     _check_blocks(fields, require)
     size, most = fields["attention_head_dim"], min(_attention_widths(fields), default=None)
     fits = size is None or (is_size(size) and (most is None or size <= most))
@@ -196,19 +205,24 @@ def _check_network(fields, origin):
     require(fields["attn_norm_num_groups"] in (None, groups), "attn_norm_num_groups", allowed)
 
 
-def _check_images(fields, require):
+def _check_images(fields, require, num_classes):
     """The part of _check_network for images, channels and classes."""
-    size, channels, classes = (
-        fields[name] for name in ("sample_size", "in_channels", "num_class_embeds")
-    )
+    size, classes = fields["sample_size"], fields["num_class_embeds"]
     factor = 2 ** (len(fields["block_out_channels"]) - 1)
     fits = _are_sizes(size) and len(size) == 2 and all(side % factor == 0 for side in size)
     allowed = f"must be the images' height and width, multiples of {factor}"
     require(fits, "sample_size", f"{allowed} (or null, and --config.data.image_size=H,W)")
-    choices = configs.CHOICES["data.channels"]
-    require(channels in choices, "in_channels", f"choose from {', '.join(map(str, choices))}")
+    for name in ("in_channels", "out_channels"):
+        require(is_size(fields[name]), name, "must be a whole number above 0")
+    extra = _label_channels(fields)
+    channels, choices = fields["in_channels"] - extra, configs.CHOICES["data.channels"]
+    name = "out_channels" if extra else "in_channels"
+    require(channels in choices, name, f"choose from {', '.join(map(str, choices))}")
     allowed = f"must be in_channels={channels}, or twice as many, with a learned variance"
     require(fields["out_channels"] in (channels, 2 * channels), "out_channels", allowed)
+    fits = not extra or (classes is None and num_classes > 1)
+    allowed = f"{extra} more than out_channels must be a label's, --config.data.num_classes=K"
+    require(fits, "in_channels", allowed)
     fits = classes is None or (is_size(classes) and classes > 1)
     require(fits, "num_class_embeds", "must be null or a whole number above 1")
 
@@ -236,6 +250,9 @@ def diffusers_network(config):
         raise UserError(text)
     if not (model.middle_norm or model.scale_shift):
         raise UserError("model.middle_norm=False: diffusers needs model.scale_shift=True for it")
+    if model.label_channels:
+        text = "diffusers adds the label to the time embedding"
+        raise UserError(f"model.label_channels={model.label_channels}: {text}")
     channels, num_classes = config.data.channels, config.data.num_classes
     learned = config.diffusion.variance in diffusion.LEARNED_VARIANCES
     return {
