@@ -11,6 +11,7 @@ Dhariwal & Nichol 2021 (ADM), and of networks trained with diffusers.
 """
 
 import functools
+import math
 import zlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -141,6 +142,18 @@ class ResBlock(nn.Module):
         return x + h
 
 
+def split_heads(x, num_heads, head_channels):
+    """[B, N, heads · c] to [B · heads, N, c]."""
+    heads = x.reshape(*x.shape[:2], num_heads, head_channels).swapaxes(1, 2)
+    return heads.reshape(-1, x.shape[1], head_channels)
+
+
+def join_heads(x, num_heads, head_channels):
+    """The inverse of split_heads."""
+    heads = x.reshape(-1, num_heads, x.shape[1], head_channels).swapaxes(1, 2)
+    return heads.reshape(-1, x.shape[1], num_heads * head_channels)
+
+
 class AttentionBlock(nn.Module):
     """Self-attention over the H·W positions (Vaswani et al. 2017), with a residual connection.
 
@@ -162,17 +175,17 @@ class AttentionBlock(nn.Module):
         _, dense, group_norm = self.layers
         h = group_norm(name="norm")(x) if self.normalizes else x
         h = h.reshape(batch, height * width, channels)
-        size = self.num_heads * self.head_channels
+        heads = self.num_heads, self.head_channels
         query, key, value = (
-            dense(size, name=name)(h).reshape(*h.shape[:2], self.num_heads, self.head_channels)
+            split_heads(dense(math.prod(heads), name=name)(h), *heads)
             for name in ("query", "key", "value")
         )
         # The softmax is computed in float32, or in float64 if the network is; in
         # jax.nn.dot_product_attention it is never float64.
         softmax_dtype = jnp.promote_types(query.dtype, jnp.float32)
-        scores = jnp.einsum("bqnc,bknc->bnqk", query, key, preferred_element_type=softmax_dtype)
+        scores = jnp.einsum("bqc,bkc->bqk", query, key, preferred_element_type=softmax_dtype)
         weights = nn.softmax(scores / self.head_channels**0.5).astype(value.dtype)
-        h = jnp.einsum("bnqk,bknc->bqnc", weights, value).reshape(*h.shape[:2], size)
+        h = join_heads(jnp.einsum("bqk,bkc->bqc", weights, value), *heads)
         h = dense(channels, kernel_init=NEAR_ZERO, name="proj")(h)
         return x + h.reshape(x.shape)
 
