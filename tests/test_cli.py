@@ -29,7 +29,7 @@ def test_train_finish_and_sample(tmp_path, monkeypatch, caplog):
     run = tmp_path / "runs" / "digits"
     for expected in ("\ndevices: 2 x cpu", "digits, 1500 images", "parameters", "prior KL"):
         assert expected in text
-    assert "sample grids: dpmpp of order 2, 10 steps, 10 network evaluations" in text
+    assert "sample grids: dpmpp_sde, 10 steps, 10 network evaluations" in text
     assert json.loads((run / "config.json").read_text())["model"]["channels"] == 8
     lines = (run / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 4]
