@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import cpu, parallel
-from ddpm_jax.core import diffusion, schedules, solvers, spacings, unet
+from ddpm_jax.core import diffusion, schedules, solvers, spacings, unet, weights
 from ddpm_jax.errors import UserError, one_line
 
 # The folders that named_config searches: of an installed package, and of a checkout.
@@ -20,17 +20,19 @@ HERE = pathlib.Path(__file__).parent
 FOLDERS = (HERE / "config_files", HERE.parent / "configs")
 POSITIVE = """
     data.image_size model.channels model.channel_mults model.widths model.num_res_blocks
-    model.num_heads model.norm_groups model.norm_eps optim.learning_rate optim.accumulate
-    train.batch_size train.log_every train.eval_every train.eval_images train.sample_every
-    train.checkpoint_every train.keep_checkpoints sample.num_samples sample.batch_size
-    sample.resamplings sample.jump_length show.num_images show.num_frames
+    model.num_heads model.norm_groups model.norm_eps diffusion.min_snr_gamma diffusion.p2_k
+    optim.learning_rate optim.accumulate train.batch_size train.log_every train.eval_every
+    train.eval_images train.sample_every train.checkpoint_every train.keep_checkpoints
+    sample.num_samples sample.batch_size sample.resamplings sample.jump_length show.num_images
+    show.num_frames
 """.split()
 NOT_NEGATIVE = """
     seed data.max_ram_gib data.num_classes model.attention_down model.attention_up
     model.head_channels model.label_channels model.resblock_down model.resblock_up
-    model.freq_shift optim.warmup_steps optim.weight_decay optim.grad_clip optim.max_skipped
-    train.num_steps train.num_epochs train.keep_every sample.seed sample.num_steps sample.columns
-    sample.guidance show.num_steps evaluate.num_samples evaluate.bits_per_dim_images
+    model.freq_shift diffusion.p2_gamma optim.warmup_steps optim.weight_decay optim.grad_clip
+    optim.max_skipped train.num_steps train.num_epochs train.keep_every sample.seed
+    sample.num_steps sample.columns sample.guidance show.num_steps evaluate.num_samples
+    evaluate.bits_per_dim_images
 """.split()
 BELOW_ONE = ("model.dropout", "optim.ema_decay")  # in [0, 1)
 # The largest values, far above sensible ones; a mistyped number must not take all memory. Other
@@ -64,11 +66,13 @@ CHOICES = {
     "data.resize": ("crop", "squash"),
     "data.channels": (1, 3, 4),
     "diffusion.prediction": diffusion.PREDICTIONS,
-    "diffusion.loss": ("simple", "vlb"),
+    "diffusion.loss": ("simple", "vlb", "hybrid"),
+    "diffusion.loss_weight": weights.WEIGHTS,
     "diffusion.variance": diffusion.VARIANCES,
     "model.kind": ("unet", "classifier"),
     "model.dtype": ("float32", "bfloat16"),
     "optim.decay": ("constant", "cosine"),
+    "train.timesteps": ("uniform", "low_discrepancy"),
     "sample.sampler": tuple(solvers.SOLVERS),
     "sample.spacing": tuple(spacings.SPACINGS),
     "show.sampler": tuple(solvers.SOLVERS),
@@ -109,7 +113,9 @@ FREE = {
         diffusion.variance diffusion.clip_x0
     """.split(),
     "use": """
-        diffusion.variance diffusion.clip_x0 diffusion.loss model.dropout model.dtype model.remat
+        diffusion.variance diffusion.clip_x0 diffusion.loss diffusion.loss_weight
+        diffusion.min_snr_gamma diffusion.p2_gamma diffusion.p2_k
+        model.dropout model.dtype model.remat
     """.split(),
 }
 # Fields that are newer than the first runs, with the values that runs without them used.
@@ -117,6 +123,10 @@ ADDED = {
     "data.num_classes": 0,
     "diffusion.prediction": "eps",
     "diffusion.loss": "simple",
+    "diffusion.loss_weight": "none",
+    "diffusion.min_snr_gamma": 5.0,
+    "diffusion.p2_gamma": 1.0,
+    "diffusion.p2_k": 1.0,
     "diffusion.zero_terminal_snr": False,
     "model.kind": "unet",
     "model.widths": (),
@@ -137,6 +147,7 @@ ADDED = {
     "optim.max_skipped": 0,
     "train.label_dropout": 0.0,
     "train.num_epochs": 0,
+    "train.timesteps": "uniform",
 }
 
 # Sections that do not affect training: fields that a saved run lacks have their defaults.
@@ -187,7 +198,11 @@ def _diffusion_fields():
     diffusion.beta_end = 0.02  # β at the last step (ignored by the cosine schedule)
     diffusion.zero_terminal_snr = False  # rescale the schedule to ᾱ_T = 0 (needs x0 or v)
     diffusion.prediction = "eps"  # the network's prediction target: eps, x0, mean (μ̃), v
-    diffusion.loss = "simple"  # the MSE of the prediction; or vlb, the variational bound
+    diffusion.loss = "simple"  # the MSE of the prediction; vlb, the variational bound; hybrid, both
+    diffusion.loss_weight = "none"  # of each t in the MSE; or min_snr, p2, truncated_snr
+    diffusion.min_snr_gamma = 5.0  # γ of min_snr
+    diffusion.p2_gamma = 1.0  # γ of p2
+    diffusion.p2_k = 1.0  # k of p2
     diffusion.variance = "fixed_large"  # β; fixed_small, β̃; learned; or learned_range, between both
     diffusion.clip_x0 = True  # clip predicted images to [-1, 1] at every sampling step
     return diffusion
@@ -239,6 +254,7 @@ def _train_fields():
     train.batch_size = 128  # over all devices
     train.num_steps = 800_000  # updates; 0: num_epochs decides
     train.num_epochs = 0  # passes over the data, instead of num_steps; logs each epoch's loss
+    train.timesteps = "uniform"  # how t is drawn; or low_discrepancy, evenly spread over a batch
     train.label_dropout = 0.1  # probability of dropping the label of a conditional network
     train.log_every = 100  # steps between lines of metrics.jsonl
     train.eval_every = 5000  # steps between held-out losses
@@ -611,10 +627,8 @@ def _check_task(config, mode):
     fits = not config.diffusion.zero_terminal_snr or prediction in ("x0", "v")
     allowed = f"needs diffusion.prediction='x0' or 'v'; {prediction!r} says nothing of x0 at ᾱ = 0"
     require(fits, name, True, allowed)
-    variance, loss, kind = config.diffusion.variance, config.diffusion.loss, config.model.kind
-    allowed = "needs diffusion.loss='vlb'; L_simple trains no variance"
-    fits = variance not in diffusion.LEARNED_VARIANCES or loss == "vlb"
-    require(fits, "diffusion.variance", variance, allowed)
+    _check_loss(config.diffusion)
+    kind = config.model.kind
     name, channels = "model.label_channels", config.model.label_channels
     fits = channels == 0 or (config.data.num_classes > 0 and kind == "unet")
     require(fits, name, channels, "must be 0 for a classifier, and where data.num_classes is 0")
@@ -627,6 +641,21 @@ def _check_task(config, mode):
         require(count > 1, name, count, "must be 2 or more for a classifier")
         allowed = "a classifier cannot do this; for guidance, set sample.classifier to its run"
         require(mode in ("train", "show"), "model.kind", kind, allowed)
+
+
+def _check_loss(section):
+    """The loss, its weights, the variance and the prediction must fit each other."""
+    loss, variance, name = section.loss, section.variance, "diffusion.variance"
+    learned, fits = diffusion.LEARNED_VARIANCES, loss != "simple"
+    allowed = "needs diffusion.loss='hybrid' or 'vlb'; L_simple trains no variance"
+    require(fits or variance not in learned, name, variance, allowed)
+    allowed = f"diffusion.loss='hybrid' needs {' or '.join(learned)}"
+    require(loss != "hybrid" or variance in learned, name, variance, allowed)
+    name, weight = "diffusion.loss_weight", section.loss_weight
+    allowed = "must be 'none' with diffusion.loss='vlb', which has its own weights"
+    require(weight == "none" or loss != "vlb", name, weight, allowed)
+    allowed = f"needs diffusion.prediction to be one of {', '.join(weights.PREDICTIONS)}"
+    require(weight == "none" or section.prediction in weights.PREDICTIONS, name, weight, allowed)
 
 
 def _check_sampling(config, mode):
@@ -713,7 +742,7 @@ def check_same_run(saved, config, workdir, purpose):
     """
     saved, new = ADDED | flatten(saved), flatten(config)
     free, variance = set(FREE[purpose]), "diffusion.variance"
-    loss_uses_variance = purpose == "train" and new["diffusion.loss"] == "vlb"
+    loss_uses_variance = purpose == "train" and new["diffusion.loss"] != "simple"
     learned = any(v in diffusion.LEARNED_VARIANCES for v in (saved.get(variance), new[variance]))
     if loss_uses_variance or learned:
         free.remove(variance)

@@ -54,8 +54,19 @@ def run(config, num_devices, num_steps, count_traces=None):
     return jax.tree.map(np.array, state), losses
 
 
-def test_one_and_four_devices_agree(config):
+IMPROVED = {
+    "diffusion.loss": "hybrid",
+    "diffusion.variance": "learned_range",
+    "diffusion.loss_weight": "min_snr",
+    "train.timesteps": "low_discrepancy",
+}
+OBJECTIVES = pytest.mark.parametrize("objective", [{}, IMPROVED], ids=["Ho's", "improved"])
+
+
+@OBJECTIVES
+def test_one_and_four_devices_agree(config, objective):
     """Same losses and parameters within rounding, dropout included."""
+    config.update_from_flattened_dict(objective)
     assert config.model.dropout > 0
     one, four = run(config, 1, 4), run(config, 4, 4)
     np.testing.assert_allclose(one[1], four[1], rtol=1e-5)
@@ -121,8 +132,10 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_resuming_changes_no_bit(config, tmp_path):
+@OBJECTIVES
+def test_resuming_changes_no_bit(config, tmp_path, objective):
     """4 steps equal 2, a new process's worth of setup, and 2 more; flips and dropout included."""
+    config.update_from_flattened_dict(objective)
     config.data.random_flip = True
     config.optim.decay = "constant"
     assert train.train(config, tmp_path / "whole") == 0

@@ -117,7 +117,7 @@ def network_fields(network, origin, image_size=None, null_class=False, num_class
         found |= {} if null_class else {"train.label_dropout": 0.0}
         found["model.label_channels"] = label_channels
     if fields["out_channels"] > fields["in_channels"]:
-        found |= {"diffusion.variance": "learned_range", "diffusion.loss": "vlb"}
+        found |= {"diffusion.variance": "learned_range", "diffusion.loss": "hybrid"}
     if "dropout" in network:  # older files have none; it matters only in training
         found["model.dropout"] = float(network["dropout"])
     return found

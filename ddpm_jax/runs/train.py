@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from ddpm_jax import configs, cpu, parallel, progress, signals
-from ddpm_jax.core import diffusion, likelihood, unet
+from ddpm_jax.core import diffusion, likelihood, unet, weights
 from ddpm_jax.errors import UserError, one_line, printable
 from ddpm_jax.files import checkpoint, data, images
 from ddpm_jax.files import workdir as run_files
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 # The held-out loss always uses the same noise, whatever the run's seed.
 EVAL_SEED = 20200619
+HYBRID_WEIGHT = 0.001  # λ of the bound in the hybrid loss, with the bound in bits/dim
 
 
 def step_keys(seed, step, indices):
@@ -59,6 +60,25 @@ def draw(keys, image_shape, num_timesteps):
     return jax.vmap(draw_one)(keys)
 
 
+def low_discrepancy(seed, step, batch_size, num_timesteps):
+    """Timesteps that are evenly spread over a global batch (Kingma et al. 2021).
+
+      t_i = ⌊T · (u + i / B mod 1)⌋, with one u ~ U(0, 1) for the whole batch
+
+    Args:
+      seed: int.
+      step: of the training.
+      batch_size: B, over all devices.
+      num_timesteps: T.
+
+    Returns:
+      [B] int32, each uniform in [0, T).
+    """
+    (key,) = step_keys(seed, step, jnp.array([batch_size]))  # of no example
+    fractions = (jax.random.uniform(key) + jnp.arange(batch_size) / batch_size) % 1
+    return jnp.minimum(num_timesteps * fractions, num_timesteps - 1).astype(jnp.int32)
+
+
 def make_loss(config, model, schedule):
     """Builds the loss of a config.
 
@@ -69,13 +89,29 @@ def make_loss(config, model, schedule):
 
     Returns:
       loss(params, x0 [B, H, W, C], labels [B] or None, t [B], eps [B, H, W, C], dropout_keys) →
-      [B]: L_simple; the VLB's term at t, bits/dim, without clipping; or the cross-entropy, nats.
+      [B]: L_simple; the VLB's term at t, bits/dim, without clipping; both of them; or the
+      cross-entropy, nats.
     """
     section = config.diffusion
     variance = section.variance
+    options = {name: section[name] for name in ("min_snr_gamma", "p2_gamma", "p2_k")}
+    of_t = weights.loss_weights(
+        configs.make_alpha_bars(config), section.prediction, section.loss_weight, **options
+    )
+    of_t = jnp.asarray(of_t, jnp.float32)
 
     def simple(net_fn, x0, labels, t, eps):
-        return diffusion.simple_loss(schedule, net_fn, x0, t, eps, section.prediction)
+        mse = diffusion.simple_loss(schedule, net_fn, x0, t, eps, section.prediction)
+        return mse if section.loss_weight == "none" else of_t[t] * mse
+
+    def hybrid(net_fn, x0, labels, t, eps):
+        # L_simple + λ L_vlb (Nichol & Dhariwal 2021, Eq. 16). The bound is T times its term at a
+        # random t. It trains the variance only: the mean is constant in it.
+        output = net_fn(diffusion.q_sample(schedule, x0, t, eps), t)
+        mean, of_variance = jnp.split(output, 2, axis=-1)
+        constant = jnp.concatenate([jax.lax.stop_gradient(mean), of_variance], axis=-1)
+        bound = schedule.num_timesteps * vlb(lambda *_: constant, x0, labels, t, eps)
+        return simple(lambda *_: mean, x0, labels, t, eps) + HYBRID_WEIGHT * bound
 
     def vlb(net_fn, x0, labels, t, eps):
         predict_fn = generate.unguided_predict(config, schedule, net_fn)
@@ -87,7 +123,8 @@ def make_loss(config, model, schedule):
         return -jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
 
     is_classifier = config.model.kind == "classifier"
-    loss_of = cross_entropy if is_classifier else {"simple": simple, "vlb": vlb}[section.loss]
+    losses = {"simple": simple, "vlb": vlb, "hybrid": hybrid}
+    loss_of = cross_entropy if is_classifier else losses[section.loss]
 
     def loss(params, x0, labels, t, eps, dropout_keys=None):
         condition = () if labels is None or is_classifier else (labels,)
@@ -135,10 +172,9 @@ def train_step(
     label_dropout,
     seed,
     accumulate=1,
+    timesteps="uniform",
 ):
-    """One update of Algorithm 1; runs under parallel.pmap.
-
-    After a non-finite loss or gradient, only the state's step changes.
+    """One update of Algorithm 1, under parallel.pmap; a non-finite gradient changes the step only.
 
     Args:
       state: a TrainState.
@@ -150,6 +186,7 @@ def train_step(
       label_dropout: (rate, the label for "no class"), for classifier-free guidance.
       seed: int.
       accumulate: microbatches of the shard, for gradient accumulation.
+      timesteps: how t is drawn, "uniform" or "low_discrepancy".
 
     Returns:
       (state, metrics), means over the global batch: the loss; the gradient's norm before clipping;
@@ -157,8 +194,12 @@ def train_step(
       and whether the update was applied.
     """
     x0, labels = images.to_float(batch.images), batch.labels
-    keys = step_keys(seed, state.step, parallel.example_indices(len(x0)))
+    indices = parallel.example_indices(len(x0))
+    keys = step_keys(seed, state.step, indices)
     t, eps, dropout_keys, label_uniforms = draw(keys, x0.shape[1:], num_timesteps)
+    if timesteps == "low_discrepancy":
+        batch_size = len(x0) * jax.lax.axis_size(parallel.AXIS)
+        t = low_discrepancy(seed, state.step, batch_size, num_timesteps)[indices]
     if labels is not None:
         rate, null_label = label_dropout
         labels = jnp.where(label_uniforms < rate, null_label, labels)
@@ -196,6 +237,7 @@ def make_train_step(config, model, schedule, optimizer, devices=None):
             label_dropout=(rate, config.data.num_classes),
             seed=config.seed,
             accumulate=config.optim.accumulate,
+            timesteps=config.train.timesteps,
         )
 
     # The state is replicated before and after, and its buffers are reused.

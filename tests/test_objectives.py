@@ -1,0 +1,166 @@
+"""Losses, weights and timesteps besides those of Ho et al."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from references import gaussian_eps
+
+from ddpm_jax import configs
+from ddpm_jax.core import diffusion, likelihood, schedules, unet, weights
+from ddpm_jax.errors import UserError
+from ddpm_jax.runs import train
+
+ALPHA_BARS = schedules.make_alpha_bars("linear", 1000)
+# ᾱ / (1 - ᾱ) at t = 0, 99, 499 and 999, in float64 from the products of 1 - β.
+SNR = {0: 9999.0, 99: 8.710448569353932, 499: 0.08528994446263685, 999: 4.0359926511684205e-05}
+
+
+@pytest.mark.parametrize(
+    "prediction, name, formula",
+    [
+        ("eps", "min_snr", lambda snr: min(snr, 5) / snr),
+        ("x0", "min_snr", lambda snr: min(snr, 5)),
+        ("v", "min_snr", lambda snr: min(snr, 5) / (snr + 1)),
+        ("eps", "p2", lambda snr: 1 / (1 + snr)),
+        ("x0", "p2", lambda snr: snr / (1 + snr)),
+        ("v", "p2", lambda snr: snr / (1 + snr) ** 2),
+        ("eps", "truncated_snr", lambda snr: max(1, 1 / snr)),
+        ("x0", "truncated_snr", lambda snr: max(snr, 1)),
+        ("v", "truncated_snr", lambda snr: max(snr, 1) / (snr + 1)),
+        ("mean", "none", lambda snr: 1.0),
+    ],
+)
+def test_weights_at_stated_steps(prediction, name, formula):
+    """As each paper writes them for its prediction."""
+    found = weights.loss_weights(ALPHA_BARS, prediction, name)
+    expected = {t: formula(snr) for t, snr in SNR.items()}
+    assert {t: found[t] for t in SNR} == pytest.approx(expected, rel=1e-8)
+
+
+def test_the_constants_of_weights():
+    found = weights.loss_weights(ALPHA_BARS, "eps", "min_snr", min_snr_gamma=1.0)
+    assert found[99] == pytest.approx(1 / SNR[99], rel=1e-8) and found[499] == 1
+    found = weights.loss_weights(ALPHA_BARS, "eps", "p2", p2_gamma=0.5, p2_k=2.0)
+    assert found[99] == pytest.approx((2 + SNR[99]) ** -0.5, rel=1e-8)
+    zero_snr = schedules.make_alpha_bars("linear", 1000, zero_terminal_snr=True)
+    for name in weights.WEIGHTS:
+        assert np.isfinite(weights.loss_weights(zero_snr, "v", name)).all()
+
+
+def pieces(config):
+    """(the loss, the network, its parameters, a batch) of a config."""
+    model, schedule = configs.make_model(config), configs.make_schedule(config)
+    loss_fn = train.make_loss(config, model, schedule)
+    shape = configs.image_shape(config)
+    shapes = unet.param_shapes(model, shape)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: np.float32(0.2 * rng.standard_normal(s.shape)), shapes)
+    x0, eps = (np.float32(rng.uniform(-1, 1, (4, *shape))) for _ in range(2))
+    return loss_fn, model, params, (x0, None, jnp.array([0, 3, 11, 19]), eps)
+
+
+def test_weights_multiply_the_loss(config):
+    plain, _, params, batch = pieces(config)
+    config.diffusion.update(loss_weight="min_snr", min_snr_gamma=2.0)
+    weighted, *_ = pieces(config)
+    alpha_bars = configs.make_alpha_bars(config)[np.array(batch[2])]
+    expected = np.minimum(1, 2 * (1 - alpha_bars) / alpha_bars)
+    ratios = weighted(params, *batch) / plain(params, *batch)
+    np.testing.assert_allclose(ratios, expected, rtol=1e-5)
+
+
+def test_hybrid_is_the_mse_and_a_share_of_the_bound(config):
+    """L_simple + 0.001 T L_t, with L_t in bits/dim (Nichol & Dhariwal's code: T / 1000)."""
+    config.diffusion.update(loss="hybrid", variance="learned_range")
+    loss_fn, model, params, (x0, _, t, eps) = pieces(config)
+    schedule, net_fn = configs.make_schedule(config), unet.net_fn(model, params)
+    predict_fn = diffusion.predictor(schedule, net_fn, learned=True)
+    bound, _ = likelihood.vlb_terms(schedule, predict_fn, x0, t, eps, variances=["learned_range"])
+
+    def mean(x, t):
+        return net_fn(x, t)[..., : x0.shape[-1]]
+
+    mse = diffusion.simple_loss(schedule, mean, x0, t, eps)
+    expected = mse + 0.001 * 20 * bound["learned_range"]
+    np.testing.assert_allclose(loss_fn(params, x0, None, t, eps), expected, rtol=1e-5)
+
+
+def test_the_bound_in_hybrid_does_not_train_the_mean(config):
+    """The gradient of the last layer's mean half is L_simple's; the variance half has one, too."""
+    config.diffusion.update(loss="hybrid", variance="learned_range")
+    loss_fn, model, params, batch = pieces(config)
+    config.diffusion.loss = "vlb"
+    vlb_fn, *_ = pieces(config)
+
+    def gradient(loss_fn):
+        grads = jax.grad(lambda params: loss_fn(params, *batch).mean())(params)
+        return np.split(np.asarray(grads["conv_out"]["kernel"]), 2, axis=-1)
+
+    def simple(params, x0, _, t, eps):
+        schedule, net_fn = configs.make_schedule(config), unet.net_fn(model, params)
+        return diffusion.simple_loss(schedule, lambda x, t: net_fn(x, t)[..., :1], x0, t, eps)
+
+    (mean, variance), (of_mse, none), (_, of_bound) = map(gradient, (loss_fn, simple, vlb_fn))
+    np.testing.assert_array_equal(mean, of_mse)
+    assert not none.any() and np.abs(variance).max() > 0
+    np.testing.assert_allclose(variance, 0.02 * of_bound, rtol=1e-4, atol=1e-7)
+
+
+def test_a_fitted_variance_is_at_most_the_better_fixed_one():
+    """With the optimal mean for Gaussian data; v is fitted to each t on a grid of [-1, 1]."""
+    schedule = schedules.make_schedule("linear", 1000)
+    rng = np.random.default_rng(0)
+    x0 = np.float32(0.2 * rng.standard_normal((400, 1, 1, 1)))
+    eps = np.float32(rng.standard_normal(x0.shape))
+    eps_fn = gaussian_eps(0.04, schedule)
+    for t in (1, 10, 100, 500, 999):
+        ts, best = jnp.full(len(x0), t), []
+        for v in np.linspace(-1, 1, 21):
+            predict_fn = diffusion.predictor(
+                schedule,
+                lambda x, t, v=v: jnp.concatenate([eps_fn(x, t), jnp.full_like(x, v)], axis=-1),
+                learned=True,
+            )
+            terms, _ = likelihood.vlb_terms(
+                schedule, predict_fn, x0, ts, eps, variances=diffusion.VARIANCES
+            )
+            best.append(float(terms["learned_range"].mean()))
+        fixed = [float(terms[name].mean()) for name in diffusion.FIXED_VARIANCES]
+        assert best[0] == pytest.approx(fixed[0], rel=1e-4)
+        assert best[-1] == pytest.approx(fixed[1], rel=1e-4)
+        assert min(best) <= min(fixed) + 1e-7
+
+
+@pytest.mark.parametrize("batch_size, num_timesteps", [(8, 1000), (128, 1000), (64, 20)])
+def test_low_discrepancy_covers_every_part(batch_size, num_timesteps):
+    """One t in each 1 / B of [0, T), cyclically, and every t as likely as any other."""
+    seen = np.zeros(num_timesteps)
+    draw = jax.jit(lambda step: train.low_discrepancy(0, step, batch_size, num_timesteps))
+    for step in range(200):
+        t = np.asarray(draw(step))
+        gaps = np.diff(np.append(np.sort(t), t.min() + num_timesteps))
+        assert gaps.max() <= int(np.ceil(num_timesteps / batch_size))
+        assert gaps.min() >= int(num_timesteps / batch_size)
+        np.add.at(seen, t, 1)
+    quarters = seen.reshape(4, -1).sum(1) / seen.sum()
+    np.testing.assert_allclose(quarters, 0.25, atol=1 / batch_size / 4)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"variance": "learned_range"}, "needs diffusion.loss='hybrid' or 'vlb'"),
+        ({"loss": "hybrid"}, "diffusion.loss='hybrid' needs learned or learned_range"),
+        ({"loss": "vlb", "loss_weight": "p2"}, "loss_weight='p2': must be 'none' with"),
+        ({"prediction": "mean", "loss_weight": "min_snr"}, "needs diffusion.prediction to be one"),
+        ({"loss_weight": "snr"}, "choose from none, min_snr, p2, truncated_snr"),
+        ({"min_snr_gamma": 0.0}, "diffusion.min_snr_gamma=0.0: must be above 0"),
+    ],
+    ids=str,
+)
+def test_objectives_that_do_not_fit(config, changes, message):
+    config.diffusion.update(changes)
+    with pytest.raises(UserError) as error:
+        configs.check(config)
+    assert message in str(error.value)
