@@ -100,11 +100,11 @@ def add_row(path, row):
         writer.writerows(([COLUMNS] if is_new else []) + [row])
 
 
-def generate_in_parts(sample, params, seed, name):
+def generate_in_parts(sample, params, seed, name, step):
     """The images of a row, uint8; each part is kept until all are there, to go on after a stop."""
     folder, parts = pathlib.Path(WORKDIR.value) / "samplers", []
     for first in range(0, SAMPLES.value, BATCH_SIZE):
-        path = folder / f"{name}_{first}.npy"
+        path = folder / f"{step}_{name}_{first}.npy"
         if not path.exists():
             indices = np.arange(first, min(first + BATCH_SIZE, SAMPLES.value))
             folder.mkdir(exist_ok=True)
@@ -117,8 +117,8 @@ def generate_in_parts(sample, params, seed, name):
     return images
 
 
-def measure(config, params, distance):
-    """Adds the rows that the CSV file lacks, and prints them."""
+def measure(config, step, params, distance):
+    """Adds the rows that the CSV file lacks, and prints them; step: the checkpoint's."""
     path, name = pathlib.Path(CSV.value), pathlib.Path(WORKDIR.value).name
     done = measured(path)
     for sampler, order, spacing, steps in cases(config.diffusion.num_timesteps):
@@ -130,7 +130,7 @@ def measure(config, params, distance):
             if tuple(map(str, row)) in done:
                 continue
             sample = sample or generate.make_sampler(config)
-            images = generate_in_parts(sample, params, seed, "_".join(map(str, row)))
+            images = generate_in_parts(sample, params, seed, "_".join(map(str, row)), step)
             row += [f"{distance(images):.4f}", datetime.date.today()]
             add_row(path, row)
             print(*row, flush=True)
@@ -171,7 +171,7 @@ def main(_):
         print_guidance(config, judge, distance)
     else:
         configs.check(config, "sample")
-        measure(config, checkpoint.restore_params(config, WORKDIR.value)[1], distance)
+        measure(config, *checkpoint.restore_params(config, WORKDIR.value), distance)
 
 
 if __name__ == "__main__":

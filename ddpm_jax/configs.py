@@ -58,6 +58,7 @@ LARGEST = {
     "evaluate.max_features": 1_000_000,
     "evaluate.bits_per_dim_images": 10_000_000,
 }
+MAX_LEVELS = LARGEST["data.image_size"].bit_length()
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 MAX_VALUES = 2**34  # in the images of a batch
 MAX_STEPS = 1_000_000  # of inpainting, including resampling
@@ -581,9 +582,10 @@ def _check_model(model, image_size):
     require(fits and model.channels >= 4, "model.channels", model.channels, allowed)
     require(len(image_size) == 2, "data.image_size", image_size, "must be (height, width)")
     name = "model.widths" if model.widths else "model.channel_mults"
-    given, of_levels = flatten(model)[name.removeprefix("model.")], widths(model)
-    levels, most = len(of_levels), LARGEST["data.image_size"].bit_length()
-    require(0 < levels <= most, name, given, f"needs at least one level, and at most {most}")
+    given, of_levels = model.widths or model.channel_mults, widths(model)
+    levels = len(of_levels)
+    fits = 0 < levels <= MAX_LEVELS
+    require(fits, name, given, f"needs at least one level, and at most {MAX_LEVELS}")
     fits = _all(lambda width: width % model.norm_groups == 0, of_levels)
     require(fits, name, given, groups.replace("a multiple", "multiples"))
     most = LARGEST["model.channels"]

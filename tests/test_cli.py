@@ -154,7 +154,7 @@ BAD = {
     "--config.diffusion.variance=big": "diffusion.variance='big'",
     "--config.diffusion.prediction=noise": "diffusion.prediction='noise'",
     "--config.diffusion.loss=l1": "diffusion.loss='l1'",
-    "--config.diffusion.variance=learned": "needs diffusion.loss='vlb'",
+    "--config.diffusion.variance=learned": "needs diffusion.loss='hybrid' or 'vlb'",
     "--config.data.num_classes=9": "data.num_classes=9: digits has 10 classes: 0, 1, 2",
     "--config.model.kind=classifier": "data.num_classes=0: must be 2 or more for a classifier",
     "--config.train.label_dropout=1.5": "train.label_dropout=1.5: must lie in [0, 1]",

@@ -346,7 +346,8 @@ def test_several_files_with_an_index(tmp_path, weights):
     for broken, message in (
         ({}, "weight_map: must give each tensor the name of a file"),
         ({"weight_map": {names[0]: "../a.safetensors"}}, "must give each tensor"),
-        ({"weight_map": {**weight_map, names[-1]: "a.safetensors"}}, f"lacks {names[-1]}"),
+        ({"weight_map": {**weight_map, names[-1]: "a.safetensors"}}, f"there: {names[-1]}"),
+        ({"weight_map": {**weight_map, "conv_in.bias": "b.safetensors"}}, "there: conv_in.bias"),
         ({"weight_map": {**weight_map, names[-1]: "c.safetensors"}}, "c.safetensors: no such"),
     ):
         index.write_text(json.dumps(broken))
@@ -593,13 +594,13 @@ NETWORKS = {
     "add_attention": (1, "must be false or true"),
     "act_fn": ("relu", 'must be "silu" or "swish"'),
     "resnet_time_scale_shift": ("spatial", 'must be "default" or "scale_shift"'),
-    "downsample_type": ("fir", 'must be "conv" or "resnet"'),
-    "attention_head_dim": ([8, 16], "a whole number from 1 to 16"),
+    "downsample_type": ("fir", 'must be "conv" or "resnet" or null'),
+    "attention_head_dim": ([8, 16], "a whole number above 0, at most 16"),
     "attn_norm_num_groups": (2, "must be null or norm_num_groups=4"),
     "time_embedding_dim": (64, "must be 32"),
     "out_channels": (9, "must be in_channels=3, or twice as many"),
     "in_channels": (2, "choose from 1, 3, 4"),
-    "in_channels ": (5, "2 more than out_channels must be a label's, --config.data.num_classes=K"),
+    "in_channels ": (5, "2 more than out_channels can only be a label's: --config.data.num_c"),
     "block_out_channels": ([8, "16"], "must be a list of whole numbers"),
     "down_block_types": (["DownBlock2D", "SkipDownBlock2D"], "SkipDownBlock2D is a block with FIR"),
     "up_block_types": (["UpBlock2D"], "must be a list of 2"),

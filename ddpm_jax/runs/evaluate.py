@@ -462,32 +462,15 @@ def _cell(evaluation, name):
 
 def is_papers(config):
     """Whether a config is the paper's CIFAR-10 model, with the paper's evaluation."""
-    fields = configs.flatten(config)
-    papers = {
-        "data.name": "cifar10",
-        "data.split": "train",
-        "data.eval_split": "test",
-        "data.image_size": (32, 32),
-        "diffusion.schedule": "linear",
-        "diffusion.num_timesteps": 1000,
-        "diffusion.beta_start": 1e-4,
-        "diffusion.beta_end": 0.02,
-        "model.channels": 128,
-        "model.channel_mults": (1, 2, 2, 2),
-        "model.num_res_blocks": 2,
-        "model.attention_down": (1,),
-        "model.attention_up": (1,),
-        "data.num_classes": 0,
-        "diffusion.prediction": "eps",
-        "diffusion.loss": "simple",
-        "sample.use_ema": True,
-        "sample.sampler": "ancestral",
-        "sample.num_steps": 0,
-        "evaluate.num_samples": 50_000,
-        "evaluate.resize": "tf1",
-        "evaluate.split": "",
-    }
-    return all(fields[name] == value for name, value in papers.items())
+    fields, papers = configs.flatten(config), configs.flatten(configs.default_config())
+    # What does not change the model or its samples, or is chosen for each evaluation.
+    free = {*configs.FREE["use"], "data.resize", "data.random_flip"} - {"diffusion.loss"}
+    free -= {"diffusion.loss_weight"}
+    names = {name for name in papers if name.startswith(("diffusion.", "model."))} - free
+    names |= {"data.name", "data.split", "data.eval_split", "data.image_size", "data.num_classes"}
+    names |= {f"sample.{name}" for name in ("use_ema", "sampler", "num_steps")}
+    names |= {f"evaluate.{name}" for name in ("num_samples", "resize", "split")}
+    return all(fields[name] == papers[name] for name in names | {"train.timesteps"})
 
 
 def digest_of(params):

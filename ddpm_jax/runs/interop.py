@@ -26,7 +26,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from ddpm_jax import configs
-from ddpm_jax.core import unet
+from ddpm_jax.core import diffusion, unet
 from ddpm_jax.errors import UserError, one_line
 from ddpm_jax.files import checkpoint
 from ddpm_jax.files import workdir as run_files
@@ -128,9 +128,14 @@ def read_run(config, weights, overrides=()):
     if schedule is not None:
         fields = with_scheduler(fields, run_files.read_json(schedule), schedule)
 
-    user_fields = configs.flatten(config)
+    user_fields, learned = configs.flatten(config), diffusion.LEARNED_VARIANCES
+    if config.diffusion.variance in learned:  # the network may have none
+        fields.setdefault("diffusion.variance", "fixed_large")
+        if fields["diffusion.variance"] not in learned:
+            fields["diffusion.loss"] = "simple"
     for name in fields.keys() & set(overrides):
-        if name in configs.FREE["use"]:
+        same_outputs = (fields[name] in learned) == (user_fields[name] in learned)
+        if name in configs.FREE["use"] and same_outputs:
             fields[name] = user_fields[name]
         elif fields[name] != user_fields[name]:
             text = f"{weights} has {fields[name]!r}"
@@ -360,7 +365,7 @@ def _new_name(name):
     modules = name.removeprefix("model.").split(".")
     if modules[0] == "class_emb":
         modules[0] = "class_embedding"
-    if "attentions" in modules and modules[-2] in OLD_NAMES:
+    if "attentions" in modules[:-2] and modules[-2] in OLD_NAMES:
         modules[-2] = OLD_NAMES[modules[-2]]
     return ".".join(modules)
 
@@ -377,10 +382,11 @@ def _open_tensors(path, stack):
         raise UserError(f"{index}: weight_map: must give each tensor the name of a file beside it")
     parts = {name: path.with_name(name) for name in sorted(set(weight_map.values()))}
     files = {name: stack.enter_context(_open(part)) for name, part in parts.items()}
-    keys = {name: set(file.keys()) for name, file in files.items()}
-    for tensor, name in weight_map.items():
-        if tensor not in keys[name]:
-            raise UserError(f"{parts[name]}: lacks {tensor}, which the index has there")
+    for name, file in files.items():
+        keys, indexed = set(file.keys()), {t for t, part in weight_map.items() if part == name}
+        if keys != indexed:
+            text = f"its tensors are not those that the index has there: {_listed(keys ^ indexed)}"
+            raise UserError(f"{parts[name]}: {text}")
     return {tensor: files[name] for tensor, name in weight_map.items()}
 
 

@@ -49,8 +49,8 @@ ALLOWED = {
     "mid_block_type": ("UNetMidBlock2D",),
     "mid_block_scale_factor": (1,),
     "downsample_padding": (0, 1),  # 0 is the padding of (0, 1)
-    "downsample_type": ("conv", "resnet"),
-    "upsample_type": ("conv", "resnet"),
+    "downsample_type": ("conv", "resnet", None),  # null is conv
+    "upsample_type": ("conv", "resnet", None),
     "act_fn": ("silu", "swish"),
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "add_attention": (False, True),
@@ -68,7 +68,8 @@ OTHER_BLOCKS = {
     "CrossAttn": "attends to a text or another condition, as in a UNet2DConditionModel",
     "Encoder": "a block of an autoencoder",
     "Decoder": "a block of an autoencoder",
-    "K": "a block of k-diffusion's upscaler",
+    "KDown": "a block of k-diffusion's upscaler",
+    "KUp": "a block of k-diffusion's upscaler",
 }
 
 
@@ -181,9 +182,14 @@ def _check_network(fields, origin, num_classes):
         allowed = f"must be {' or '.join(map(json_text, values))}"
         require(same_type and fields[name] in values, name, allowed)
     widths, groups = fields["block_out_channels"], fields["norm_num_groups"]
-    for name in ("layers_per_block", "norm_num_groups"):
-        require(is_size(fields[name]), name, "must be a whole number above 0")
-    require(_are_sizes(widths), "block_out_channels", "must be a list of whole numbers above 0")
+    for name, ours in (("layers_per_block", "num_res_blocks"), ("norm_num_groups", "widths")):
+        most = configs.LARGEST[f"model.{ours}"]
+        fits = is_size(fields[name]) and fields[name] <= most
+        require(fits, name, f"must be a whole number above 0, at most {most}")
+    most, levels = configs.LARGEST["model.widths"], configs.MAX_LEVELS
+    fits = _are_sizes(widths) and max(widths) <= most and len(widths) <= levels
+    allowed = f"must be a list of whole numbers above 0, at most {levels}, each at most {most}"
+    require(fits, "block_out_channels", allowed)
     fits = widths[0] % 2 == 0 and widths[0] >= 4
     require(fits, "block_out_channels", "the first must be even, at least 4")
     fits = all(width % groups == 0 for width in widths)
@@ -198,7 +204,9 @@ def _check_network(fields, origin, num_classes):
     _check_blocks(fields, require)
     size, most = fields["attention_head_dim"], min(_attention_widths(fields), default=None)
     fits = size is None or (is_size(size) and (most is None or size <= most))
-    require(fits, "attention_head_dim", f"must be null or a whole number from 1 to {most}")
+    allowed = "must be null or a whole number above 0"
+    allowed += f", at most {most}, the least width with attention" if most else ""
+    require(fits, "attention_head_dim", allowed)
     size = 4 * widths[0]
     require(fields["time_embedding_dim"] in (None, size), "time_embedding_dim", f"must be {size}")
     allowed = f"must be null or norm_num_groups={groups}"
@@ -209,8 +217,10 @@ def _check_images(fields, require, num_classes):
     """The part of _check_network for images, channels and classes."""
     size, classes = fields["sample_size"], fields["num_class_embeds"]
     factor = 2 ** (len(fields["block_out_channels"]) - 1)
-    fits = _are_sizes(size) and len(size) == 2 and all(side % factor == 0 for side in size)
-    allowed = f"must be the images' height and width, multiples of {factor}"
+    most = configs.LARGEST["data.image_size"]
+    fits = _are_sizes(size) and len(size) == 2
+    fits = fits and all(side % factor == 0 and side <= most for side in size)
+    allowed = f"must be the images' height and width, multiples of {factor}, at most {most}"
     require(fits, "sample_size", f"{allowed} (or null, and --config.data.image_size=H,W)")
     for name in ("in_channels", "out_channels"):
         require(is_size(fields[name]), name, "must be a whole number above 0")
@@ -221,7 +231,7 @@ def _check_images(fields, require, num_classes):
     allowed = f"must be in_channels={channels}, or twice as many, with a learned variance"
     require(fields["out_channels"] in (channels, 2 * channels), "out_channels", allowed)
     fits = not extra or (classes is None and num_classes > 1)
-    allowed = f"{extra} more than out_channels must be a label's, --config.data.num_classes=K"
+    allowed = f"{extra} more than out_channels can only be a label's: --config.data.num_classes=K"
     require(fits, "in_channels", allowed)
     fits = classes is None or (is_size(classes) and classes > 1)
     require(fits, "num_class_embeds", "must be null or a whole number above 1")

@@ -300,9 +300,10 @@ def write_scheduler(config):
     predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
     if kind == "PNDMScheduler":
         predictions = {"eps": "epsilon"}  # it extrapolates v where we extrapolate ε
-    variances = {ours: None for ours in VARIANCES.values() if "variance_type" in FIELDS[kind]}
-    if kind not in PLAIN:
-        variances |= dict.fromkeys(FIXED_VARIANCES)  # it adds none of them
+    # A DPMSolverMultistepScheduler takes the first three channels for ε, whatever there is.
+    cuts_right = config.data.channels == 3 and diffusion.prediction == "eps"
+    has_learned = kind in PLAIN or ("variance_type" in FIELDS[kind] and cuts_right)
+    variances = (*FIXED_VARIANCES, "learned_range") if has_learned else FIXED_VARIANCES
     for field, supported in (("prediction", predictions), ("variance", variances)):
         text = f"{kind} has only {', '.join(supported)}"
         configs.require(diffusion[field] in supported, f"diffusion.{field}", diffusion[field], text)
