@@ -222,8 +222,8 @@ def _model_fields():
     model.middle_norm = True  # a GroupNorm before this attention
     model.num_heads = 1  # of each attention
     model.head_channels = 0  # channels of each head, instead of num_heads; 0: num_heads decides
-    model.resblock_down = ()  # levels reached by a residual block, not a strided convolution
-    model.resblock_up = ()  # levels left by a residual block, not a convolution
+    model.resblock_down = ()  # levels entered by a downsampling residual block, not a strided conv
+    model.resblock_up = ()  # levels left by an upsampling residual block, not a convolution
     model.symmetric_padding = False  # of strided convolutions: (1, 1), as in PyTorch, not (0, 1)
     model.scale_shift = False  # the time embedding scales and shifts normalised features, as in ADM
     model.dropout = 0.1  # inside the residual blocks

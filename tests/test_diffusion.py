@@ -166,6 +166,17 @@ def test_learned_range(steps, v, power):
     np.testing.assert_allclose(a + b * v, expected, rtol=1e-12)
 
 
+def test_learned_range_at_the_last_step():
+    """From β̃ of t = 1, as β̃ is 0 at t = 0, to β of t = 0, as in Nichol & Dhariwal's code."""
+    x_t, t = jnp.ones((1, 1, 1, 1)), jnp.array([0])
+    for v, expected in ((-1.0, -9.81672513529567), (1.0, np.log(1e-4))):
+        predict_fn = diffusion.predictor(
+            HO, lambda x, t, v=v: jnp.concatenate([x, v * x], axis=-1), learned=True
+        )
+        p = diffusion.p_mean_variance(HO, predict_fn, x_t, t, variance="learned_range")
+        assert float(p.log_variance[0, 0, 0, 0]) == pytest.approx(expected, rel=1e-6)
+
+
 def test_learned_variance_is_the_second_half_of_the_output():
     def net_fn(x_t, t):
         return jnp.concatenate([0.4 * x_t, jnp.full_like(x_t, -3.0)], axis=-1)

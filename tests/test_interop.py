@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import references
 import safetensors.numpy
+from family import configs_of_networks
+from hypothesis import given, settings
 from references import FIXTURES
 
 import ddpm_jax
@@ -258,6 +260,23 @@ def test_what_diffusers_computes(name, tmp_path):
         found = np.asarray(jax.jit(net_fn)(np.float64(inputs[0]), *inputs[1:]))
     difference = np.linalg.norm(found - expected["output_float64"])
     assert difference <= 1e-12 * np.linalg.norm(found)
+
+
+@settings(max_examples=100, derandomize=True, database=None, deadline=None)
+@given(configs_of_networks())
+def test_all_of_the_family_survive(given):
+    """The same config.json comes back, but for heads that are one head."""
+    config = configs.default_config()
+    config.update_from_flattened_dict(networks.network_fields(given, "f"))
+    configs.check(config, "import")
+    found = json.loads(json.dumps(networks.diffusers_network(config)))
+    same = given.keys() - {"attention_head_dim"}
+    size = given["sample_size"]
+    expected = {**given, "sample_size": size[0] if size[0] == size[1] else size}
+    assert {name: found[name] for name in same} == {name: expected[name] for name in same}
+    again = configs.default_config()
+    again.update_from_flattened_dict(networks.network_fields(found, "f"))
+    assert again.model == config.model
 
 
 def test_where_each_level_s_layers_are():

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from family import configs_of_networks
+from flax import traverse_util
+from hypothesis import given, settings
 from references import assert_same_gradients, gradients
 
 from ddpm_jax import cli, configs
@@ -151,6 +154,26 @@ def test_network(name, reference, tmp_path):
         out = np.asarray(jax.jit(eps_fn)(np.float64(x_t), t, *labels))
     theirs = reference.forward(reference.embed_in_float64(network), np.float64(x_t), t, *labels)
     assert out.dtype == np.float64 and relative_error(out, theirs) <= 1e-12
+
+
+@settings(max_examples=60, derandomize=True, database=None, deadline=None)
+@given(configs_of_networks())
+def test_names_and_shapes_of_the_family(given):
+    """Every tensor of a random UNet2DModel has its place here, and none is left."""
+    import torch
+    from diffusers import UNet2DModel
+
+    with torch.device("meta"):
+        network = UNet2DModel.from_config(given)
+    theirs = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    config = configs.default_config()
+    config.update_from_flattened_dict(networks.network_fields(given, "f"))
+    params = unet.param_shapes(configs.make_model(config), configs.image_shape(config))
+    ours, levels = {}, len(given["block_out_channels"])
+    for path, leaf in traverse_util.flatten_dict(params).items():
+        name = interop.tensor_name(path, levels)
+        ours[name] = interop.to_diffusers(name, np.empty(leaf.shape, np.int8)).shape
+    assert ours == theirs
 
 
 def test_the_course_s_network_with_classes(reference, tmp_path):

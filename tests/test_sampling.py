@@ -407,6 +407,22 @@ def test_a_learned_variance_scales_the_noise():
         np.testing.assert_allclose(x.ravel(), expected, rtol=1e-6)
 
 
+def test_a_learned_range_scales_the_noise_of_each_step():
+    """By σ = β^(p/2) β̃^((1-p)/2) of the step at hand, p = (v + 1) / 2."""
+    alpha_bars = shorter(5)[1]
+    solver = solvers.ancestral(alpha_bars, "learned_range")
+    before = np.append(1.0, alpha_bars[:-1])
+    betas = 1 - alpha_bars / before
+    small = betas * (1 - before) / (1 - alpha_bars)
+    zeros, v = jnp.zeros((1, 2, 2, 1)), jnp.linspace(-1, 1, 4).reshape(1, 2, 2, 1)
+    prediction, power = diffusion.Prediction(zeros, v), (np.linspace(-1, 1, 4) + 1) / 2
+    step = sampling.make_step(solver, lambda *_: prediction, lambda _, shape: jnp.ones((1, *shape)))
+    for n, i in ((0, 4), (2, 2)):  # row n is the chain's step i
+        (x,), _ = step((zeros,), n)
+        expected = np.sqrt(betas[i] ** power * small[i] ** (1 - power))
+        np.testing.assert_allclose(x.ravel(), expected, rtol=1e-5)
+
+
 def test_a_classifier_cannot_guide_pure_noise():
     """Where ᾱ = 0 there is nothing to shift: finite, and the unguided x0."""
     schedule = schedules.make_schedule("linear", 10, zero_terminal_snr=True)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from ddpm_jax import configs, cpu
 from ddpm_jax.core import unet
@@ -198,6 +199,53 @@ def test_two_heads_attend_apart():
     for chosen in (slice(0, 4), slice(4, 8)):
         alone = one.apply({"params": half(params, chosen)}, x) - x
         np.testing.assert_allclose(found[..., chosen], alone[..., :4], rtol=1e-5, atol=1e-6)
+
+
+def output_of(**options):
+    """A tiny network's output, and the names of its parameters; each is drawn with its own key."""
+    model = unet.UNet(**{**TINY, "learned_variance": False, **options})
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    shapes = traverse_util.flatten_dict(unet.param_shapes(model, x.shape[1:]))
+    params = {
+        path: 0.3 * jax.random.normal(jax.random.key(zlib.crc32("/".join(path).encode())), s.shape)
+        for path, s in shapes.items()
+    }
+    labels = [jnp.array([0, 1])] if options.get("num_classes") else []
+    apply = unet.net_fn(model, traverse_util.unflatten_dict(params))
+    return np.asarray(jax.jit(apply)(x, jnp.array([1, 5]), *labels)), set(shapes)
+
+
+def test_heads_by_number_or_by_size():
+    """Attention is 16 wide: four heads have 4 channels each."""
+    found, _ = output_of(num_heads=4)
+    np.testing.assert_allclose(found, output_of(head_channels=4)[0], rtol=1e-5, atol=1e-5)
+    assert np.abs(found - output_of()[0]).max() > 1e-3
+
+
+def test_the_middle_with_less():
+    (_, whole), (_, without_norm), (_, without) = map(
+        lambda options: output_of(**options),
+        ({}, {"middle_norm": False}, {"attention_middle": False}),
+    )
+    attention = {path for path in whole if path[0] == "middle_attention"}
+    norm = {path for path in attention if path[1] == "norm"}
+    assert norm and whole - without_norm == norm and whole - without == attention
+
+
+def test_a_label_s_channels_follow_the_image_s():
+    """Without the first kernel's inputs after the image's three, the network is unlabelled."""
+    model = unet.UNet(**TINY, num_classes=2, label_channels=5)
+    shapes = unet.param_shapes(model, (8, 8, 3))
+    assert shapes["conv_in"]["kernel"].shape == (3, 3, 8, 8)
+    assert shapes["labels"]["embedding"].shape == (3, 5)
+    params = jax.tree.map(lambda s: 0.1 * jax.random.normal(jax.random.key(0), s.shape), shapes)
+    params["conv_in"]["kernel"] = params["conv_in"]["kernel"].at[:, :, 3:].set(0)
+    x, t = jax.random.normal(jax.random.key(1), (2, 8, 8, 3)), jnp.array([1, 1])
+    found = unet.net_fn(model, params)(x, t, jnp.array([0, 1]))
+    plain = {name: tree for name, tree in params.items() if name != "labels"}
+    plain["conv_in"] = {**params["conv_in"], "kernel": params["conv_in"]["kernel"][:, :, :3]}
+    expected = unet.net_fn(unet.UNet(**TINY), plain)(x, t)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_upsampling_is_nearest():

@@ -258,7 +258,7 @@ def p_mean_variance(schedule, predict_fn, x_t, t, *, variance):
     mean, _ = q_posterior(schedule, x0_pred, x_t, t)
     log_small, log_large = schedule.fixed_small_log_variance, schedule.fixed_large_log_variance
     if variance == "learned_range":
-        log_large = jnp.log(schedule.betas)  # theirs is β at t = 0, too
+        log_large = jnp.log(schedule.betas)  # β at t = 0, where fixed_large has β̃ of t = 1
     a, b = log_variance_line(log_small, log_large, variance)
     log_variance = at(a, t, x_t)
     if variance in LEARNED_VARIANCES:

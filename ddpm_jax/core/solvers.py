@@ -30,7 +30,7 @@ class Solver(NamedTuple):
 
     steps: np.ndarray  # [N] ints in [0, S): the step at which the network is called; -1: no call
     weights: np.ndarray  # [N, K, K + 2] float64: (state, x0_pred, noise) to the next state
-    log_variance: np.ndarray | None = None  # [N, 2]: a, b of diffusion.log_variance_line; or fixed
+    log_variance: np.ndarray | None = None  # [N, 2], see diffusion.log_variance_line
 
 
 def ancestral(alpha_bars, variance="fixed_small"):

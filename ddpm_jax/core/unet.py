@@ -106,7 +106,7 @@ class ResBlock(nn.Module):
       layers: Layers.
       dropout: rate, in [0, 1).
       scale_shift: whether the time embedding scales and shifts the second norm's output, instead
-        of being added before it (Dhariwal & Nichol 2021, Eq. 2).
+        of being added before it (Nichol & Dhariwal 2021; Dhariwal & Nichol 2021, Eq. 2).
       resample: what happens to both branches before their convolutions: nothing, `upsample` or
         `downsample` (BigGAN's blocks; Dhariwal & Nichol 2021).
     """
@@ -143,7 +143,7 @@ class ResBlock(nn.Module):
 
 
 def split_heads(x, num_heads, head_channels):
-    """[B, N, heads · c] to [B · heads, N, c]."""
+    """[B, N, heads · c] to [B · heads, N, c]: for one head, XLA then compiles no transposition."""
     heads = x.reshape(*x.shape[:2], num_heads, head_channels).swapaxes(1, 2)
     return heads.reshape(-1, x.shape[1], head_channels)
 
@@ -203,8 +203,9 @@ class Network(nn.Module):
       middle_norm: whether this attention begins with a norm, as the others do.
       num_heads: heads of each attention.
       head_channels: channels of each head, instead of num_heads; 0: num_heads decides.
-      resblock_down: levels to which a residual block leads down, instead of a strided convolution.
-      resblock_up: levels from which a residual block leads up, instead of a convolution.
+      resblock_down: levels entered by a downsampling residual block; the others by a strided
+        convolution.
+      resblock_up: levels left by an upsampling residual block; the others by a convolution.
       symmetric_padding: whether strided convolutions pad (1, 1), as PyTorch's do; otherwise
         (0, 1), as Ho's.
       scale_shift: how the time embedding enters a residual block; see ResBlock.
@@ -260,8 +261,8 @@ class Network(nn.Module):
     def res_block(self, h, features, name, context, resample=None):
         """A residual block; context is (temb, dropout_keys)."""
         block = nn.remat(ResBlock) if self.remat else ResBlock
-        options = self.layers, self.dropout, self.scale_shift, resample
-        return block(features, *options, name=name)(h, *context)
+        options = {"dropout": self.dropout, "scale_shift": self.scale_shift, "resample": resample}
+        return block(features, self.layers, **options, name=name)(h, *context)
 
     def attention(self, h, name, normalizes=True):
         """An attention block."""
@@ -325,6 +326,15 @@ class UNet(Network):
 
     learned_variance: bool = False
 
+    def label_embedding(self, labels, batch):
+        """[B, 4 · channels], or [B, label_channels]; labels None: the null class for all."""
+        if labels is None:
+            assert self.null_class or self.is_initializing()
+            labels = jnp.full(batch, self.num_classes)
+        size = self.num_classes + self.null_class, self.label_channels or 4 * self.channels
+        init = nn.initializers.normal(1.0)
+        return nn.Embed(*size, self.dtype, embedding_init=init, name="labels")(labels)
+
     @nn.compact
     def __call__(self, x, t, labels=None, dropout_keys=None):
         """Predicts the noise in x.
@@ -343,25 +353,24 @@ class UNet(Network):
         assert labels is None or self.num_classes > 0
         temb, inputs = self.time_embedding(t), x
         if self.num_classes > 0:
-            assert labels is not None or self.null_class or self.is_initializing()
-            labels = jnp.full(t.shape, self.num_classes) if labels is None else labels
-            size = self.num_classes + self.null_class, self.label_channels or temb.shape[-1]
-            init = nn.initializers.normal(1.0)
-            embedding = nn.Embed(*size, self.dtype, embedding_init=init, name="labels")(labels)
+            embedding = self.label_embedding(labels, len(t))
             if self.label_channels:
-                of_pixels = jnp.broadcast_to(embedding[:, None, None], (*x.shape[:3], size[1]))
+                of_pixels = jnp.broadcast_to(
+                    embedding[:, None, None], (*x.shape[:3], self.label_channels)
+                )
                 inputs = jnp.concatenate([x, of_pixels], axis=-1)
             else:
                 temb += embedding
         context = temb, dropout_keys
         skips = self.down_path(inputs, context)
         h = self.mid_block(skips[-1], context)
-        for level, width in reversed(tuple(enumerate(self.widths))):
+        for level in reversed(range(len(self.widths))):
             for block in range(self.num_res_blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 name, attends = f"up{level}_block{block}", level in self.attention_up
-                h = self.level_block(h, width, name, context, attends)
-            h = self.up(h, level, context) if level > 0 else h
+                h = self.level_block(h, self.widths[level], name, context, attends)
+            if level > 0:
+                h = self.up(h, level, context)
         assert not skips
 
         channels = x.shape[-1] * (2 if self.learned_variance else 1)
