@@ -380,17 +380,24 @@ def rename_old_values(config):
 
 
 def with_levels(config):
-    """Replaces, in the config of an old run, the heights of attention by levels; returns it."""
-    fields = flatten(config)
-    names = ("model.attention_resolutions", "model.channel_mults", "data.image_size")
-    found = [fields.get(name) for name in names]
-    if all(isinstance(value, tuple) and _all(lambda v: v >= 0, value) for value in found):
-        heights, mults, (height, *_) = found
-        attends = [height // 2**level in heights for level in range(len(mults))]
-        levels = tuple(level for level, attend in enumerate(attends) if attend)
-        with config.unlocked():
-            del config.model.attention_resolutions
-            config.model.update(attention_down=levels, attention_up=levels)
+    """Replaces, in the config of an old run, the heights of attention by levels; returns it.
+
+    Raises:
+      ValueError: if they, or what they depend on, are not whole numbers.
+    """
+    fields, names = flatten(config), ("model.attention_resolutions", "model.channel_mults")
+    if names[0] not in fields:
+        return config
+    for name in (*names, "data.image_size"):
+        value = fields.get(name)
+        if not isinstance(value, tuple) or not _all(lambda v: v >= 0, value):
+            raise ValueError(f"{name}={value!r}: must be whole numbers in brackets")
+    heights, mults, size = (fields[name] for name in (*names, "data.image_size"))
+    attends = [side // 2**level in heights for side in size[:1] for level in range(len(mults))]
+    levels = tuple(level for level, attend in enumerate(attends) if attend)
+    with config.unlocked():
+        del config.model.attention_resolutions
+        config.model.update(attention_down=levels, attention_up=levels)
     return config
 
 
@@ -676,8 +683,15 @@ def _check_sampling(config, mode):
         require(sample.guidance == 1, "sample.guidance", sample.guidance, allowed)
         require(sample.label == "", "sample.label", sample.label, allowed)
     elif config.train.label_dropout == 0 and not sample.classifier:
-        allowed = "must be 1: this model was trained without label dropout (train.label_dropout=0)"
+        allowed = f"must be 1: this model was trained without {missing_null_class(config)}"
         require(sample.guidance == 1, "sample.guidance", sample.guidance, allowed)
+
+
+def missing_null_class(config):
+    """What a conditional model lacks that samples a class only, for errors."""
+    if config.model.null_class:
+        return "label dropout (train.label_dropout=0)"
+    return "a null class (model.null_class=False)"
 
 
 def _check_sampler(config, mode, section):

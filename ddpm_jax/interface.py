@@ -107,7 +107,7 @@ def load(path: str | os.PathLike, use_ema: bool = True) -> Run:
     path = pathlib.Path(path).expanduser()
     if not (path / "checkpoints").is_dir() and interop.is_diffusers(path):
         config, params = interop.read_run(configs.without_data(), path)
-        return Run(config, 0, parallel.replicate(params), ())
+        return Run(config, 0, parallel.replicate(params), generate.class_names(config, path))
     config = run_files.saved_config(path)
     with config.unlocked():
         config.sample.use_ema = use_ema

@@ -321,7 +321,7 @@ def test_classes_without_a_null_class(tmp_path, with_classes):
     name = "class_embedding.weight"
     out = safetensors.numpy.load_file(tmp_path / "out" / TENSORS)
     assert out[name].tobytes() == tensors[name].tobytes()
-    with pytest.raises(UserError, match=r"sample\.guidance=2\.0: must be 1"):
+    with pytest.raises(UserError, match=r"guidance=2\.0: must be 1.* without a null class"):
         run("sample", workdir, "--config.sample.guidance=2")
     with pytest.raises(UserError, match=r"label_dropout=0\.1: must be 0: the network has no null"):
         run("train", workdir, "--config.data.name=digits", "--config.train.label_dropout=0.1")
@@ -329,6 +329,8 @@ def test_classes_without_a_null_class(tmp_path, with_classes):
     x, labels = np.zeros((2, 8, 8, 1), np.float32), np.array([0, 2])
     of_classes = loaded.predict(x, 10, labels)[0]
     assert np.abs(of_classes[0] - of_classes[1]).max() > 1e-6
+    options = {"sampler": "ddim", "num_steps": 2}
+    assert loaded.sample(4, label="2", **options).shape == (4, 8, 8, 1)
     with pytest.raises(UserError, match="labels: must be given"):
         loaded.predict(x, 900)
 
@@ -408,6 +410,27 @@ def test_a_learned_variance_comes_in(channels, kind, said, message):
     else:
         found = interop.with_scheduler(fields, scheduler, "f")
         assert (found["diffusion.variance"], found["diffusion.loss"]) == ("learned_range", "hybrid")
+
+
+def test_a_learned_variance_keeps_its_meaning(tmp_path):
+    """v in [-1, 1] is not a logarithm, whatever the user says."""
+    folder, rng = tmp_path / "learned", np.random.default_rng(0)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(network_json(out_channels=6)))
+    config = configs.default_config()
+    config.update_from_flattened_dict(networks.network_fields(network_json(out_channels=6), "f"))
+    shapes = unet.param_shapes(configs.make_model(config), configs.image_shape(config))
+    params = jax.tree.map(lambda s: rng.standard_normal(s.shape, np.float32), shapes)
+    safetensors.numpy.save_file(interop.diffusers_tensors(params, 2), folder / interop.TENSORS)
+    for variance in ("learned", "fixed_large"):
+        change = f"--config.diffusion.variance={variance}"
+        refused(tmp_path, folder, f"variance='{variance}': {folder} has 'learned_range'", change)
+    improved = "--config=configs/cifar10_improved.py"  # whose variance is learned
+    run("import", f"--workdir={tmp_path / 'a'}", f"--weights={folder}", improved)
+    run("import", f"--workdir={tmp_path / 'b'}", f"--weights={FIXTURES}", improved)
+    chains = [run_files.load_config(tmp_path / name).diffusion for name in "ab"]
+    assert [chain.variance for chain in chains] == ["learned_range", "fixed_small"]
+    assert [chain.loss for chain in chains] == ["hybrid", "simple"]
 
 
 def test_cosines_first_is_what_diffusers_means_by_nothing(tmp_path, weights):

@@ -12,6 +12,7 @@ import pytest
 from references import FIXTURES
 
 from ddpm_jax import cli
+from ddpm_jax.errors import UserError
 from ddpm_jax.files import workdir as run_files
 
 
@@ -28,6 +29,20 @@ def test_its_levels(old_run):
     model = run_files.saved_config(old_run).model
     assert (model.attention_down, model.attention_up) == ((1,), (1,))
     assert model.null_class and not model.scale_shift
+
+
+@pytest.mark.parametrize(
+    "section, field, value", [("data", "image_size", []), ("model", "channel_mults", "x")]
+)
+def test_what_its_levels_depend_on(old_run, section, field, value):
+    fields = json.loads((old_run / "config.json").read_text())
+    fields[section][field] = value
+    (old_run / "config.json").write_text(json.dumps(fields))
+    if value:
+        with pytest.raises(UserError, match=rf"{section}\.{field}='x': must be whole numbers"):
+            run_files.saved_config(old_run)
+    else:
+        assert run_files.saved_config(old_run).model.attention_down == ()
 
 
 def test_it_samples_the_same_images(old_run):

@@ -464,7 +464,7 @@ def restore_sampler(config, workdir, cycle_labels=True, **options):
         if guidance["classifier"]:
             raise UserError(f"{field}; sample.classifier guides to one class")
         if num_classes and config.train.label_dropout == 0:
-            raise UserError(f"{field}; this run has no label dropout (train.label_dropout=0)")
+            raise UserError(f"{field}; this run has no {configs.missing_null_class(config)}")
         guidance["label"] = num_classes
     warn_of_chain(config)
     step, params = checkpoint.restore_params(config, workdir)

@@ -134,8 +134,8 @@ def read_run(config, weights, overrides=()):
         if fields["diffusion.variance"] not in learned:
             fields["diffusion.loss"] = "simple"
     for name in fields.keys() & set(overrides):
-        same_outputs = (fields[name] in learned) == (user_fields[name] in learned)
-        if name in configs.FREE["use"] and same_outputs:
+        of_network = fields[name] in learned or user_fields[name] in learned
+        if name in configs.FREE["use"] and not of_network:
             fields[name] = user_fields[name]
         elif fields[name] != user_fields[name]:
             text = f"{weights} has {fields[name]!r}"
