@@ -16,14 +16,15 @@ LINES = dict(leading="-", linspace="--", trailing=":")
 
 
 def read(path):
-    """{data: {(sampler, order, spacing): {nfe: [distance of each seed]}}}."""
+    """{data: {(sampler, order, spacing): {nfe: [distance of each seed]}}}, of measured chains."""
     found = {}
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
             method = tuple(row[name] for name in ("sampler", "order", "spacing"))
             curve = found.setdefault(row["data"], {}).setdefault(method, {})
             curve.setdefault(int(row["nfe"]), []).append(float(row["distance"]))
-    return found
+    # Without its full chain, a run has nothing to compare with.
+    return {name: m for name, m in found.items() if max(m.get(FULL_CHAIN, {0: []})) > 50}
 
 
 def draw(found):
