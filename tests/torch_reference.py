@@ -242,7 +242,7 @@ def to_eps(network, alpha_bars, prediction, clip):
 
 @contextlib.contextmanager
 def given_noise(*noises):
-    """Makes DDPMScheduler and DDPMPipeline draw these noises, one after the other."""
+    """Makes DDPMScheduler and both pipelines draw these noises, one after the other."""
     noises = iter(noises)
 
     def draw(*_, **__):
@@ -251,19 +251,21 @@ def given_noise(*noises):
     with (
         unittest.mock.patch("diffusers.schedulers.scheduling_ddpm.randn_tensor", draw),
         unittest.mock.patch("diffusers.pipelines.ddpm.pipeline_ddpm.randn_tensor", draw),
+        unittest.mock.patch("diffusers.pipelines.ddim.pipeline_ddim.randn_tensor", draw),
     ):
         yield
 
 
-def pipeline_images(pipeline, noises):
-    """What a DDPMPipeline generates, uint8.
+def pipeline_images(pipeline, noises, **options):
+    """What a DDPMPipeline or a DDIMPipeline generates, uint8.
 
     Args:
-      pipeline: the DDPMPipeline.
-      noises: x_T, then the noise of each step but the last, as [B, H, W, C].
+      pipeline: the pipeline.
+      noises: x_T, then the noise of each step but the last, if it has any, as [B, H, W, C].
+      **options: of the pipeline's call; by default, as many steps as there are noises.
     """
     with given_noise(*noises):
-        options = dict(num_inference_steps=len(noises), output_type="np")
+        options = dict(num_inference_steps=len(noises), output_type="np") | options
         images = pipeline(batch_size=len(noises[0]), **options).images
     return (255 * images).round().astype(np.uint8)
 
