@@ -393,8 +393,8 @@ def with_levels(config):
         if not isinstance(value, tuple) or not _all(lambda v: v >= 0, value):
             raise ValueError(f"{name}={value!r}: must be whole numbers in brackets")
     heights, mults, size = (fields[name] for name in (*names, "data.image_size"))
-    attends = [side // 2**level in heights for side in size[:1] for level in range(len(mults))]
-    levels = tuple(level for level, attend in enumerate(attends) if attend)
+    height = size[0] if size else 0  # an empty size is refused later
+    levels = tuple(level for level in range(len(mults)) if height // 2**level in heights)
     with config.unlocked():
         del config.model.attention_resolutions
         config.model.update(attention_down=levels, attention_up=levels)

@@ -1,9 +1,32 @@
-"""Configs of diffusers' UNet2DModel, drawn at random from all that import takes."""
+"""Configs of diffusers' UNet2DModel: its defaults, a tiny one, and random ones that load."""
 
 from hypothesis import strategies as st
 
+# diffusers' own defaults, where torch_reference.make_network has Ho's.
+DIFFUSERS = dict(
+    norm_eps=1e-5,
+    downsample_padding=1,
+    freq_shift=0,
+    flip_sin_to_cos=True,
+    attention_head_dim=8,
+)
+
 DOWN = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 UP = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
+
+
+def network_json(**fields):
+    """A small UNet2DModel's config.json."""
+    return {
+        "_class_name": "UNet2DModel",
+        "sample_size": 8,
+        "block_out_channels": [8, 16],
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        **fields,
+    }
 
 
 @st.composite

@@ -30,6 +30,7 @@ import numpy as np
 import psutil
 import pytest
 import safetensors.numpy
+from family import network_json
 from flax import traverse_util
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -555,28 +556,18 @@ def test_configs_of_diffusers(given):
         attempt("--mode=import", f"--weights={FIXTURES.name}", "--workdir=run", *more)
 
 
-TINY_NETWORK = {
-    "_class_name": "UNet2DModel",
-    "sample_size": 8,
-    "block_out_channels": [8, 16],
-    "norm_num_groups": 4,
-    "layers_per_block": 1,
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-}
 FAMILY = [
-    TINY_NETWORK,
-    {**TINY_NETWORK, "block_out_channels": [8, 12], "sample_size": [8, 4], "norm_eps": 1e-6},
-    {**TINY_NETWORK, "num_class_embeds": 3, "attention_head_dim": 4, "add_attention": False},
-    {
-        **TINY_NETWORK,
-        "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
-        "up_block_types": ["AttnUpBlock2D", "ResnetUpsampleBlock2D"],
-        "downsample_type": "resnet",
-        "upsample_type": "resnet",
-        "resnet_time_scale_shift": "scale_shift",
-        "out_channels": 6,
-    },
+    network_json(),
+    network_json(block_out_channels=[8, 12], sample_size=[8, 4], norm_eps=1e-6),
+    network_json(num_class_embeds=3, attention_head_dim=4, add_attention=False),
+    network_json(
+        down_block_types=["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
+        up_block_types=["AttnUpBlock2D", "ResnetUpsampleBlock2D"],
+        downsample_type="resnet",
+        upsample_type="resnet",
+        resnet_time_scale_shift="scale_shift",
+        out_channels=6,
+    ),
 ]
 BLOCKS = sorted({kind for of_path in networks.BLOCKS.values() for kind in of_path})
 BLOCKS += ["UNetResDownBlock2D", "SkipUpBlock2D", "KDownBlock2D", "CrossAttnDownBlock2D", "", 3]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import references
 import safetensors.numpy
-from family import configs_of_networks
+from family import configs_of_networks, network_json
 from hypothesis import given, settings
 from references import FIXTURES
 
@@ -199,20 +199,6 @@ def test_a_network_survives(config):
     expected = configs.flatten(config)
     assert fields == {name: expected[name] for name in fields}
     assert fields["model.dropout"] == 0.3 and fields["data.image_size"] == (16, 24)
-
-
-def network_json(**fields):
-    """A small UNet2DModel's config.json."""
-    return {
-        "_class_name": "UNet2DModel",
-        "sample_size": 8,
-        "block_out_channels": [8, 16],
-        "norm_num_groups": 4,
-        "layers_per_block": 1,
-        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-        **fields,
-    }
 
 
 FAMILY = [

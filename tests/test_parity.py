@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from family import configs_of_networks
+from family import DIFFUSERS, configs_of_networks
 from flax import traverse_util
 from hypothesis import given, settings
 from references import assert_same_gradients, gradients
@@ -25,18 +25,10 @@ from ddpm_jax.runs import interop, networks, schedulers, state
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 SMALL = dict(sample_size=8, norm_num_groups=4, layers_per_block=1)
-# diffusers' own defaults, where torch_reference.make_network has Ho's.
-THEIRS = dict(
-    norm_eps=1e-5,
-    downsample_padding=1,
-    freq_shift=0,
-    flip_sin_to_cos=True,
-    attention_head_dim=8,
-)
-TRAIN_UNCONDITIONAL = dict(THEIRS, sample_size=64)  # the script's network, at its resolution
+TRAIN_UNCONDITIONAL = dict(DIFFUSERS, sample_size=64)  # the script's network, at its resolution
 SHIFT, DOWN = "scale_shift", "DownBlock2D"
 ADM = dict(
-    THEIRS,
+    DIFFUSERS,
     norm_num_groups=8,
     attn_norm_num_groups=8,
     resnet_time_scale_shift=SHIFT,
@@ -76,7 +68,7 @@ NETWORKS = {
     )),
     "train_unconditional, a quarter wide": ((32, 32, 64, 64, 128, 128), {4}, TRAIN_UNCONDITIONAL),
     "the course's MNIST, with classes": ((32, 64, 64), {1, 2}, dict(
-        THEIRS, sample_size=28, in_channels=1, out_channels=1, num_class_embeds=10,
+        DIFFUSERS, sample_size=28, in_channels=1, out_channels=1, num_class_embeds=10,
     )),
     "ADM for ImageNet 64, an eighth wide": ((24, 48, 72, 96), {1, 2, 3}, dict(
         ADM,
@@ -184,7 +176,7 @@ def test_the_course_s_network_with_classes(reference, tmp_path):
         def __init__(self):
             super().__init__()
             self.class_emb = torch.nn.Embedding(10, 4)
-            kwargs = dict(THEIRS, sample_size=28, in_channels=5, out_channels=1)
+            kwargs = dict(DIFFUSERS, sample_size=28, in_channels=5, out_channels=1)
             self.model = reference.make_network((32, 64, 64), {1, 2}, **kwargs)
 
         def forward(self, x, t, labels):

@@ -24,6 +24,7 @@ from diffusers import (
     UNet2DModel,
     UniPCMultistepScheduler,
 )
+from family import DIFFUSERS
 
 FIXTURES = pathlib.Path(__file__).resolve().parent / "fixtures"
 # Where Ho's U-Net is not diffusers' default.
@@ -33,14 +34,6 @@ HO = dict(
     freq_shift=1,
     flip_sin_to_cos=False,
     attention_head_dim=None,
-)
-# diffusers' own defaults.
-DIFFUSERS = dict(
-    norm_eps=1e-5,
-    downsample_padding=1,
-    freq_shift=0,
-    flip_sin_to_cos=True,
-    attention_head_dim=8,
 )
 DPMPP = dict(algorithm_type="dpmsolver++", solver_type="midpoint")
 SDE = dict(algorithm_type="sde-dpmsolver++", solver_type="midpoint", solver_order=2)
