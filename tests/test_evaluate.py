@@ -354,6 +354,12 @@ def test_the_paper_s_numbers_stand_beside_its_model_only():
         ("sample.use_ema", False),
         ("evaluate.num_samples", 10_000),
         ("diffusion.schedule", "cosine"),
+        ("diffusion.loss_weight", "p2"),
+        ("train.timesteps", "low_discrepancy"),
+        ("model.widths", (32, 64, 64, 64)),
+        ("model.num_heads", 4),
+        ("model.scale_shift", True),
+        ("model.symmetric_padding", True),
     ):
         config = configs.named_config("cifar10")
         config.update_from_flattened_dict({name: value})

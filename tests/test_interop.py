@@ -546,6 +546,20 @@ def test_a_sampler_that_is_not_ours(kind, fields, message):
     assert message in str(error.value)
 
 
+LEARNED_RANGE = {"diffusion.variance": "learned_range", "diffusion.loss": "hybrid"}
+PREDICTS_V = {"diffusion.prediction": "v"}
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "dpmpp"])
+def test_a_learned_range_survives(config, sampler):
+    """DDPMScheduler takes it; DPMSolverMultistepScheduler cuts it off, of RGB images and ε."""
+    config.update_from_flattened_dict({"data.channels": 3, "sample.sampler": sampler})
+    config.update_from_flattened_dict(LEARNED_RANGE)
+    scheduler = schedulers.write_scheduler(config)
+    assert scheduler["variance_type"] == "learned_range"
+    assert schedulers.read_scheduler(scheduler, "f")["diffusion.variance"] == "learned_range"
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -556,6 +570,14 @@ def test_a_sampler_that_is_not_ours(kind, fields, message):
         ),
         ({"sample.sampler": "unipc", "sample.spacing": "logsnr"}, "sample.spacing='logsnr'"),
         ({"sample.sampler": "dpmpp", "sample.spacing": "quadratic"}, "sample.spacing='quadratic'"),
+        (  # of four channels, as of v, it would cut another part
+            {"data.channels": 1, "sample.sampler": "dpmpp", **LEARNED_RANGE},
+            "diffusion.variance='learned_range': DPMSolverMultistepScheduler has only fixed_small",
+        ),
+        (
+            {"data.channels": 3, "sample.sampler": "dpmpp", **LEARNED_RANGE, **PREDICTS_V},
+            "diffusion.variance='learned_range': DPMSolverMultistepScheduler has only fixed_small",
+        ),
         (
             {
                 "sample.sampler": "heun",

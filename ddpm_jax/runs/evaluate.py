@@ -463,9 +463,8 @@ def _cell(evaluation, name):
 def is_papers(config):
     """Whether a config is the paper's CIFAR-10 model, with the paper's evaluation."""
     fields, papers = configs.flatten(config), configs.flatten(configs.default_config())
-    # What does not change the model or its samples, or is chosen for each evaluation.
-    free = {*configs.FREE["use"], "data.resize", "data.random_flip"} - {"diffusion.loss"}
-    free -= {"diffusion.loss_weight"}
+    # A run may be used with other values of these; but the paper's was trained with this loss.
+    free = set(configs.FREE["use"]) - {"diffusion.loss", "diffusion.loss_weight"}
     names = {name for name in papers if name.startswith(("diffusion.", "model."))} - free
     names |= {"data.name", "data.split", "data.eval_split", "data.image_size", "data.num_classes"}
     names |= {f"sample.{name}" for name in ("use_ema", "sampler", "num_steps")}
