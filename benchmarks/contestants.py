@@ -20,7 +20,7 @@ from benchmarks.memory import peak
 from ddpm_jax import configs, cpu, parallel
 from ddpm_jax.core import solvers, unet
 from ddpm_jax.files import data
-from ddpm_jax.runs import generate, networks, schedulers, train
+from ddpm_jax.runs import generate, networks, objective, schedulers
 from ddpm_jax.runs import state as states
 
 DIFFUSERS = ("eager", "channels_last", "compile")  # modes of diffusers
@@ -93,7 +93,7 @@ def ours(cell):
     images = random_images(config, cell.size)
     if cell.task == "train":
         schedule = configs.make_schedule(config)
-        step = train.make_train_step(config, model, schedule, optimizer)
+        step = objective.make_train_step(config, model, schedule, optimizer)
         state, batch = parallel.replicate(state), data.Batch(images, None)
 
         def work():
@@ -140,7 +140,7 @@ def synchronized(work):
 
 
 def torch_train_step(network, optim, loss):
-    """The equivalent of train.train_step, for loss()."""
+    """The equivalent of objective.train_step, for loss()."""
     import torch
 
     weights = list(network.parameters())

@@ -24,8 +24,8 @@ import psutil
 
 from ddpm_jax import configs, cpu, parallel
 from ddpm_jax.files import data
+from ddpm_jax.runs import objective
 from ddpm_jax.runs import state as states
-from ddpm_jax.runs import train
 
 STEPS = 3
 
@@ -49,7 +49,7 @@ def measure(config, plan_only):
     """Prints one row."""
     shape, size = configs.image_shape(config), config.train.batch_size
     model, optimizer = configs.make_model(config), states.make_optimizer(config.optim, 100)
-    step = train.make_train_step(config, model, configs.make_schedule(config), optimizer)
+    step = objective.make_train_step(config, model, configs.make_schedule(config), optimizer)
     state = jax.eval_shape(lambda: states.create_state(model, optimizer, shape, 0))
     batch = data.Batch(np.zeros((size, *shape), np.uint8), None)
     memory = step.lower(state, parallel.shard(batch)).compile().memory_analysis()

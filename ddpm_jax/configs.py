@@ -9,7 +9,7 @@ import runpy
 
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from ddpm_jax import cpu, parallel
 from ddpm_jax.core import diffusion, schedules, solvers, spacings, unet, weights
@@ -34,7 +34,7 @@ NOT_NEGATIVE = """
     sample.num_steps sample.columns sample.guidance show.num_steps evaluate.num_samples
     evaluate.bits_per_dim_images
 """.split()
-BELOW_ONE = ("model.dropout", "optim.ema_decay")  # in [0, 1)
+BELOW_ONE = ("model.dropout", "sample.ema_decay")  # in [0, 1)
 # The largest values, far above sensible ones; a mistyped number must not take all memory. Other
 # whole numbers may have up to 31 bits.
 LARGEST = {
@@ -73,7 +73,7 @@ CHOICES = {
     "model.kind": ("unet", "classifier"),
     "model.dtype": ("float32", "bfloat16"),
     "optim.decay": ("constant", "cosine"),
-    "train.timesteps": ("uniform", "low_discrepancy"),
+    "train.timesteps": ("uniform", "low_discrepancy", "importance"),
     "sample.sampler": tuple(solvers.SOLVERS),
     "sample.spacing": tuple(spacings.SPACINGS),
     "show.sampler": tuple(solvers.SOLVERS),
@@ -244,7 +244,7 @@ def _optim_fields():
     optim.decay = "constant"  # after the warm-up; or cosine, to 0 at the last step
     optim.weight_decay = 0.0  # above 0: AdamW
     optim.grad_clip = 1.0  # maximum norm of the gradient; 0: no clipping
-    optim.ema_decay = 0.9999  # of the parameters' exponential moving average (EMA)
+    optim.ema_decay = FieldReference(0.9999, object)  # of the parameters' average (EMA); or several
     optim.accumulate = 1  # microbatches of a batch, for gradient accumulation: less memory
     optim.max_skipped = 10  # consecutive updates skipped for a non-finite gradient; more: an error
     return optim
@@ -255,7 +255,7 @@ def _train_fields():
     train.batch_size = 128  # over all devices
     train.num_steps = 800_000  # updates; 0: num_epochs decides
     train.num_epochs = 0  # passes over the data, instead of num_steps; logs each epoch's loss
-    train.timesteps = "uniform"  # how t is drawn; or low_discrepancy, evenly spread over a batch
+    train.timesteps = "uniform"  # or low_discrepancy, spread over a batch; or importance of L_t
     train.label_dropout = 0.1  # probability of dropping the label of a conditional network
     train.log_every = 100  # steps between lines of metrics.jsonl
     train.eval_every = 5000  # steps between held-out losses
@@ -274,6 +274,7 @@ def _sample_fields():
     sample.seed = 0  # image i depends on (seed, i) only
     sample.columns = 0  # images per row of the grids; 0: a square, or one column per class
     sample.use_ema = True  # sample with the EMA of the parameters; false: the raw ones
+    sample.ema_decay = 0.0  # which EMA, if optim.ema_decay has several; 0: the first
     sample.sampler = "ancestral"  # Algorithm 2; ddim, dpmpp, dpmpp_sde, unipc, heun or plms
     sample.order = 2  # of dpmpp (1, 2, 3) and unipc (2, 3)
     sample.num_steps = 0  # sampling steps, at most T; 0: all T
@@ -367,7 +368,11 @@ def complete(config, origin):
     if unknown := fields.keys() - defaults.keys():
         raise UserError(f"{origin}: has unknown fields {', '.join(sorted(unknown))}")
     for name, default in defaults.items():
-        check_kind(f"{origin}: {name}", fields[name], type(default))
+        several = name == "optim.ema_decay" and isinstance(fields[name], tuple)
+        for value in fields[name] if several else (fields[name],):
+            check_kind(f"{origin}: {name}", value, type(default))
+    with config.unlocked():  # a later value may be a tuple, too
+        config.optim.ema_decay = FieldReference(config.optim.ema_decay, object)
     return config
 
 
@@ -515,6 +520,22 @@ def num_steps(train, size):
     return train.num_steps or -(-train.num_epochs * size // train.batch_size)
 
 
+def ema_decays(optim):
+    """The decays of the EMAs of a config's `optim` section: a tuple, nearly always of one."""
+    decay = optim.ema_decay
+    return decay if isinstance(decay, tuple) else (decay,)
+
+
+def ema_decay(config):
+    """The decay of the EMA that sample.ema_decay chooses."""
+    return config.sample.ema_decay or ema_decays(config.optim)[0]
+
+
+def ema_index(config):
+    """The number of the EMA that sample.ema_decay chooses, from 0."""
+    return ema_decays(config.optim).index(ema_decay(config))
+
+
 def image_shape(config):
     """(H, W, C) of a config's images."""
     return (*config.data.image_size, config.data.channels)
@@ -536,6 +557,7 @@ def check(config, mode="train"):
         require(fields[name] in choices, name, fields[name], allowed)
     for name in ("train.label_dropout", "sample.eta", "sample.dynamic_threshold"):
         require(0 <= fields[name] <= 1, name, fields[name], "must lie in [0, 1]")
+    check_ema(config)
     _check_sizes(fields)
     name, steps, epochs = "train.num_epochs", config.train.num_steps, config.train.num_epochs
     allowed = f"train.num_steps={steps}; one of them must be 0, and the other above 0"
@@ -568,9 +590,24 @@ def check(config, mode="train"):
         parallel.check_batch_size(name, value, microbatches)
 
 
+def check_ema(config):
+    """Raises a UserError unless the EMAs' decays are different numbers in [0, 1), and
+    sample.ema_decay is one of them or 0."""
+    decays = ema_decays(config.optim)
+    fits = len(set(decays)) == len(decays) > 0
+    fits = fits and all(type(d) in (int, float) and 0 <= d < 1 for d in decays)
+    allowed = "must lie in [0, 1), or be several such numbers in brackets"
+    require(fits, "optim.ema_decay", config.optim.ema_decay, allowed)
+    allowed = f"choose from {', '.join(map(str, decays))}, or 0 for the first"
+    chosen = config.sample.ema_decay
+    require(chosen in (0, *decays), "sample.ema_decay", chosen, allowed)
+
+
 def _check_sizes(fields):
     """Numbers must not exceed LARGEST."""
     for name, value in fields.items():
+        if name == "optim.ema_decay":
+            continue
         if isinstance(value, float):
             allowed = f"must be a finite number, at most {LARGEST_FLOAT:.2g}"
             require(abs(value) <= LARGEST_FLOAT, name, value, allowed)
@@ -767,5 +804,8 @@ def check_same_run(saved, config, workdir, purpose):
         for name in sorted((saved.keys() | new.keys()) - free)
         if name.startswith(IDENTITY[purpose]) and saved.get(name) != new.get(name)
     ]
+    decays = saved.get("optim.ema_decay"), new["optim.ema_decay"]
+    if purpose == "train" and any(isinstance(d, tuple) for d in decays) and decays[0] != decays[1]:
+        changed.append(f"optim.ema_decay {decays[0]!r} -> {decays[1]!r}")
     if changed:
         raise UserError(f"workdir={workdir}: was made with another config: {', '.join(changed)}")

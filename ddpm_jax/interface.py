@@ -89,13 +89,14 @@ def config(name: str | None = None) -> ConfigDict:
     return configs.default_config() if name is None else configs.named_config(name)
 
 
-def load(path: str | os.PathLike, use_ema: bool = True) -> Run:
+def load(path: str | os.PathLike, use_ema: bool = True, ema_decay: float = 0.0) -> Run:
     """Reads a run's newest checkpoint, or the weights in a folder in diffusers' format.
 
     Args:
       path: the folder of a run; or one with diffusers' UNet2DModel, or with a pipeline that has
         one.
       use_ema: read the EMA of the parameters; False: the raw ones.
+      ema_decay: which EMA, if the run has several; 0: the first.
 
     Returns:
       A Run.
@@ -110,7 +111,8 @@ def load(path: str | os.PathLike, use_ema: bool = True) -> Run:
         return Run(config, 0, parallel.replicate(params), generate.class_names(config, path))
     config = run_files.saved_config(path)
     with config.unlocked():
-        config.sample.use_ema = use_ema
+        config.sample.update(use_ema=use_ema, ema_decay=float(ema_decay))
+    configs.check_ema(config)
     step, params = checkpoint.restore_params(config, path)
     return Run(config, step, params, generate.class_names(config, path))
 
@@ -190,7 +192,7 @@ def train(
     configs.check(config, "train")
     if training.train(config, workdir, arrays):
         raise KeyboardInterrupt
-    return load(workdir, config.sample.use_ema)
+    return load(workdir, config.sample.use_ema, config.sample.ema_decay)
 
 
 def _as_batch(images, labels):

@@ -16,7 +16,7 @@ from ddpm_jax.core import diffusion, likelihood, sampling, solvers, unet
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, data
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.runs import edit, generate, train
+from ddpm_jax.runs import edit, generate, objective, train
 from ddpm_jax.runs import state as states
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -57,11 +57,12 @@ def test_labels_are_dropped_at_the_rate_that_is_asked_for(conditional):
         return jnp.zeros(len(x0)) * params["w"]
 
     def step(state, batch):
-        settings = dict(num_timesteps=20, ema_decay=0.5, label_dropout=(0.25, 10), seed=0)
-        return train.train_step(state, batch, loss_fn=loss_fn, optimizer=optimizer, **settings)
+        settings = dict(num_timesteps=20, timesteps_name="uniform", ema_decays=(0.5,))
+        settings |= dict(label_dropout=(0.25, 10), seed=0)
+        return objective.train_step(state, batch, loss_fn=loss_fn, optimizer=optimizer, **settings)
 
     params = {"w": jnp.zeros(())}
-    state = states.TrainState(jnp.zeros((), int), params, params, optimizer.init(params))
+    state = states.TrainState(jnp.zeros((), int), params, (params,), optimizer.init(params))
     batch = data.Batch(np.zeros((4096, 8, 8, 1), np.uint8), labels)
     one = jax.devices()[:1]
     run = parallel.pmap(step, in_axes=(None, 0), out_axes=(None, None), devices=one)
@@ -373,7 +374,7 @@ def test_the_bound_as_a_loss_is_the_bound(config):
         return sampling.noise(keys, t, (8, 8, 1))
 
     bound = likelihood.vlb(schedule, predict_fn, x0, noise, variances=("learned",))
-    loss_fn = jax.jit(train.make_loss(config, model, schedule))
+    loss_fn = jax.jit(objective.make_loss(config, model, schedule))
     for t in (0, 1, 19):
         loss = loss_fn(params, x0, None, jnp.full(3, t), noise(t))
         np.testing.assert_allclose(loss, bound.terms["learned"][t], rtol=1e-4)

@@ -7,9 +7,9 @@ import pytest
 from references import gaussian_eps
 
 from ddpm_jax import configs
-from ddpm_jax.core import diffusion, likelihood, schedules, unet, weights
+from ddpm_jax.core import diffusion, likelihood, schedules, timesteps, unet, weights
 from ddpm_jax.errors import UserError
-from ddpm_jax.runs import train
+from ddpm_jax.runs import objective
 
 ALPHA_BARS = schedules.make_alpha_bars("linear", 1000)
 # ᾱ / (1 - ᾱ) at t = 0, 99, 499 and 999, in float64 from the products of 1 - β.
@@ -51,7 +51,7 @@ def test_the_constants_of_weights():
 def pieces(config):
     """(the loss, the network, its parameters, a batch) of a config."""
     model, schedule = configs.make_model(config), configs.make_schedule(config)
-    loss_fn = train.make_loss(config, model, schedule)
+    loss_fn = objective.make_loss(config, model, schedule)
     shape = configs.image_shape(config)
     shapes = unet.param_shapes(model, shape)
     rng = np.random.default_rng(0)
@@ -136,15 +136,71 @@ def test_a_fitted_variance_is_at_most_the_better_fixed_one():
 def test_low_discrepancy_covers_every_part(batch_size, num_timesteps):
     """One t in each 1 / B of [0, T), cyclically, and every t as likely as any other."""
     seen = np.zeros(num_timesteps)
-    draw = jax.jit(lambda step: train.low_discrepancy(0, step, batch_size, num_timesteps))
-    for step in range(200):
-        t = np.asarray(draw(step))
+    draw = jax.jit(timesteps.low_discrepancy, static_argnums=(1, 2))
+    for uniform in np.random.default_rng(0).uniform(size=200).astype(np.float32):
+        t = np.asarray(draw(uniform, batch_size, num_timesteps))
         gaps = np.diff(np.append(np.sort(t), t.min() + num_timesteps))
         assert gaps.max() <= int(np.ceil(num_timesteps / batch_size))
         assert gaps.min() >= int(num_timesteps / batch_size)
         np.add.at(seen, t, 1)
     quarters = seen.reshape(4, -1).sum(1) / seen.sum()
     np.testing.assert_allclose(quarters, 0.25, atol=1 / batch_size / 4)
+
+
+def full_history(num_timesteps=20):
+    losses = np.random.default_rng(0).uniform(0.1, 4, (num_timesteps, timesteps.HISTORY))
+    counts = jnp.full(num_timesteps, timesteps.HISTORY)
+    return timesteps.LossHistory(jnp.asarray(losses, jnp.float32), counts)
+
+
+def test_importance_by_hand():
+    """p ∝ √(mean L²), with 0.001 of a uniform distribution; uniform until all t have 10 losses."""
+    history = full_history()
+    root = np.sqrt(np.square(history.losses).mean(1))
+    expected = 0.999 * root / root.sum() + 0.001 / 20
+    np.testing.assert_allclose(timesteps.importance(history), expected, rtol=1e-5)
+    for other in (
+        history._replace(counts=history.counts.at[7].set(9)),
+        timesteps.empty_history(20),
+    ):
+        np.testing.assert_allclose(timesteps.importance(other), 1 / 20, rtol=1e-6)
+    zero = history._replace(losses=0 * history.losses)
+    np.testing.assert_allclose(timesteps.importance(zero), 1 / 20, rtol=1e-6)
+
+
+def test_the_loss_with_importance_is_unbiased():
+    """Over every possible draw, the weighted loss has the mean of uniform draws."""
+    probabilities = timesteps.importance(full_history())
+    ends = np.cumsum(np.float64(probabilities))
+    assert ends[-1] == pytest.approx(1, abs=1e-6)
+    middles = np.float32(ends - np.float64(probabilities) / 2)
+    t, weights = timesteps.draw(probabilities, middles)
+    np.testing.assert_array_equal(t, np.arange(20))
+    losses = np.random.default_rng(1).uniform(size=20)
+    assert (probabilities * weights * losses).sum() == pytest.approx(losses.mean(), rel=1e-6)
+    # A number draws t exactly where it lies between the sums up to t - 1 and up to t.
+    uniforms = np.random.default_rng(2).uniform(size=20_000).astype(np.float32)
+    t, _ = timesteps.draw(probabilities, uniforms)
+    frequencies = np.bincount(t, minlength=20) / len(uniforms)
+    np.testing.assert_allclose(frequencies, probabilities, atol=4 * np.sqrt(0.1 / len(uniforms)))
+    t, _ = timesteps.draw(probabilities, np.float32([0, 1 - 2**-24]))
+    np.testing.assert_array_equal(t, [0, 19])
+
+
+@pytest.mark.parametrize("most", [3, 20, 200])
+def test_the_history_has_the_last_losses(most):
+    """Against a list for each t, with batches that hold up to 200 examples of one t."""
+    rng, history = np.random.default_rng(0), timesteps.empty_history(4)
+    lists = [[] for _ in range(4)]
+    for _ in range(12):
+        t, losses = rng.integers(0, 4, most), rng.uniform(size=most).astype(np.float32)
+        history = jax.jit(timesteps.record)(history, t, losses)
+        for one, loss in zip(t, losses, strict=True):
+            lists[one].append(loss)
+    assert [len(seen) for seen in lists] == history.counts.tolist()
+    for row, seen in zip(np.asarray(history.losses), lists, strict=True):
+        padded = np.append(seen, np.zeros(10))[: max(len(seen), 10)]
+        np.testing.assert_array_equal(np.sort(row), np.sort(padded[-10:]))
 
 
 @pytest.mark.parametrize(

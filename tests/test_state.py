@@ -22,15 +22,16 @@ def optim(**changes):
     return ConfigDict({**OPTIM, **changes})
 
 
-def run(grads, start=(1.0, 2.0), **changes):
-    """Parameters and EMA after each update with these gradients."""
+def run(grads, start=(1.0, 2.0), decays=(0.9,), **changes):
+    """Parameters and EMAs after each update with these gradients."""
     optimizer = states.make_optimizer(optim(**changes), 20)
     params = {"w": jnp.array(start)}
-    state = states.TrainState(jnp.int32(0), params, params, optimizer.init(params))
-    history = [(state.params["w"], state.ema_params["w"])]
+    averages = (params,) * len(decays)
+    state = states.TrainState(jnp.int32(0), params, averages, optimizer.init(params))
+    history = [(params["w"],) * (1 + len(decays))]
     for g in grads:
-        state = states.apply_gradients(state, {"w": jnp.array(g)}, optimizer, 0.9)
-        history.append((state.params["w"], state.ema_params["w"]))
+        state = states.apply_gradients(state, {"w": jnp.array(g)}, optimizer, decays)
+        history.append((state.params["w"], *(average["w"] for average in state.ema_params)))
     assert state.step == len(grads)
     return np.array(history)
 
@@ -89,3 +90,12 @@ def test_ema_has_no_bias_correction():
     np.testing.assert_array_equal(e0, p0)
     np.testing.assert_allclose(e1, 0.9 * p0 + 0.1 * p1, rtol=1e-6)
     np.testing.assert_allclose(e2, 0.9 * e1 + 0.1 * p2, rtol=1e-6)
+
+
+def test_each_ema_has_its_own_decay():
+    history = run([(0.3, -0.4)] * 3, warmup_steps=0, decays=(0.9, 0.5))
+    for column, decay in ((1, 0.9), (2, 0.5)):
+        expected = history[0, 0]
+        for params in history[1:, 0]:
+            expected = decay * expected + (1 - decay) * params
+        np.testing.assert_allclose(history[-1, column], expected, rtol=1e-6)

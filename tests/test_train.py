@@ -13,7 +13,8 @@ from ddpm_jax import configs, parallel
 from ddpm_jax.core import unet
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, data
-from ddpm_jax.runs import generate, train
+from ddpm_jax.files import workdir as run_files
+from ddpm_jax.runs import generate, objective, train
 from ddpm_jax.runs import state as states
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -24,11 +25,11 @@ def setup(config, num_devices, count_traces=None):
     devices = jax.devices()[:num_devices]
     optimizer = states.make_optimizer(config.optim, config.train.num_steps)
     model = configs.make_model(config)
-    state = states.create_state(model, optimizer, configs.image_shape(config), config.seed)
+    state = train.create_state(config, model, optimizer)
     if count_traces is not None:
         model = Counting(model, count_traces)
     schedule = configs.make_schedule(config)
-    step = train.make_train_step(config, model, schedule, optimizer, devices)
+    step = objective.make_train_step(config, model, schedule, optimizer, devices)
     return step, parallel.replicate(state, devices)
 
 
@@ -60,7 +61,16 @@ IMPROVED = {
     "diffusion.loss_weight": "min_snr",
     "train.timesteps": "low_discrepancy",
 }
-OBJECTIVES = pytest.mark.parametrize("objective", [{}, IMPROVED], ids=["Ho's", "improved"])
+IMPORTANCE = {
+    "diffusion.loss": "vlb",
+    "diffusion.variance": "learned_range",
+    "train.timesteps": "importance",
+    "diffusion.num_timesteps": 2,  # so few that its history is full after some steps
+    "optim.ema_decay": (0.5, 0.9),
+}
+OBJECTIVES = pytest.mark.parametrize(
+    "objective", [{}, IMPROVED, IMPORTANCE], ids=["Ho's", "improved", "importance"]
+)
 
 
 @OBJECTIVES
@@ -104,17 +114,20 @@ def test_first_loss_and_zero_first_update(config):
 
 
 def test_noise_is_a_function_of_seed_step_and_example():
-    keys = train.step_keys(0, 3, jnp.arange(6))
-    t, eps, *_ = train.draw(keys, (4, 4, 1), 1000)
-    part = train.draw(train.step_keys(0, 3, jnp.arange(4, 6)), (4, 4, 1), 1000)
+    keys = objective.step_keys(0, 3, jnp.arange(6))
+    t, eps, *_ = objective.draw(keys, (4, 4, 1), 1000)
+    part = objective.draw(objective.step_keys(0, 3, jnp.arange(4, 6)), (4, 4, 1), 1000)
     np.testing.assert_array_equal(eps[4:], part[1])
     np.testing.assert_array_equal(t[4:], part[0])
-    for other in (train.step_keys(0, 4, jnp.arange(6)), train.step_keys(1, 3, jnp.arange(6))):
-        assert (train.draw(other, (4, 4, 1), 1000)[1] != eps).all()
+    for other in (
+        objective.step_keys(0, 4, jnp.arange(6)),
+        objective.step_keys(1, 3, jnp.arange(6)),
+    ):
+        assert (objective.draw(other, (4, 4, 1), 1000)[1] != eps).all()
 
 
 def test_t_is_uniform():
-    t, eps, *_ = train.draw(train.step_keys(0, 0, jnp.arange(20_000)), (1, 1, 1), 10)
+    t, eps, *_ = objective.draw(objective.step_keys(0, 0, jnp.arange(20_000)), (1, 1, 1), 10)
     counts = np.bincount(t, minlength=10)
     assert len(counts) == 10 and np.abs(counts - 2000).max() < 200  # 4.7 standard deviations
     assert float(eps.var()) == pytest.approx(1, abs=0.05)
@@ -248,7 +261,7 @@ def test_held_out_loss_is_fixed(config):
     losses = []
     for seed, batch_size in ((0, 8), (0, 8), (1, 4)):
         config.seed, config.train.batch_size = seed, batch_size
-        losses.append(train.make_eval_loss(config, model, schedule, source)(state.params))
+        losses.append(objective.make_eval_loss(config, model, schedule, source)(state.params))
     assert losses[0] == losses[1]
     assert losses[0] == pytest.approx(losses[2], rel=1e-5)
     assert losses[0] == pytest.approx(1, abs=0.1)
@@ -291,13 +304,42 @@ def test_sampling_reads_the_averaged_or_the_raw_parameters(config, tmp_path):
         jax.tree.map(lambda s, v=v: np.full(s.shape, v, s.dtype), shapes) for v in (1, 2)
     )
     with checkpoint.open_manager(tmp_path, config.train) as manager:
-        state = states.TrainState(np.int32(3), raw, averaged, {"count": np.int32(3)})
+        averages = averaged, jax.tree.map(lambda array: 3 * array, raw)
+        state = states.TrainState(np.int32(3), raw, averages, {"count": np.int32(3)})
         checkpoint.save(manager, 3, state)
-    for use_ema, expected in ((True, averaged), (False, raw)):
-        config.sample.use_ema = use_ema
+    config.optim.ema_decay = (0.99, 0.9)
+    for use_ema, decay, expected in (
+        (True, 0.0, averages[0]),
+        (True, 0.99, averages[0]),
+        (True, 0.9, averages[1]),
+        (False, 0.9, raw),
+    ):
+        config.sample.update(use_ema=use_ema, ema_decay=decay)
         step, params = checkpoint.restore_params(config, tmp_path)
         assert step == 3
         jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_a_run_goes_on_with_other_timesteps(config, tmp_path):
+    """A history of losses begins when it is first needed, and is dropped when it is not."""
+    for num_steps, name in ((2, "uniform"), (4, "importance"), (6, "importance"), (7, "uniform")):
+        config.train.update(num_steps=num_steps, timesteps=name)
+        assert train.train(config, tmp_path) == 0
+        folder = tmp_path / "checkpoints" / str(num_steps)
+        assert (folder / "loss_history").exists() == (name == "importance")
+        if name == "importance":  # 16 examples more
+            assert checkpointed(config, tmp_path)["loss_history"].counts.sum() == 8 * num_steps - 16
+
+
+def test_the_emas_of_a_run_do_not_change(config, tmp_path):
+    config.optim.ema_decay = (0.9, 0.5)
+    train.train(config, tmp_path)
+    config.train.num_steps = 5
+    for other in (0.9, (0.5, 0.9), (0.9, 0.5, 0.1)):
+        config.optim.ema_decay = other
+        with pytest.raises(UserError, match=r"optim.ema_decay \(0.9, 0.5\) -> "):
+            train.train(config, tmp_path)
+    assert run_files.saved_config(tmp_path).optim.ema_decay == (0.9, 0.5)
 
 
 def test_metrics_of_lost_steps_are_dropped(config, tmp_path):
@@ -414,7 +456,7 @@ def test_memory_that_is_not_there_is_warned_of(config, caplog, monkeypatch):
 # What fails while training goes on costs a warning, or is named when what was trained is saved.
 
 
-@pytest.mark.parametrize("failing", ["generate.write_grid", "make_eval_loss"])
+@pytest.mark.parametrize("failing", ["generate.write_grid", "objective.make_eval_loss"])
 def test_what_only_shows_how_training_goes_does_not_end_it(
     config, tmp_path, monkeypatch, caplog, failing
 ):
@@ -427,8 +469,8 @@ def test_what_only_shows_how_training_goes_does_not_end_it(
 
     saved, save = [], checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda m, s, x: (saved.append(s), save(m, s, x)))
-    *owner, name = failing.split(".")
-    owner = getattr(train, owner[0]) if owner else train
+    owner, name = failing.split(".")
+    owner = getattr(train, owner)
     monkeypatch.setattr(owner, name, (lambda *_: fail) if name == "make_eval_loss" else fail)
     config.train.update(num_steps=4, sample_every=2, eval_every=2, checkpoint_every=2)
     assert train.train(config, tmp_path) == 0

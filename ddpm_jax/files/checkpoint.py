@@ -1,9 +1,10 @@
 """Checkpoints: written by Orbax, asynchronously and atomically.
 
-<workdir>/checkpoints/<step>/ has three items (params, ema_params, opt_state), so that sampling
-reads only the one that it needs. A checkpoint has a temporary name until it is complete. If it is
-damaged later, the checkpoint before it is used: sha256.json has a digest of each file, because
-Orbax does not detect flipped bits.
+<workdir>/checkpoints/<step>/ has an item for each tree: params, ema_params, opt_state; more EMAs
+and a history of losses, where the config wants them. So sampling reads only the one that it needs.
+A checkpoint has a temporary name until it is complete. If it is damaged later, the
+checkpoint before it is used: sha256.json has a digest of each file, because Orbax does not detect
+flipped bits.
 """
 
 import contextlib
@@ -29,7 +30,8 @@ from ddpm_jax.errors import UserError, is_disk_full
 
 log = logging.getLogger(__name__)
 
-ITEMS = ("params", "ema_params", "opt_state")
+EMA, HISTORY = "ema_params", "loss_history"
+ITEMS = ("params", EMA, "opt_state")  # of every checkpoint; see _items_of
 DIGESTS = "sha256.json"
 NONE, ALL_DAMAGED = -1, -2  # instead of a step
 RESERVE = 2**23  # bytes for everything on the disk except a checkpoint's arrays
@@ -82,7 +84,7 @@ def save(manager, step, state):
     """
     if step in manager.all_steps():
         return
-    items = {name: getattr(state, name) for name in ITEMS}
+    items = _items_of(state)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
     free = shutil.disk_usage(manager.directory).free if parallel.is_first() else 0
     if parallel.broadcast_from_first(free < size + RESERVE):
@@ -115,12 +117,29 @@ def restore(manager, state):
     if step is None:
         return state
     _rename_damaged(manager, step)
-    items = {name: getattr(state, name) for name in _items(step)}
-    restored = _restore(manager, step, parallel.as_global(items))
+    items = _items_of(state)
     if step == 0:
-        restored["ema_params"] = jax.tree.map(jnp.copy, restored["params"])
+        items = {"params": state.params}
+    elif not (manager.directory / str(step) / HISTORY).exists():  # of a run with other timesteps
+        items.pop(HISTORY, None)
+    restored = _restore(manager, step, parallel.as_global(items))
+    averages = tuple(restored.pop(name) for name in list(restored) if name.startswith(EMA))
+    if step == 0:
+        averages = tuple(jax.tree.map(jnp.copy, restored["params"]) for _ in state.ema_params)
     step = jax.device_put(jnp.asarray(step, jnp.int32), state.step.sharding)
-    return state.replace(step=step, **restored)
+    return state.replace(step=step, ema_params=averages, **restored)
+
+
+def _items_of(state):
+    """The items of a TrainState: {name: tree}."""
+    averages = {ema_item(index): tree for index, tree in enumerate(state.ema_params)}
+    items = {"params": state.params, **averages, "opt_state": state.opt_state}
+    return items if state.loss_history is None else items | {HISTORY: state.loss_history}
+
+
+def ema_item(index):
+    """The item's name of the EMA with one of optim.ema_decay, from 0."""
+    return f"{EMA}_{index + 1}" if index else EMA
 
 
 def save_imported(workdir, params):
@@ -159,7 +178,8 @@ def restore_params(config, workdir):
     params = jax.tree.map(
         lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=sharding), params
     )
-    name = "ema_params" if config.sample.use_ema and step > 0 else "params"
+    use_ema = config.sample.use_ema and step > 0
+    name = ema_item(configs.ema_index(config)) if use_ema else "params"
     # Compare the shapes here: Orbax's own error is long, and comes from several threads.
     with _quiet():
         stored = ocp.StandardCheckpointer().metadata(_folder(workdir) / str(step) / name)
@@ -170,7 +190,7 @@ def restore_params(config, workdir):
     if stored_shapes != shapes:
         text = "its config.json and its checkpoint have different networks"
         raise UserError(f"workdir={workdir}: {text}")
-    with ocp.CheckpointManager(_folder(workdir), item_names=ITEMS) as manager:
+    with ocp.CheckpointManager(_folder(workdir), item_names=(name,)) as manager:
         return step, _restore(manager, step, {name: params})[name]
 
 
@@ -219,7 +239,7 @@ def _manager(workdir, **options):
         cleanup_tmp_directories=True,
         async_options=ocp.AsyncOptions(post_finalization_callback=write_digests),
     )
-    return ocp.CheckpointManager(_folder(workdir), options=options, item_names=ITEMS)
+    return ocp.CheckpointManager(_folder(workdir), options=options)
 
 
 def _items(step):

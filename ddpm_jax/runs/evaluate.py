@@ -103,6 +103,7 @@ def evaluate(config, workdir, stop=signals.never):
     log.info("evaluating step %d", step)
     provenance = sampling_provenance(config, step, params, guidance["classifier"])
     results = provenance | {
+        "ema_decay": configs.ema_decay(config),
         "dataset": config.data.name,
         "split": config.data.split,
         "split_sha256": describe(config.data, config.data.split, train)["images_sha256"],

@@ -500,13 +500,14 @@ def warn_of_chain(config, mean_square=1 / 3):
 
 def warn_of_young_ema(config, step):
     """Warns if the EMA is still close to the initial parameters."""
-    initial_share = config.optim.ema_decay**step
+    decay = configs.ema_decay(config)
+    initial_share = decay**step
     if config.sample.use_ema and step > 0 and initial_share > MAX_INITIAL_SHARE:
         log.warning(
             "the EMA is still %.0f %% the initial parameters (optim.ema_decay=%g, step %d); "
             "--noconfig.sample.use_ema samples from the raw parameters",
             100 * initial_share,
-            config.optim.ema_decay,
+            decay,
             step,
         )
 
@@ -523,6 +524,7 @@ def settings(config, workdir):
     parts = {
         f"seed{sample.seed}": True,
         "raw": not sample.use_ema,
+        f"ema{sample.ema_decay:g}": configs.ema_index(config) > 0,
         config.model.dtype: config.model.dtype != saved.model.dtype,
         chain.variance: chain.variance != saved.diffusion.variance,
         f"clip{chain.clip_x0:d}": chain.clip_x0 != saved.diffusion.clip_x0,

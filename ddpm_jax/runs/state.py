@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from ddpm_jax import cpu
+from ddpm_jax.core import timesteps
 
 
 @flax.struct.dataclass
@@ -18,8 +19,9 @@ class TrainState:
 
     step: jax.Array  # int32, updates done so far
     params: Any
-    ema_params: Any  # exponential moving average of params
+    ema_params: tuple  # exponential moving averages of params, one for each decay
     opt_state: optax.OptState
+    loss_history: timesteps.LossHistory | None = None  # for sampling t by importance
 
 
 def learning_rate(optim, num_steps):
@@ -58,14 +60,16 @@ def make_optimizer(optim, num_steps):
     return optax.chain(clip, optax.adamw(rate, weight_decay=optim.weight_decay))
 
 
-def create_state(model, optimizer, image_shape, seed):
-    """An initial state: parameters from `seed`, and an EMA equal to them.
+def create_state(model, optimizer, image_shape, seed, *, num_averages=1, num_timesteps=0):
+    """An initial state: parameters from `seed`, and EMAs equal to them.
 
     Args:
       model: a linen module, called as model(x_t, t).
       optimizer: an optax transformation.
       image_shape: (H, W, C).
       seed: int.
+      num_averages: EMAs.
+      num_timesteps: T of the loss history; 0: there is none.
 
     Returns:
       A TrainState at step 0.
@@ -75,25 +79,30 @@ def create_state(model, optimizer, image_shape, seed):
     def create(key):
         x, t = jnp.zeros((1, *image_shape)), jnp.zeros((1,), jnp.int32)
         params = model.init(key, x, t)["params"]
-        # A copy, not an alias: both are donated to the train step.
-        ema_params = jax.tree.map(jnp.copy, params)
-        return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params))
+        history = timesteps.empty_history(num_timesteps) if num_timesteps else None
+        step, opt_state = jnp.zeros((), jnp.int32), optimizer.init(params)
+        # Copies, not aliases: all are donated to the train step.
+        ema_params = tuple(jax.tree.map(jnp.copy, params) for _ in range(num_averages))
+        return TrainState(step, params, ema_params, opt_state, history)
 
     return create(jax.random.key(seed))
 
 
-def apply_gradients(state, grads, optimizer, ema_decay, applies=True):
+def apply_gradients(state, grads, optimizer, ema_decays, applies=True):
     """One update: optimizer, then ema = decay · ema + (1 - decay) · params (no bias correction).
 
-    If `applies` is false, only `step` changes.
+    There is one EMA for each of `ema_decays`. If `applies` is false, only `step` changes.
     """
     step = state.step + 1
 
     def apply(state, grads):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_decay)
-        return TrainState(step, params, ema_params, opt_state)
+        ema_params = tuple(
+            optax.incremental_update(params, average, 1 - decay)
+            for average, decay in zip(state.ema_params, ema_decays, strict=True)
+        )
+        return state.replace(step=step, params=params, ema_params=ema_params, opt_state=opt_state)
 
     def keep(state, grads):
         return state.replace(step=step)

@@ -1,4 +1,4 @@
-"""Training (Ho et al. 2020, Algorithm 1): the step, and the loop around it."""
+"""Training: the loop around the steps, which resumes, logs, saves and draws."""
 
 import contextlib
 import fractions
@@ -11,278 +11,17 @@ import time
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
-from ddpm_jax import configs, cpu, parallel, progress, signals
-from ddpm_jax.core import diffusion, likelihood, unet, weights
+from ddpm_jax import configs, parallel, progress, signals
+from ddpm_jax.core import likelihood
 from ddpm_jax.errors import UserError, one_line, printable
 from ddpm_jax.files import checkpoint, data, images
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.runs import generate
+from ddpm_jax.runs import generate, objective
 from ddpm_jax.runs import state as states
 
 log = logging.getLogger(__name__)
-
-# The held-out loss always uses the same noise, whatever the run's seed.
-EVAL_SEED = 20200619
-HYBRID_WEIGHT = 0.001  # λ of the bound in the hybrid loss, with the bound in bits/dim
-
-
-def step_keys(seed, step, indices):
-    """[B] PRNG keys, a function of (seed, step, global example index) only."""
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
-
-
-def draw(keys, image_shape, num_timesteps):
-    """The random variables of each training example, drawn with its key.
-
-    Args:
-      keys: [B] PRNG keys.
-      image_shape: (H, W, C).
-      num_timesteps: T.
-
-    Returns:
-      t: [B] int32, uniform in [0, T).
-      eps: [B, H, W, C], standard normal.
-      dropout_keys: [B] PRNG keys.
-      label_uniforms: [B], uniform in [0, 1), which decide whether the label is dropped.
-    """
-
-    def draw_one(key):
-        t_key, eps_key, dropout_key, label_key = jax.random.split(key, 4)
-        t = jax.random.randint(t_key, (), 0, num_timesteps)
-        eps, label_uniform = jax.random.normal(eps_key, image_shape), jax.random.uniform(label_key)
-        return t, eps, dropout_key, label_uniform
-
-    return jax.vmap(draw_one)(keys)
-
-
-def low_discrepancy(seed, step, batch_size, num_timesteps):
-    """Timesteps that are evenly spread over a global batch (Kingma et al. 2021).
-
-      t_i = ⌊T · (u + i / B mod 1)⌋, with one u ~ U(0, 1) for the whole batch
-
-    Args:
-      seed: int.
-      step: of the training.
-      batch_size: B, over all devices.
-      num_timesteps: T.
-
-    Returns:
-      [B] int32, each uniform in [0, T).
-    """
-    (key,) = step_keys(seed, step, jnp.array([batch_size]))  # of no example
-    fractions = (jax.random.uniform(key) + jnp.arange(batch_size) / batch_size) % 1
-    return jnp.minimum(num_timesteps * fractions, num_timesteps - 1).astype(jnp.int32)
-
-
-def make_loss(config, model, schedule):
-    """Builds the loss of a config.
-
-    Args:
-      config: its model and diffusion sections are used.
-      model: the network.
-      schedule: coefficients, each [T].
-
-    Returns:
-      loss(params, x0 [B, H, W, C], labels [B] or None, t [B], eps [B, H, W, C], dropout_keys) →
-      [B]: L_simple; the VLB's term at t, bits/dim, without clipping; both of them; or the
-      cross-entropy, nats.
-    """
-    section = config.diffusion
-    variance = section.variance
-    options = {name: section[name] for name in ("min_snr_gamma", "p2_gamma", "p2_k")}
-    of_t = weights.loss_weights(
-        configs.make_alpha_bars(config), section.prediction, section.loss_weight, **options
-    )
-    of_t = jnp.asarray(of_t, jnp.float32)
-
-    def simple(net_fn, x0, labels, t, eps):
-        mse = diffusion.simple_loss(schedule, net_fn, x0, t, eps, section.prediction)
-        return mse if section.loss_weight == "none" else of_t[t] * mse
-
-    def hybrid(net_fn, x0, labels, t, eps):
-        # L_simple + λ L_vlb (Nichol & Dhariwal 2021, Eq. 16). The bound is T times its term at a
-        # random t. It trains the variance only: the mean is constant in it.
-        output = net_fn(diffusion.q_sample(schedule, x0, t, eps), t)
-        mean, of_variance = jnp.split(output, 2, axis=-1)
-        constant = jnp.concatenate([jax.lax.stop_gradient(mean), of_variance], axis=-1)
-        bound = schedule.num_timesteps * vlb(lambda *_: constant, x0, labels, t, eps)
-        return simple(lambda *_: mean, x0, labels, t, eps) + HYBRID_WEIGHT * bound
-
-    def vlb(net_fn, x0, labels, t, eps):
-        predict_fn = generate.unguided_predict(config, schedule, net_fn)
-        terms, _ = likelihood.vlb_terms(schedule, predict_fn, x0, t, eps, variances=(variance,))
-        return terms[variance]
-
-    def cross_entropy(net_fn, x0, labels, t, eps):
-        log_p = net_fn(diffusion.q_sample(schedule, x0, t, eps), t)
-        return -jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
-
-    is_classifier = config.model.kind == "classifier"
-    losses = {"simple": simple, "vlb": vlb, "hybrid": hybrid}
-    loss_of = cross_entropy if is_classifier else losses[section.loss]
-
-    def loss(params, x0, labels, t, eps, dropout_keys=None):
-        condition = () if labels is None or is_classifier else (labels,)
-        apply = unet.net_fn(model, params, dropout_keys)
-        return loss_of(lambda x_t, t: apply(x_t, t, *condition), x0, labels, t, eps)
-
-    return loss
-
-
-def mean_over_microbatches(function, batch, count):
-    """The mean of function over microbatches, one after another to save memory.
-
-    Args:
-      function: a batch to a tree of arrays, each a mean over the batch.
-      batch: a tree of arrays [B, ...].
-      count: number of microbatches; divides B.
-
-    Returns:
-      The tree of function's means over the whole batch.
-    """
-    if count == 1:
-        return function(batch)
-    batch = jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), batch)
-    shapes = jax.eval_shape(function, jax.tree.map(lambda a: a[0], batch))
-    total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-    def add(total, microbatch):
-        # In the unrolled loop, too, a microbatch must wait until the one before it is done.
-        total, microbatch = jax.lax.optimization_barrier((total, microbatch))
-        return jax.tree.map(jnp.add, total, function(microbatch)), None
-
-    # On a CPU, a gradient inside a loop takes about 12 times as long.
-    total, _ = jax.lax.scan(add, total, batch, unroll=cpu.is_used())
-    return jax.tree.map(lambda x: x / count, total)
-
-
-def train_step(
-    state,
-    batch,
-    *,
-    loss_fn,
-    num_timesteps,
-    optimizer,
-    ema_decay,
-    label_dropout,
-    seed,
-    accumulate=1,
-    timesteps="uniform",
-):
-    """One update of Algorithm 1, under parallel.pmap; a non-finite gradient changes the step only.
-
-    Args:
-      state: a TrainState.
-      batch: a data.Batch, this device's shard of the global batch.
-      loss_fn: from make_loss.
-      num_timesteps: T.
-      optimizer: an optax transformation; it clips the gradient after the mean over devices.
-      ema_decay: of the parameters' moving average, in [0, 1).
-      label_dropout: (rate, the label for "no class"), for classifier-free guidance.
-      seed: int.
-      accumulate: microbatches of the shard, for gradient accumulation.
-      timesteps: how t is drawn, "uniform" or "low_discrepancy".
-
-    Returns:
-      (state, metrics), means over the global batch: the loss; the gradient's norm before clipping;
-      for each quarter of the timesteps [4] the share of examples, and their loss times this share;
-      and whether the update was applied.
-    """
-    x0, labels = images.to_float(batch.images), batch.labels
-    indices = parallel.example_indices(len(x0))
-    keys = step_keys(seed, state.step, indices)
-    t, eps, dropout_keys, label_uniforms = draw(keys, x0.shape[1:], num_timesteps)
-    if timesteps == "low_discrepancy":
-        batch_size = len(x0) * jax.lax.axis_size(parallel.AXIS)
-        t = low_discrepancy(seed, state.step, batch_size, num_timesteps)[indices]
-    if labels is not None:
-        rate, null_label = label_dropout
-        labels = jnp.where(label_uniforms < rate, null_label, labels)
-
-    def mean_loss(params, x0, labels, t, eps, dropout_keys):
-        losses = loss_fn(params, x0, labels, t, eps, dropout_keys)
-        quarter = jax.nn.one_hot(4 * t // num_timesteps, 4)
-        quarters = {"share": quarter.mean(0), "loss_share": (losses[:, None] * quarter).mean(0)}
-        return losses.mean(), quarters
-
-    def loss_and_gradient(examples):
-        return jax.value_and_grad(mean_loss, has_aux=True)(state.params, *examples)
-
-    examples = x0, labels, t, eps, dropout_keys
-    means = mean_over_microbatches(loss_and_gradient, examples, accumulate)
-    (loss, quarters), grads = jax.lax.pmean(means, parallel.AXIS)
-    norm = optax.tree.norm(grads)
-    applied = jnp.isfinite(loss) & jnp.isfinite(norm)
-    state = states.apply_gradients(state, grads, optimizer, ema_decay, applied)
-    return state, {"loss": loss, "grad_norm": norm, **quarters, "applied": applied}
-
-
-def make_train_step(config, model, schedule, optimizer, devices=None):
-    """train_step over all devices: (state, Batch of [devices, B, …]) → (state, metrics)."""
-    rate = 0.0 if config.model.kind == "classifier" else config.train.label_dropout
-
-    def step(state, batch):
-        return train_step(
-            state,
-            batch,
-            loss_fn=make_loss(config, model, schedule),
-            num_timesteps=schedule.num_timesteps,
-            optimizer=optimizer,
-            ema_decay=config.optim.ema_decay,
-            label_dropout=(rate, config.data.num_classes),
-            seed=config.seed,
-            accumulate=config.optim.accumulate,
-            timesteps=config.train.timesteps,
-        )
-
-    # The state is replicated before and after, and its buffers are reused.
-    return parallel.pmap(
-        step, in_axes=(None, 0), out_axes=(None, None), donate_argnums=0, devices=devices
-    )
-
-
-def make_eval_loss(config, model, schedule, source):
-    """The held-out loss: with the same images, timesteps (evenly spaced) and noise every time.
-
-    Args:
-      config: its train, model and diffusion sections are used.
-      model: the network.
-      schedule: coefficients, each [T].
-      source: the held-out images.
-
-    Returns:
-      eval_loss(params, stop=never) → the mean over the first `train.eval_images` images; None if
-      stop() becomes true.
-    """
-    loss_fn = make_loss(config, model, schedule)
-    count, size = min(config.train.eval_images, source.size), config.train.batch_size
-    num_timesteps = schedule.num_timesteps
-
-    def batch_loss(params, batch, indices):
-        x0, keys = images.to_float(batch.images), step_keys(EVAL_SEED, 0, indices)
-        _, eps, *_ = draw(keys, x0.shape[1:], num_timesteps)
-        t = jnp.minimum(indices, count - 1) * num_timesteps // count
-        loss = loss_fn(params, x0, batch.labels, t, eps)
-        return jax.lax.psum(jnp.sum(jnp.where(indices < count, loss, 0)), parallel.AXIS)
-
-    batch_loss = parallel.pmap(batch_loss, in_axes=(None, 0, 0), out_axes=None)
-
-    def eval_loss(params, stop=signals.never):
-        total = 0.0
-        for first in range(0, count, size):
-            indices = parallel.local_shard(first + np.arange(size))  # from `count` on: padding
-            batch = source.read(np.minimum(indices, count - 1))
-            total += float(batch_loss(params, parallel.shard(batch), parallel.shard(indices)))
-            if stop():
-                return None
-        return total / count
-
-    return eval_loss
 
 
 class Span(NamedTuple):
@@ -325,17 +64,17 @@ def train(config, workdir, arrays=None):
         run_files.save_data(source, workdir)
         stop = stack.enter_context(signals.catch())
         manager = stack.enter_context(checkpoint.open_manager(workdir, config.train))
-        state = states.create_state(model, optimizer, configs.image_shape(config), config.seed)
+        state = create_state(config, model, optimizer)
         state = checkpoint.restore(manager, parallel.replicate(state))
         epoch = fractions.Fraction(source.size, config.train.batch_size)
         span = Span(int(state.step), last, epoch)
         describe(config, state, schedule, source, eval_source)
-        step_fn = make_train_step(config, model, schedule, optimizer)
+        step_fn = objective.make_train_step(config, model, schedule, optimizer)
         if span.first < last:
             if parallel.is_first():
                 (workdir / "report.html").unlink(missing_ok=True)  # it is written again at the end
             describe_memory(step_fn, state, source, config.train.batch_size)
-        eval_loss = make_eval_loss(config, model, schedule, eval_source)
+        eval_loss = objective.make_eval_loss(config, model, schedule, eval_source)
         sample = make_grid_sampler(config, guidance)
         with contextlib.closing(run_files.Metrics(workdir, span.first)) as metrics:
             actions = make_actions(config, workdir, span, metrics, eval_loss, sample, stop)
@@ -352,6 +91,19 @@ def train(config, workdir, arrays=None):
             saved = "no step was trained" if step is None else f"step {step} is saved"
             log.info("stopped by %s; %s", signal.Signals(caught).name, saved)
     return caught
+
+
+def create_state(config, model, optimizer):
+    """The state before the first step; only sampling t by importance needs a history of losses."""
+    shape, of_importance = configs.image_shape(config), config.train.timesteps == "importance"
+    return states.create_state(
+        model,
+        optimizer,
+        shape,
+        config.seed,
+        num_averages=len(configs.ema_decays(config.optim)),
+        num_timesteps=config.diffusion.num_timesteps if of_importance else 0,
+    )
 
 
 def open_data(config, workdir, arrays):
@@ -386,7 +138,7 @@ def make_actions(config, workdir, span, metrics, eval_loss, sample, stop):
       workdir: the run's folder.
       span: the steps to do.
       metrics: a run_files.Metrics.
-      eval_loss: from make_eval_loss.
+      eval_loss: from objective.make_eval_loss.
       sample: from generate.make_sampler; None for a classifier.
       stop: from signals.catch.
     """
@@ -401,7 +153,8 @@ def make_actions(config, workdir, span, metrics, eval_loss, sample, stop):
 
     def evaluate(step, state):
         if step > span.first or "eval_loss" not in logged:
-            raw, ema = (eval_loss(p, stop) for p in (state.params, state.ema_params))
+            ema_params = state.ema_params[configs.ema_index(config)]
+            raw, ema = (eval_loss(p, stop) for p in (state.params, ema_params))
             if not stop():
                 metrics.write(step, eval_loss=raw, eval_loss_ema=ema)
 
@@ -588,7 +341,8 @@ def make_grid_sampler(config, guidance):
 
 def write_grid(path, sample, config, state, stop):
     """Samples from a state and writes a grid to path, unless a signal interrupts it."""
-    params = state.ema_params if config.sample.use_ema else state.params
+    use_ema, index = config.sample.use_ema, configs.ema_index(config)
+    params = state.ema_params[index] if use_ema else state.params
     with contextlib.suppress(signals.Stopped):
         generated = sample(params, np.arange(config.sample.num_samples), stop=stop)
         generate.write_grid(path, config, generated.x)
