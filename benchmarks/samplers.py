@@ -5,12 +5,10 @@
     python -m benchmarks.sampler_chart docs/samplers.csv docs/assets/samplers.png
     python -m benchmarks.samplers --workdir=runs/digits_conditional
 
-Quality is the Fréchet distance between samples and the training split, on the 64 hidden units of a
-classifier of its images (scikit-learn's MLPClassifier, on pixels in [0, 1], trained on at most
-10,000 of them). Rows that the CSV file has already are not measured again, and parts of a row are
-kept in the run's folder, so the command can be interrupted. For a conditional run, a table of
-guidance scales is printed: a second classifier, trained on the held-out images, measures the
-fraction of samples whose class it recognizes.
+Quality is the Fréchet distance of quality.py. Rows that the CSV file has already are not measured
+again, and parts of a row are kept in the run's folder, so the command can be interrupted. For a
+conditional run, a table of guidance scales is printed: a second classifier, trained on the held-out
+images, measures the fraction of samples whose class it recognizes.
 """
 
 import csv
@@ -19,13 +17,12 @@ import pathlib
 
 import numpy as np
 from absl import app, flags
-from sklearn.neural_network import MLPClassifier
 
+from benchmarks import quality
 from ddpm_jax import configs, cpu
 from ddpm_jax.core import solvers
-from ddpm_jax.files import checkpoint, data
+from ddpm_jax.files import checkpoint
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.metrics import distances
 from ddpm_jax.runs import generate
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "a run with labelled data")
@@ -33,7 +30,6 @@ CSV = flags.DEFINE_string("csv", "docs/samplers.csv", "the file to add rows to")
 SAMPLES = flags.DEFINE_integer("samples", 5000, "images of each row")
 SEEDS = flags.DEFINE_integer("seeds", 3, "rows of each sampler")
 NFE = flags.DEFINE_list("nfe", ["5", "8", "10", "15", "20", "50", "0"], "0: all T steps")
-BATCH_SIZE, MOST_LABELLED = 500, 10_000
 COLUMNS = "data sampler order spacing steps nfe seed samples distance date".split()
 # (sampler, order, spacing); all T steps are measured for the first one.
 SAMPLERS = [
@@ -51,23 +47,6 @@ SAMPLERS = [
     ("plms", 2, "leading"),
 ]
 GUIDANCE = [0, 0.5, 1, 1.5, 2, 3, 5]
-
-
-def train_classifier(batch):
-    """A classifier of real images."""
-    classifier = MLPClassifier((64,), alpha=1e-2, max_iter=1000, random_state=0)
-    return classifier.fit(pixels(batch.images), batch.labels)
-
-
-def pixels(images):
-    """uint8 [N, H, W, C] to [N, H W C] in [0, 1]."""
-    return images.reshape(len(images), -1) / 255
-
-
-def statistics(classifier, images):
-    """Mean and covariance of the hidden units."""
-    hidden = np.maximum(pixels(images) @ classifier.coefs_[0] + classifier.intercepts_[0], 0)
-    return distances.statistics([hidden])
 
 
 def steps_for(sampler, nfe):
@@ -100,23 +79,6 @@ def add_row(path, row):
         writer.writerows(([COLUMNS] if is_new else []) + [row])
 
 
-def generate_in_parts(sample, params, seed, name, step):
-    """The images of a row, uint8; each part is kept until all are there, to go on after a stop."""
-    folder, parts = pathlib.Path(WORKDIR.value) / "samplers", []
-    for first in range(0, SAMPLES.value, BATCH_SIZE):
-        path = folder / f"{step}_{name}_{first}.npy"
-        if not path.exists():
-            indices = np.arange(first, min(first + BATCH_SIZE, SAMPLES.value))
-            folder.mkdir(exist_ok=True)
-            with run_files.atomic_write(path) as part, part.open("wb") as file:
-                np.save(file, sample(params, indices, seed=seed).x)
-        parts.append(path)
-    images = np.concatenate([np.load(part) for part in parts])
-    for part in parts:
-        part.unlink()
-    return images
-
-
 def measure(config, step, params, distance):
     """Adds the rows that the CSV file lacks, and prints them; step: the checkpoint's."""
     path, name = pathlib.Path(CSV.value), pathlib.Path(WORKDIR.value).name
@@ -130,7 +92,12 @@ def measure(config, step, params, distance):
             if tuple(map(str, row)) in done:
                 continue
             sample = sample or generate.make_sampler(config)
-            images = generate_in_parts(sample, params, seed, "_".join(map(str, row)), step)
+            images = quality.generate_in_parts(
+                lambda indices, sample=sample, seed=seed: sample(params, indices, seed=seed).x,
+                SAMPLES.value,
+                pathlib.Path(WORKDIR.value) / "samplers",
+                "_".join(map(str, [step, *row])),
+            )
             row += [f"{distance(images):.4f}", datetime.date.today()]
             add_row(path, row)
             print(*row, flush=True)
@@ -144,28 +111,23 @@ def print_guidance(config, judge, distance):
         config.sample.guidance = float(guidance)
         _, sample = generate.restore_sampler(config, WORKDIR.value)
         images = sample(np.arange(SAMPLES.value)).x
-        accuracy = judge.score(pixels(images), labels)
+        accuracy = judge.score(quality.pixels(images), labels)
         print(f"| {guidance} | {accuracy:.3f} | {distance(images):.3f} |", flush=True)
 
 
 def main(_):
     """Measures the samplers of a run, or the guidance scales of a conditional one."""
     cpu.prepare(trains=False)
-    cpu.use_cores(BATCH_SIZE)
+    cpu.use_cores(quality.BATCH_SIZE)
     config = run_files.saved_config(WORKDIR.value)
-    config.sample.batch_size = BATCH_SIZE
-    section = config.data.copy_and_resolve_references()
-    section.num_classes = section.num_classes or 10
-    sources = [data.open_source(section, field) for field in ("split", "eval_split")]
-    real, rest = (s.read(np.arange(min(s.size, MOST_LABELLED))) for s in sources)
-    classifier, judge = train_classifier(real), train_classifier(rest)
-    reference = statistics(classifier, sources[0].read(np.arange(sources[0].size)).images)
-
-    def distance(images):
-        return distances.frechet_distance(reference, statistics(classifier, images))
-
-    print(f"classifier: {classifier.score(pixels(rest.images), rest.labels):.3f} of the held-out")
-    print(f"judge: {judge.score(pixels(real.images), real.labels):.3f} of the others")
+    config.sample.batch_size = quality.BATCH_SIZE
+    sources = quality.labelled_sources(config)
+    real, rest = map(quality.first_labelled, sources)
+    classifier, judge = quality.train_classifier(real), quality.train_classifier(rest)
+    distance = quality.distance_to(sources[0], classifier)
+    for name, model, batch in (("classifier", classifier, rest), ("judge", judge, real)):
+        score = model.score(quality.pixels(batch.images), batch.labels)
+        print(f"{name}: {score:.3f} of the images that it was not trained on")
     print(f"{len(rest.images)} held-out images: distance {distance(rest.images):.3f}")
     if config.data.num_classes:
         print_guidance(config, judge, distance)
