@@ -6,9 +6,9 @@
 
 For each run: the held-out MSE of ε by quarter of t, without clipping; the bits/dim of the first
 held-out images, with the better of both fixed variances unless it is learned; the Fréchet distance
-of quality.py with all T steps, and with 10 steps of dpmpp_sde; for digits, the fraction that
-digits_quality.py is confident about. All runs are scored with the same images and noise. Scores
-that the CSV file has are not measured again, and trainings go on where they were stopped.
+of metrics/classifier.py with all T steps, and with 10 steps of dpmpp_sde; for digits, the fraction
+that digits_quality.py is confident about. All runs are scored with the same images and noise.
+Scores that the CSV file has are not measured again, and trainings go on where they were stopped.
 """
 
 import csv
@@ -24,6 +24,7 @@ from benchmarks import digits_quality, quality
 from ddpm_jax import configs, cpu, parallel
 from ddpm_jax.core import diffusion, unet
 from ddpm_jax.files import checkpoint, data, images
+from ddpm_jax.metrics import classifier
 from ddpm_jax.runs import evaluate, generate, objective, train
 
 DATA = flags.DEFINE_enum("data", "digits", ["digits", "mnist"], "what to train on")
@@ -175,8 +176,8 @@ def main(_):
     config, path = configs.named_config(DATA.value), pathlib.Path(CSV.value)
     cpu.use_cores(config.train.batch_size)
     source, _ = quality.labelled_sources(config)
-    classifier = quality.train_classifier(quality.first_labelled(source))
-    distance = quality.distance_to(source, classifier)
+    trained = classifier.train(*quality.first_labelled(source))
+    distance = quality.distance_to(source, trained)
     for choice, seed, decay, kind in cases():
         if kind == "sure" and DATA.value != "digits":
             continue

@@ -5,10 +5,10 @@
     python -m benchmarks.sampler_chart docs/samplers.csv docs/assets/samplers.png
     python -m benchmarks.samplers --workdir=runs/digits_conditional
 
-Quality is the Fréchet distance of quality.py. Rows that the CSV file has already are not measured
-again, and parts of a row are kept in the run's folder, so the command can be interrupted. For a
-conditional run, a table of guidance scales is printed: a second classifier, trained on the held-out
-images, measures the fraction of samples whose class it recognizes.
+Quality is the Fréchet distance of metrics/classifier.py. Rows that the CSV file has already are not
+measured again, and parts of a row are kept in the run's folder, so the command can be interrupted.
+For a conditional run, a table of guidance scales is printed: a second classifier, trained on the
+held-out images, measures the fraction of samples whose class it recognizes.
 """
 
 import csv
@@ -23,6 +23,7 @@ from ddpm_jax import configs, cpu
 from ddpm_jax.core import solvers
 from ddpm_jax.files import checkpoint
 from ddpm_jax.files import workdir as run_files
+from ddpm_jax.metrics import classifier
 from ddpm_jax.runs import generate
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "a run with labelled data")
@@ -111,7 +112,7 @@ def print_guidance(config, judge, distance):
         config.sample.guidance = float(guidance)
         _, sample = generate.restore_sampler(config, WORKDIR.value)
         images = sample(np.arange(SAMPLES.value)).x
-        accuracy = judge.score(quality.pixels(images), labels)
+        accuracy = judge.score(classifier.pixels(images), labels)
         print(f"| {guidance} | {accuracy:.3f} | {distance(images):.3f} |", flush=True)
 
 
@@ -123,10 +124,10 @@ def main(_):
     config.sample.batch_size = quality.BATCH_SIZE
     sources = quality.labelled_sources(config)
     real, rest = map(quality.first_labelled, sources)
-    classifier, judge = quality.train_classifier(real), quality.train_classifier(rest)
-    distance = quality.distance_to(sources[0], classifier)
-    for name, model, batch in (("classifier", classifier, rest), ("judge", judge, real)):
-        score = model.score(quality.pixels(batch.images), batch.labels)
+    trained, judge = classifier.train(*real), classifier.train(*rest)
+    distance = quality.distance_to(sources[0], trained)
+    for name, model, batch in (("classifier", trained, rest), ("judge", judge, real)):
+        score = model.score(classifier.pixels(batch.images), batch.labels)
         print(f"{name}: {score:.3f} of the images that it was not trained on")
     print(f"{len(rest.images)} held-out images: distance {distance(rest.images):.3f}")
     if config.data.num_classes:

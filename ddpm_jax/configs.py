@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import runpy
 
 import jax.numpy as jnp
@@ -30,8 +31,8 @@ NOT_NEGATIVE = """
     seed data.max_ram_gib data.num_classes model.attention_down model.attention_up
     model.head_channels model.label_channels model.resblock_down model.resblock_up
     model.freq_shift diffusion.p2_gamma optim.warmup_steps optim.weight_decay optim.grad_clip
-    optim.max_skipped train.num_steps train.num_epochs train.keep_every sample.seed
-    sample.num_steps sample.columns sample.guidance show.num_steps evaluate.num_samples
+    optim.max_skipped train.num_steps train.num_epochs train.keep_every train.score_every
+    sample.seed sample.num_steps sample.columns sample.guidance show.num_steps evaluate.num_samples
     evaluate.bits_per_dim_images
 """.split()
 BELOW_ONE = ("model.dropout", "sample.ema_decay")  # in [0, 1)
@@ -49,6 +50,7 @@ LARGEST = {
     "model.label_channels": 2**14,
     "train.batch_size": 2**20,
     "train.eval_images": 10_000_000,
+    "train.score_samples": 10_000_000,
     "sample.num_samples": 10_000_000,
     "sample.batch_size": 2**20,
     "sample.seed": 2**32 - 1,
@@ -149,6 +151,9 @@ ADDED = {
     "train.label_dropout": 0.0,
     "train.num_epochs": 0,
     "train.timesteps": "uniform",
+    "train.score_every": 0,
+    "train.score_samples": 1000,
+    "train.keep_best": False,
 }
 
 # Sections that do not affect training: fields that a saved run lacks have their defaults.
@@ -261,9 +266,12 @@ def _train_fields():
     train.eval_every = 5000  # steps between held-out losses
     train.eval_images = 1024  # held-out images used, the first ones of data.eval_split
     train.sample_every = 10_000  # steps between sample grids
+    train.score_every = 0  # steps between scores of samples; 0: none
+    train.score_samples = 1000  # images of a score, by the sampler of the show section
     train.checkpoint_every = 5000  # steps between checkpoints
     train.keep_checkpoints = 2  # the newest checkpoints to keep; older ones are deleted
     train.keep_every = 100_000  # checkpoints at multiples of this are never deleted; 0: none
+    train.keep_best = False  # keep the checkpoint with the best score, too
     return train
 
 
@@ -274,6 +282,7 @@ def _sample_fields():
     sample.seed = 0  # image i depends on (seed, i) only
     sample.columns = 0  # images per row of the grids; 0: a square, or one column per class
     sample.use_ema = True  # sample with the EMA of the parameters; false: the raw ones
+    sample.checkpoint = "newest"  # or "best", the one with the best score; or a step
     sample.ema_decay = 0.0  # which EMA, if optim.ema_decay has several; 0: the first
     sample.sampler = "ancestral"  # Algorithm 2; ddim, dpmpp, dpmpp_sde, unipc, heun or plms
     sample.order = 2  # of dpmpp (1, 2, 3) and unipc (2, 3)
@@ -557,8 +566,9 @@ def check(config, mode="train"):
         require(fields[name] in choices, name, fields[name], allowed)
     for name in ("train.label_dropout", "sample.eta", "sample.dynamic_threshold"):
         require(0 <= fields[name] <= 1, name, fields[name], "must lie in [0, 1]")
-    check_ema(config)
+    check_parameters(config)
     _check_sizes(fields)
+    _check_scores(config)
     name, steps, epochs = "train.num_epochs", config.train.num_steps, config.train.num_epochs
     allowed = f"train.num_steps={steps}; one of them must be 0, and the other above 0"
     require((steps > 0) != (epochs > 0), name, epochs, allowed)
@@ -590,9 +600,9 @@ def check(config, mode="train"):
         parallel.check_batch_size(name, value, microbatches)
 
 
-def check_ema(config):
-    """Raises a UserError unless the EMAs' decays are different numbers in [0, 1), and
-    sample.ema_decay is one of them or 0."""
+def check_parameters(config):
+    """Raises a UserError unless the EMAs' decays, and the choice of a checkpoint and of an EMA, are
+    possible."""
     decays = ema_decays(config.optim)
     fits = len(set(decays)) == len(decays) > 0
     fits = fits and all(type(d) in (int, float) and 0 <= d < 1 for d in decays)
@@ -601,6 +611,21 @@ def check_ema(config):
     allowed = f"choose from {', '.join(map(str, decays))}, or 0 for the first"
     chosen = config.sample.ema_decay
     require(chosen in (0, *decays), "sample.ema_decay", chosen, allowed)
+    chosen = config.sample.checkpoint
+    fits = chosen in ("newest", "best") or re.fullmatch("[0-9]{1,18}", chosen)
+    require(fits, "sample.checkpoint", chosen, "must be newest, best, or a step")
+
+
+def _check_scores(config):
+    """Scores need images, and the best checkpoint needs scores."""
+    train = config.train
+    name, count = "train.score_samples", train.score_samples
+    require(count > 1, name, count, "must be 2 or more")
+    allowed = "needs train.score_every; without scores, no checkpoint is the best"
+    require(not train.keep_best or train.score_every > 0, "train.keep_best", True, allowed)
+    allowed = "a classifier makes no samples"
+    fits = train.score_every == 0 or config.model.kind != "classifier"
+    require(fits, "train.score_every", train.score_every, allowed)
 
 
 def _check_sizes(fields):

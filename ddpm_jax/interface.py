@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 from ddpm_jax import configs, cpu, parallel
 from ddpm_jax.core import diffusion, unet
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import checkpoint, data
+from ddpm_jax.files import checkpoint as checkpoints
+from ddpm_jax.files import data
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.runs import generate, interop
 from ddpm_jax.runs import train as training
@@ -89,14 +90,20 @@ def config(name: str | None = None) -> ConfigDict:
     return configs.default_config() if name is None else configs.named_config(name)
 
 
-def load(path: str | os.PathLike, use_ema: bool = True, ema_decay: float = 0.0) -> Run:
-    """Reads a run's newest checkpoint, or the weights in a folder in diffusers' format.
+def load(
+    path: str | os.PathLike,
+    use_ema: bool = True,
+    ema_decay: float = 0.0,
+    checkpoint: str | int = "newest",
+) -> Run:
+    """Reads a run's checkpoint, or the weights in a folder in diffusers' format.
 
     Args:
       path: the folder of a run; or one with diffusers' UNet2DModel, or with a pipeline that has
         one.
       use_ema: read the EMA of the parameters; False: the raw ones.
       ema_decay: which EMA, if the run has several; 0: the first.
+      checkpoint: "newest"; "best", the one with the best score during training; or a step.
 
     Returns:
       A Run.
@@ -112,8 +119,9 @@ def load(path: str | os.PathLike, use_ema: bool = True, ema_decay: float = 0.0) 
     config = run_files.saved_config(path)
     with config.unlocked():
         config.sample.update(use_ema=use_ema, ema_decay=float(ema_decay))
-    configs.check_ema(config)
-    step, params = checkpoint.restore_params(config, path)
+        config.sample.checkpoint = str(checkpoint)
+    configs.check_parameters(config)
+    step, params = checkpoints.restore_params(config, path)
     return Run(config, step, params, generate.class_names(config, path))
 
 

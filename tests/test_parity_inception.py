@@ -12,7 +12,7 @@ import pytest
 from sklearn.datasets import load_digits, load_sample_images
 
 from ddpm_jax.metrics import distances, features, inception, torch_files
-from ddpm_jax.runs import evaluate
+from ddpm_jax.runs import reference
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -285,13 +285,13 @@ def test_reference_of_a_dataset(tmp_path, config, extract, weights):
     config.evaluate.cache_dir = str(tmp_path)
     source = data.open_source(config.data)
     how = {"resize": "tf1", "weights_sha256": weights.sha256}
-    first = evaluate.reference_features(config, "split", source, extract["tf1"], how)
-    again = evaluate.reference_features(config, "split", source, None, how)
+    first = reference.features_of_split(config, "split", source, extract["tf1"], how)
+    again = reference.features_of_split(config, "split", source, None, how)
     assert first.statistics.count == 16
     np.testing.assert_array_equal(first.statistics.covariance, again.statistics.covariance)
     scale = np.trace(first.statistics.covariance)
     assert abs(distances.frechet_distance(first.statistics, again.statistics)) < 1e-6 * scale
-    other = evaluate.reference_features(
+    other = reference.features_of_split(
         config, "split", source, extract["torch"], {**how, "resize": "torch"}
     )
     assert distances.frechet_distance(first.statistics, other.statistics) > 1e-3 * scale

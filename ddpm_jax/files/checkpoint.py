@@ -27,6 +27,7 @@ from ddpm_jax import configs, parallel
 from ddpm_jax.configs import image_shape
 from ddpm_jax.core import unet
 from ddpm_jax.errors import UserError, is_disk_full
+from ddpm_jax.files import workdir as run_files
 
 log = logging.getLogger(__name__)
 
@@ -52,13 +53,26 @@ class LiteralPath(type(epath.Path())):
         return (self / name for name in glob.glob(pattern, root_dir=self))
 
 
+class Best:
+    """A preservation policy of Orbax: it keeps the checkpoint with the best score so far."""
+
+    def __init__(self, workdir):
+        self.workdir = workdir
+
+    def should_preserve(self, checkpoints, *, context):
+        """Whether to keep each of these checkpoints; Orbax calls it after a save."""
+        steps = [info.step for info in checkpoints]
+        best = run_files.best_step(self.workdir, steps)
+        return [step == best for step in steps]
+
+
 @contextlib.contextmanager
 def open_manager(workdir, train):
-    """Yields a CheckpointManager that keeps the newest checkpoints and every Nth step.
+    """Yields a CheckpointManager that keeps the newest checkpoints, every Nth step, and the best.
 
     Args:
       workdir: the run's folder.
-      train: the config's section: keep_checkpoints, keep_every (0: none).
+      train: the config's section: keep_checkpoints, keep_every (0: none), keep_best.
 
     Raises:
       UserError: if the disk is full, also while a checkpoint is written.
@@ -66,6 +80,8 @@ def open_manager(workdir, train):
     keep = [preservation_policy.LatestN(train.keep_checkpoints)]
     if train.keep_every:
         keep.append(preservation_policy.EveryNSteps(train.keep_every))
+    if train.keep_best:
+        keep.append(Best(workdir))
     policy = preservation_policy.AnyPreservationPolicy(keep)
     try:
         with _manager(workdir, preservation_policy=policy) as manager:
@@ -161,8 +177,33 @@ def latest_step(workdir):
     return max(ocp.utils.checkpoint_steps(folder), default=None) if folder.exists() else None
 
 
+def chosen_step(config, workdir):
+    """The step that `sample.checkpoint` chooses: the newest undamaged, the best, or a given one.
+
+    Raises:
+      UserError: if there is no such checkpoint, or it is damaged.
+    """
+    chosen, folder = config.sample.checkpoint, _folder(workdir)
+    newest = _newest_undamaged(folder)
+    if newest is None:
+        raise UserError(f"workdir={workdir}: has no checkpoint yet; train it first")
+    if chosen == "newest":
+        return newest
+    steps = sorted(ocp.utils.checkpoint_steps(folder))
+    found = run_files.best_step(workdir, steps) if chosen == "best" else int(chosen)
+    if found is None:
+        text = "no checkpoint has a score; train with train.score_every"
+        raise UserError(f"sample.checkpoint='best': {text}")
+    if found not in steps:
+        text = f"the checkpoints of {workdir} are {', '.join(map(str, steps))}"
+        raise UserError(f"sample.checkpoint={chosen!r}: is not there; {text}")
+    if damage := _damage(folder / str(found), (folder / str(found) / DIGESTS).exists()):
+        raise UserError(f"sample.checkpoint={chosen!r}: step {found} is damaged: {damage}")
+    return found
+
+
 def restore_params(config, workdir):
-    """Reads the parameters (EMA or raw, `sample.use_ema`) of the newest undamaged checkpoint.
+    """Reads the parameters (EMA or raw, `sample.use_ema`) of a checkpoint, `sample.checkpoint`.
 
     Returns:
       (step, params), replicated over all devices.
@@ -170,9 +211,7 @@ def restore_params(config, workdir):
     Raises:
       UserError: if there is no such checkpoint, or it has another network.
     """
-    step = _newest_undamaged(_folder(workdir))
-    if step is None:
-        raise UserError(f"workdir={workdir}: has no checkpoint yet; train it first")
+    step = chosen_step(config, workdir)
     params = unet.param_shapes(configs.make_model(config), image_shape(config))
     sharding = parallel.replicated(jax.devices())  # the devices of the training may not exist
     params = jax.tree.map(

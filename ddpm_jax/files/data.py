@@ -73,18 +73,34 @@ def open_source(data, field="split", arrays=None, in_memory=True):
       UserError: for an unknown dataset or split, a dataset that cannot be prepared, a folder
         without images, unreadable images, or a number of classes that is not the config's.
     """
-    openers = {"digits": _open_digits, "folder": _open_folder}
-    openers["arrays"] = functools.partial(_open_arrays, arrays)
-    opener = openers.get(data.name, _open_tfds)
-    try:
-        source = opener(data, data[field])
-    except BadSplit as error:
-        raise UserError(f"data.{field}={data[field]!r}: {one_line(error)}") from None
+    source = _open(data, field, arrays)
     _check_classes(data, source)
     num_bytes = source.size * np.prod(data.image_size) * data.channels
     if not in_memory or num_bytes > data.max_ram_gib * 2**30:
         return source
     return _load(source, f"{data.name} {data[field]}")
+
+
+def open_labelled(data, field="split", arrays=None):
+    """Opens a split with its labels, which an unconditional model does not need; see open_source.
+
+    The Source has no label_names if there are no labels: a folder's are not taken for classes
+    unless the config does.
+    """
+    section = data.copy_and_resolve_references()
+    if data.name not in ("folder", "arrays"):
+        section.num_classes = section.num_classes or 1  # any number: they are read
+    return _open(section, field, arrays)
+
+
+def _open(data, field, arrays):
+    openers = {"digits": _open_digits, "folder": _open_folder}
+    openers["arrays"] = functools.partial(_open_arrays, arrays)
+    opener = openers.get(data.name, _open_tfds)
+    try:
+        return opener(data, data[field])
+    except BadSplit as error:
+        raise UserError(f"data.{field}={data[field]!r}: {one_line(error)}") from None
 
 
 def batches(source, *, batch_size, seed, first_step, random_flip):

@@ -32,6 +32,7 @@ from ddpm_jax.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 
+SCORES = ("fid", "distance")  # of metrics.jsonl, each from a measure of its own; lower is better
 START_ANEW = "use the same data, or start a new run with another --workdir"
 
 
@@ -306,6 +307,15 @@ def read_metrics(workdir):
     path = pathlib.Path(workdir) / "metrics.jsonl"
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     return [values for values in map(_values, lines) if values is not None]
+
+
+def best_step(workdir, steps):
+    """The step with the lowest score (SCORES) of some steps; None if none of them has a score."""
+    scores = {}
+    for line in read_metrics(workdir):
+        scores.update((line["step"], line[name]) for name in SCORES if name in line)
+    scored = [step for step in steps if math.isfinite(scores.get(step, math.nan))]
+    return min(scored, key=scores.get, default=None)
 
 
 def _values(line):

@@ -10,7 +10,6 @@ they depend on. So an interrupted evaluation resumes, and different evaluations 
 import hashlib
 import logging
 import pathlib
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +22,11 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, data, images
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.metrics import distances, features, inception
-from ddpm_jax.runs import generate
+from ddpm_jax.runs import generate, reference
 
 log = logging.getLogger(__name__)
 
-IMAGES_PER_FILE = 1000  # of a dataset, in a file of features
-MAX_HASHED = 2**31  # bytes of images; of a larger split only some images are hashed
 PROGRESSIVE_IMAGES = 8
-FORMAT = 1  # of the cache; increment it when features or terms are computed in another way
 # Evaluations cannot be compared by a score if they differ in one of its fields.
 COMPARABLE = {
     "fid": """
@@ -67,13 +63,6 @@ PUBLISHED = {
 }
 
 
-class Reference(NamedTuple):
-    """Statistics and features of a dataset's split."""
-
-    statistics: distances.Statistics
-    features: np.ndarray  # [max_features, 2048], of its first images
-
-
 def evaluate(config, workdir, stop=signals.never):
     """Evaluates a run's newest checkpoint, as the config's evaluate section says.
 
@@ -102,14 +91,10 @@ def evaluate(config, workdir, stop=signals.never):
     generate.warn_of_young_ema(config, step)
     log.info("evaluating step %d", step)
     provenance = sampling_provenance(config, step, params, guidance["classifier"])
-    results = provenance | {
-        "ema_decay": configs.ema_decay(config),
-        "dataset": config.data.name,
-        "split": config.data.split,
-        "split_sha256": describe(config.data, config.data.split, train)["images_sha256"],
-        "eval_split": config.data.eval_split,
-        "eval_split_sha256": describe(config.data, config.data.eval_split, test)["images_sha256"],
-    }
+    results = provenance | {"ema_decay": configs.ema_decay(config), "dataset": config.data.name}
+    for field, source in (("split", train), ("eval_split", test)):
+        description = reference.describe(config.data, config.data[field], source)
+        results |= {field: config.data[field], f"{field}_sha256": description["images_sha256"]}
     if section.num_samples:
         results |= sample_quality(
             config, workdir, provenance, params, guidance, weights, train, test, stop
@@ -159,36 +144,21 @@ def sampling_provenance(config, step, params, classifier):
     }
 
 
-def describe(section, split, source):
-    """Identifies a split's images: {field: value}; of a large split, 1,000 images are hashed."""
-    num_bytes = source.size * int(np.prod(section.image_size)) * section.channels
-    count = source.size if num_bytes <= MAX_HASHED else min(source.size, 1000)
-    hashed, digest = np.linspace(0, source.size - 1, count).astype(int), hashlib.sha256()
-    for indices in np.array_split(hashed, -(-count // IMAGES_PER_FILE)):
-        digest.update(source.read(indices).images.tobytes())
-    return {
-        "dataset": section.name,
-        "split": split,
-        "images": source.size,
-        "images_sha256": digest.hexdigest(),
-        "image_size": list(section.image_size),
-        "channels": section.channels,
-    }
-
-
 def sample_quality(config, workdir, provenance, params, guidance, weights, train, test, stop):
     """FID for both splits, KID, precision, recall; Inception Score if `weights` has a head."""
     section = config.evaluate
     inputs = {"resize": section.resize, "weights_sha256": weights.sha256}
     size = config.sample.batch_size
     extract = features.make_extractor(weights.params, section.resize, size)
-    reference, reference_test = (
-        reference_features(config, field, source, extract, inputs, stop)
+    of_train, of_test = (
+        reference.features_of_split(config, field, source, extract, inputs, stop)
         for field, source in (("split", train), ("eval_split", test))
     )
 
     with_images = {"images": "kept"} if section.keep_images else {}
-    folder = _folder(workdir / "evaluation", {**provenance, **inputs, **with_images})
+    folder = reference.provenance_folder(
+        workdir / "evaluation", {**provenance, **inputs, **with_images}
+    )
     sample = generate.make_sampler(config, **guidance)
 
     def features_of_samples(first, last):
@@ -201,27 +171,17 @@ def sample_quality(config, workdir, provenance, params, guidance, weights, train
     count = section.num_samples
     features.collect(folder, count, size, features_of_samples, "evaluate samples", stop)
     statistics = distances.statistics(features.chunks(folder, count))
-    warnings = [
-        f"{name}: {few.count} images, so the covariance is singular; do not compare its FID"
-        for name, few in (
-            ("samples", statistics),
-            (f"fid ({config.data.split})", reference.statistics),
-            (f"fid_test ({config.data.eval_split})", reference_test.statistics),
-        )
-        if few.count <= inception.FEATURES
-    ]
-    for warning in warnings:
-        log.warning("%s", warning)
+    warnings = warn_of_few_images(config, statistics, of_train, of_test)
     fakes = features.rows(folder, min(section.max_features, count))
-    kid = distances.kernel_distance(reference.features, fakes)
-    precision, recall = distances.precision_recall(reference.features, fakes)
-    scores = {
+    kid = distances.kernel_distance(of_train.features, fakes)
+    precision, recall = distances.precision_recall(of_train.features, fakes)
+    found = {
         "num_samples": count,
-        "scored_features": [len(reference.features), len(fakes)],  # for KID, precision, recall
+        "scored_features": [len(of_train.features), len(fakes)],  # for KID, precision, recall
         "gray_repeated_to_rgb": config.data.channels == 1,
         **inputs,
-        "fid": distances.frechet_distance(reference.statistics, statistics),
-        "fid_test": distances.frechet_distance(reference_test.statistics, statistics),
+        "fid": distances.frechet_distance(of_train.statistics, statistics),
+        "fid_test": distances.frechet_distance(of_test.statistics, statistics),
         "kid": kid.value,
         "kid_error": kid.error,
         "precision": precision,
@@ -234,45 +194,25 @@ def sample_quality(config, workdir, provenance, params, guidance, weights, train
         chunks = features.chunks(folder, count)
         log_probs = (np.asarray(jax.nn.log_softmax(chunk @ kernel)) for chunk in chunks)
         score = distances.inception_score(log_probs, count)
-        scores |= {"inception_score": score.value, "inception_score_error": score.error}
-    return scores
+        found |= {"inception_score": score.value, "inception_score_error": score.error}
+    return found
 
 
-def reference_features(config, field, source, extract, provenance, stop=signals.never):
-    """Features of a split: from the cache, or computed and cached.
-
-    Args:
-      config: its data and evaluate sections are used.
-      field: "split" or "eval_split".
-      source: the split's images.
-      extract: from features.make_extractor.
-      provenance: everything that extract depends on.
-      stop: from signals.catch.
-
-    Returns:
-      A Reference.
-    """
-    if source.size < 2:
-        raise UserError(f"data.{field}={config.data[field]!r}: holds 1 image, FID needs 2 or more")
-    provenance = {**describe(config.data, config.data[field], source), **provenance}
-    cache = pathlib.Path(config.evaluate.cache_dir or "~/.cache/ddpm_jax").expanduser()
-    with run_files.named_errors("evaluate.cache_dir", cache):
-        folder = _folder(cache, provenance)
-    name = f"features of {config.data.name} {config.data[field]}"
-
-    def features_of_images(first, last):
-        return extract(source.read(np.arange(first, last)).images)
-
-    features.collect(folder, source.size, IMAGES_PER_FILE, features_of_images, name, stop)
-    path = folder / "statistics.npz"
-    if path.exists():
-        with np.load(path) as arrays:
-            statistics = distances.Statistics(**arrays)
-    else:
-        statistics = distances.statistics(features.chunks(folder, source.size))
-        run_files.write_npz(path, **statistics._asdict())
-    first_rows = features.rows(folder, min(config.evaluate.max_features, source.size))
-    return Reference(statistics, first_rows)
+def warn_of_few_images(config, samples, of_train, of_test):
+    """Warns of sets that are too small for FID; returns the warnings."""
+    sets = {
+        "samples": samples,
+        f"fid ({config.data.split})": of_train.statistics,
+        f"fid_test ({config.data.eval_split})": of_test.statistics,
+    }
+    warnings = [
+        f"{name}: {few.count} images, so the covariance is singular; do not compare its FID"
+        for name, few in sets.items()
+        if few.count <= inception.FEATURES
+    ]
+    for warning in warnings:
+        log.warning("%s", warning)
+    return warnings
 
 
 def bits_per_dim(config, workdir, provenance, params, test, stop):
@@ -287,23 +227,23 @@ def bits_per_dim(config, workdir, provenance, params, test, stop):
         section.eval_split = split
         source = data.open_source(section, "eval_split")
     count = min(config.evaluate.bits_per_dim_images, source.size)
-    description = describe(section, split, source)
+    description = reference.describe(section, split, source)
     provenance = {name: value for name, value in provenance.items() if name not in SAMPLING}
-    folder = _folder(workdir / "evaluation", {**provenance, **description})
+    folder = reference.provenance_folder(workdir / "evaluation", {**provenance, **description})
     vlb_rows = make_vlb_rows(config, params, source)
     features.collect(folder, count, config.sample.batch_size, vlb_rows, "evaluate bits/dim", stop)
     rows = features.rows(folder, count)
 
     num_timesteps, variances = config.diffusion.num_timesteps, vlb_variances(config)
-    prior, *parts = np.split(rows, range(1, rows.shape[1], num_timesteps), axis=1)
-    *terms, x0_mse = parts
+    prior, *split_rows = np.split(rows, range(1, rows.shape[1], num_timesteps), axis=1)
+    *terms, x0_mse = split_rows
     terms = dict(zip(variances, terms, strict=True))
     results = {"bits_per_dim_split": split, "bits_per_dim_images": count}
     results |= {"bits_per_dim_sha256": description["images_sha256"]}
     for variance, values in terms.items():
         rate = prior[:, 0] + values[:, 1:].sum(axis=1, dtype=np.float64)
-        scores = {"bits_per_dim": rate + values[:, 0], "rate": rate, "distortion": values[:, 0]}
-        for name, per_image in scores.items():
+        parts = {"bits_per_dim": rate + values[:, 0], "rate": rate, "distortion": values[:, 0]}
+        for name, per_image in parts.items():
             mean, error = _mean(per_image)
             results |= {f"{name}_{variance}": mean, f"{name}_{variance}_error": error}
             if variance == config.diffusion.variance:
@@ -479,14 +419,3 @@ def digest_of(params):
     for leaf in jax.tree.leaves(params):
         digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()
-
-
-def _folder(parent, provenance):
-    """The folder of results with this provenance, which is written to provenance.json in it."""
-    provenance = {"format": FORMAT, **provenance}
-    text = run_files.to_json(provenance, indent=2, sort_keys=True) + "\n"
-    folder = parent / hashlib.sha256(text.encode()).hexdigest()[:16]
-    if not (folder / "provenance.json").exists():
-        with run_files.atomic_write(folder / "provenance.json") as path:
-            path.write_text(text)
-    return folder

@@ -3,11 +3,12 @@
 show/schedule.png          β, ᾱ, SNR, β̃
 show/data.png              training images
 show/forward.png           x_t of some training images at some t (forward process)
-show/samples.png           images from the newest checkpoint
+show/samples.png           images from the chosen checkpoint (sample.checkpoint)
 show/denoising.png         x_t of some samples at some t (reverse process)
 show/denoising_x0.png      the x0 predicted at these t
 show/reverse.gif, .mp4     the reverse process as an animation
 show/losses.png            from metrics.jsonl
+show/scores.png            from metrics.jsonl, with train.score_every
 report.html                all of these, with the settings, in one file
 """
 
@@ -33,13 +34,14 @@ MAX_GRIDS = 6  # of the grids that training drew, in the report
 
 # The report's sections, with their pictures and captions.
 SECTIONS = {
-    "Samples": {"samples.png": "from the newest checkpoint"},
+    "Samples": {"samples.png": "from this checkpoint"},
     "Reverse process": {
         "reverse.mp4": "from noise to images",
         "denoising.png": "x<sub>t</sub>, after the step at t",
         "denoising_x0.png": "x<sub>0</sub> predicted at t",
     },
     "Losses": {"losses.png": "on a logarithmic scale"},
+    "Scores of samples": {"scores.png": "over the images seen, and over the time of training"},
     "Data": {
         "data.png": "training images",
         "forward.png": "forward process",
@@ -84,6 +86,8 @@ def show(config, workdir, source=None):
     workdir = pathlib.Path(workdir)
     folder = workdir / "show"
     step = checkpoint.latest_step(workdir)
+    if step is not None:
+        step = checkpoint.chosen_step(config, workdir)
     if config.data.name and source is None:  # imported runs have no dataset
         try:
             source = data.open_source(config.data, in_memory=False)
@@ -101,6 +105,8 @@ def show(config, workdir, source=None):
     lines = run_files.read_metrics(workdir)
     if any("loss" in line for line in lines):
         draw_losses(folder / "losses.png", lines)
+    if any(name in line for line in lines for name in run_files.SCORES):
+        draw_scores(folder / "scores.png", lines, config.train.batch_size)
     write_report(config, workdir, step, lines)
     log.info("wrote %s and %s", folder, workdir / "report.html")
 
@@ -199,6 +205,44 @@ def draw_losses(path, lines):
         axes.set(title=title, xlabel="step", yscale="log")
         axes.legend()
     save(figure, path)
+
+
+def draw_scores(path, lines, batch_size):
+    """Plots the scores over the images seen and over minutes; a ring marks the best one."""
+    minutes = minutes_at(lines, batch_size)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, of_time in zip(figure.subplots(1, 2, sharey=True), (False, True), strict=True):
+        for name in run_files.SCORES:
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            if points:
+                steps, values = map(np.array, zip(*points, strict=True))
+                x = np.array([minutes[step] for step in steps]) if of_time else steps * batch_size
+                label = {"fid": "FID", "distance": "Fréchet distance"}[name]
+                (line,) = axes.plot(x, values, marker=".", label=label)
+                best = values.argmin()
+                axes.plot(
+                    x[best],
+                    values[best],
+                    "o",
+                    markersize=12,
+                    fillstyle="none",
+                    color=line.get_color(),
+                )
+        axes.set(xlabel="minutes of training" if of_time else "images seen", yscale="log")
+        axes.legend()
+    save(figure, path)
+
+
+def minutes_at(lines, batch_size):
+    """{step: minutes of training until then}, from the rates in metrics.jsonl; without what the
+    run did besides training."""
+    minutes, done, before = {}, 0.0, 0
+    for line in lines:
+        if "images_per_second" in line:
+            done += (line["step"] - before) * batch_size / line["images_per_second"] / 60
+            before = line["step"]
+        minutes[line["step"]] = done
+    return minutes
 
 
 def save(figure, path):

@@ -18,7 +18,7 @@ from ddpm_jax.core import likelihood
 from ddpm_jax.errors import UserError, one_line, printable
 from ddpm_jax.files import checkpoint, data, images
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.runs import generate, objective
+from ddpm_jax.runs import generate, objective, scores
 from ddpm_jax.runs import state as states
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ def train(config, workdir, arrays=None):
     """
     workdir = pathlib.Path(workdir)
     source, eval_source = open_data(config, workdir, arrays)
+    chosen = scores.choose(config, arrays) if config.train.score_every else None
     guidance = generate.guidance_for(config, source.label_names)
     last = configs.num_steps(config.train, source.size)
     schedule, model = configs.make_schedule(config), configs.make_model(config)
@@ -76,8 +77,9 @@ def train(config, workdir, arrays=None):
             describe_memory(step_fn, state, source, config.train.batch_size)
         eval_loss = objective.make_eval_loss(config, model, schedule, eval_source)
         sample = make_grid_sampler(config, guidance)
+        score = chosen and scores.make_score(config, source, chosen, sample, workdir)
         with contextlib.closing(run_files.Metrics(workdir, span.first)) as metrics:
-            actions = make_actions(config, workdir, span, metrics, eval_loss, sample, stop)
+            actions = make_actions(config, workdir, span, metrics, eval_loss, sample, score, stop)
             steps = updates(config, state, step_fn, source)
 
             def save(step, state):
@@ -127,7 +129,7 @@ def open_data(config, workdir, arrays):
     return source, eval_source
 
 
-def make_actions(config, workdir, span, metrics, eval_loss, sample, stop):
+def make_actions(config, workdir, span, metrics, eval_loss, sample, score, stop):
     """Actions that show the progress of training: {name: (interval in steps, action(step, state))}.
 
     A signal may have stopped the run before all actions of its last step were done. So at
@@ -140,6 +142,7 @@ def make_actions(config, workdir, span, metrics, eval_loss, sample, stop):
       metrics: a run_files.Metrics.
       eval_loss: from objective.make_eval_loss.
       sample: from generate.make_sampler; None for a classifier.
+      score: from scores.make_score; None for none.
       stop: from signals.catch.
     """
     section = config.train
@@ -158,6 +161,11 @@ def make_actions(config, workdir, span, metrics, eval_loss, sample, stop):
             if not stop():
                 metrics.write(step, eval_loss=raw, eval_loss_ema=ema)
 
+    def measure(step, state):
+        if step > span.first or not logged & {*run_files.SCORES}:
+            with contextlib.suppress(signals.Stopped):
+                metrics.write(step, **score(step, parameters(config, state), stop))
+
     def draw(step, state):
         path = workdir / "samples" / f"step_{step:06d}.png"
         if step > span.first or not path.exists():
@@ -168,6 +176,8 @@ def make_actions(config, workdir, span, metrics, eval_loss, sample, stop):
     actions["the held-out loss"] = section.eval_every, evaluate
     if sample is not None:
         actions["the sample grid"] = section.sample_every, draw
+    if score is not None:
+        actions["the score"] = section.score_every, measure
     return actions
 
 
@@ -238,7 +248,9 @@ def run_loop(config, workdir, span, steps, metrics, save, actions, stop):
             # behind: do not wait for the step that has just started
             ends = stop(behind=2) or (error and step < span.last)
             due = {k: v for k, (n, v) in actions.items() if not ends and span.due(step, n)}
-            saves = not ends and span.due(step, section.checkpoint_every)
+            # A score that is interrupted goes on from a checkpoint of its step.
+            saves = span.due(step, section.checkpoint_every) or "the score" in due
+            saves = saves and not ends
             if pending and (ends or due or saves or span.due(step, section.log_every)):
                 skipped = count_skipped(pending, step, skipped, config.optim.max_skipped)
                 speed = (step - mark[0]) * section.batch_size / (time.monotonic() - mark[1])
@@ -339,12 +351,18 @@ def make_grid_sampler(config, guidance):
     return generate.make_sampler(config, **guidance)
 
 
+def parameters(config, state):
+    """The parameters of a state that the config's sample section chooses: an EMA, or the raw."""
+    if not config.sample.use_ema:
+        return state.params
+    return state.ema_params[configs.ema_index(config)]
+
+
 def write_grid(path, sample, config, state, stop):
     """Samples from a state and writes a grid to path, unless a signal interrupts it."""
-    use_ema, index = config.sample.use_ema, configs.ema_index(config)
-    params = state.ema_params[index] if use_ema else state.params
+    indices = np.arange(config.sample.num_samples)
     with contextlib.suppress(signals.Stopped):
-        generated = sample(params, np.arange(config.sample.num_samples), stop=stop)
+        generated = sample(parameters(config, state), indices, stop=stop)
         generate.write_grid(path, config, generated.x)
 
 

@@ -1,0 +1,150 @@
+"""What samples are compared with: features of datasets, and classifiers of them, cached.
+
+The name of a folder in the cache is a digest of everything that its files depend on:
+
+  <cache_dir>/<digest>/  features of a dataset, or a classifier of it
+"""
+
+import hashlib
+import logging
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+
+from ddpm_jax import parallel, signals
+from ddpm_jax.errors import UserError
+from ddpm_jax.files import workdir as run_files
+from ddpm_jax.metrics import classifier, distances, features
+
+log = logging.getLogger(__name__)
+
+IMAGES_PER_FILE = 1000  # of a dataset, in a file of features
+MAX_HASHED = 2**31  # bytes of images; of a larger split only some images are hashed
+FORMAT = 1  # of the cache; increment it when features or terms are computed in another way
+
+
+class Reference(NamedTuple):
+    """Statistics and features of a dataset's split."""
+
+    statistics: distances.Statistics
+    features: np.ndarray  # [max_features, 2048], of its first images
+
+
+def describe(section, split, source):
+    """Identifies a split's images: {field: value}; of a large split, 1,000 images are hashed."""
+    num_bytes = source.size * int(np.prod(section.image_size)) * section.channels
+    count = source.size if num_bytes <= MAX_HASHED else min(source.size, 1000)
+    hashed, digest = np.linspace(0, source.size - 1, count).astype(int), hashlib.sha256()
+    for indices in np.array_split(hashed, -(-count // IMAGES_PER_FILE)):
+        digest.update(source.read(indices).images.tobytes())
+    return {
+        "dataset": section.name,
+        "split": split,
+        "images": source.size,
+        "images_sha256": digest.hexdigest(),
+        "image_size": list(section.image_size),
+        "channels": section.channels,
+    }
+
+
+def features_of_split(config, field, source, extract, provenance, stop=signals.never):
+    """Features of a split: from the cache, or computed and cached.
+
+    Args:
+      config: its data and evaluate sections are used.
+      field: "split" or "eval_split".
+      source: the split's images.
+      extract: from features.make_extractor.
+      provenance: everything that extract depends on.
+      stop: from signals.catch.
+
+    Returns:
+      A Reference.
+    """
+    if source.size < 2:
+        raise UserError(f"data.{field}={config.data[field]!r}: holds 1 image, FID needs 2 or more")
+    provenance = {**describe(config.data, config.data[field], source), **provenance}
+    folder = cache_folder(config, provenance)
+    name = f"features of {config.data.name} {config.data[field]}"
+
+    def features_of_images(first, last):
+        return extract(source.read(np.arange(first, last)).images)
+
+    features.collect(folder, source.size, IMAGES_PER_FILE, features_of_images, name, stop)
+    path = folder / "statistics.npz"
+    if path.exists():
+        with np.load(path) as arrays:
+            statistics = distances.Statistics(**arrays)
+    else:
+        statistics = distances.statistics(features.chunks(folder, source.size))
+        run_files.write_npz(path, **statistics._asdict())
+    first_rows = features.rows(folder, min(config.evaluate.max_features, source.size))
+    return Reference(statistics, first_rows)
+
+
+def cache_folder(config, provenance):
+    """The folder of what is cached for several runs, `evaluate.cache_dir`."""
+    cache = pathlib.Path(config.evaluate.cache_dir or "~/.cache/ddpm_jax").expanduser()
+    with run_files.named_errors("evaluate.cache_dir", cache):
+        return provenance_folder(cache, provenance)
+
+
+def provenance_folder(parent, provenance):
+    """The folder of results with this provenance, which is written to provenance.json in it."""
+    provenance = {"format": FORMAT, **provenance}
+    text = run_files.to_json(provenance, indent=2, sort_keys=True) + "\n"
+    folder = parent / hashlib.sha256(text.encode()).hexdigest()[:16]
+    if not (folder / "provenance.json").exists():
+        with run_files.atomic_write(folder / "provenance.json") as path:
+            path.write_text(text)
+    return folder
+
+
+class Classifier(NamedTuple):
+    """A small classifier of a dataset, and the statistics of the dataset's features."""
+
+    layer: classifier.Layer
+    statistics: distances.Statistics
+
+
+def cached_classifier(config, source, held_out):
+    """The classifier of a dataset: from the cache, or trained and cached.
+
+    Args:
+      config: its data and evaluate sections are used.
+      source: the training images, with labels.
+      held_out: the held-out images, with labels.
+
+    Returns:
+      A Classifier.
+    """
+    described = describe(config.data, config.data.split, source)
+    folder = cache_folder(config, {**described, **classifier.PROVENANCE})
+    path = folder / "classifier.npz"
+    if parallel.broadcast_from_first(not path.exists()):
+        with run_files.lock(folder, "rows", waits=True):
+            if parallel.is_first() and not path.exists():
+                text = "training a small classifier of %s for the scores, once for this dataset"
+                log.info(text, config.data.name)
+                trained = classifier.train(*first_images(source))
+                accuracy = trained.score(*_as_pixels(first_images(held_out)))
+                log.info("it classifies %.1f %% of the held-out images correctly", 100 * accuracy)
+                layer = classifier.hidden_layer(trained)
+                statistics = classifier.statistics(layer, source)
+                arrays = {**layer._asdict(), **statistics._asdict(), "accuracy": accuracy}
+                run_files.write_npz(path, **arrays)
+        parallel.barrier()
+    with np.load(path) as arrays:
+        layer = classifier.Layer(arrays["kernel"], arrays["bias"])
+        names = distances.Statistics._fields
+        return Classifier(layer, distances.Statistics(*(arrays[name] for name in names)))
+
+
+def first_images(source):
+    """The images of a source that a classifier is trained or tested on: a data.Batch."""
+    return source.read(np.arange(min(source.size, classifier.MOST_IMAGES)))
+
+
+def _as_pixels(batch):
+    return classifier.pixels(batch.images), batch.labels

@@ -1,0 +1,112 @@
+"""Scores of samples during training."""
+
+import contextlib
+import logging
+import pathlib
+import shutil
+
+import numpy as np
+
+from ddpm_jax import parallel, signals
+from ddpm_jax.errors import UserError
+from ddpm_jax.files import data
+from ddpm_jax.metrics import classifier, distances, features, inception
+from ddpm_jax.runs import reference
+
+log = logging.getLogger(__name__)
+
+
+def choose(config, arrays=None):
+    """What the scores of a run are (train.score_every).
+
+    With RGB images and the weights of Inception they are FID and KID; otherwise the Fréchet
+    distance on the features of a small classifier of the training images.
+
+    Args:
+      config: the run's config.
+      arrays: of the user, see train.train.
+
+    Returns:
+      (inception.Weights or None, the training and the held-out images with labels or ()).
+
+    Raises:
+      UserError: if the images have no labels, and Inception is not used.
+    """
+    if config.data.channels == 3:
+        with contextlib.suppress(UserError):  # its weights are not there
+            return inception.load(config.evaluate.inception_weights), ()
+    labelled = [data.open_labelled(config.data, f, arrays) for f in ("split", "eval_split")]
+    if len(labelled[0].label_names) < 2:
+        text = f"{config.data.name} has no classes; Inception needs its weights and RGB images"
+        raise UserError(f"train.score_every={config.train.score_every}: {text}")
+    return None, labelled
+
+
+def make_score(config, source, chosen, sample, workdir):
+    """Builds the score of a run.
+
+    Args:
+      config: the run's config.
+      source: the training images.
+      chosen: from `choose`.
+      sample: from train.make_grid_sampler.
+      workdir: the run's folder; a score that is interrupted leaves its features there.
+
+    Returns:
+      score(step, params, stop=never) → {name: value}. It raises signals.Stopped when stop() is
+      true, and goes on from there the next time.
+    """
+    count, size = config.train.score_samples, config.sample.batch_size
+    weights, labelled = chosen
+    if weights:
+        log.info("scores: FID and KID of %d samples against the training images", count)
+        measure, features_of = fid_and_kid(config, source, weights)
+    else:
+        log.info("scores: Fréchet distance of %d samples, by a small classifier's features", count)
+        measure, features_of = classifier_distance(config, labelled)
+
+    def score(step, params, stop=signals.never):
+        folder = pathlib.Path(workdir) / "scores" / str(step)
+
+        def rows(first, last):
+            # A smaller last batch would compile again.
+            x = sample(params, np.arange(first, first + size), stop=stop).x
+            return features_of(x)[: last - first]
+
+        features.collect(folder, count, size, rows, f"score step {step}", stop)
+        found = measure(folder)
+        parallel.barrier()  # all processes have read the features
+        if parallel.is_first():
+            shutil.rmtree(folder.parent)
+        return found
+
+    return score
+
+
+def fid_and_kid(config, source, weights):
+    """(folder of features → scores, uint8 images → features), by Inception."""
+    count, resize = config.train.score_samples, config.evaluate.resize
+    inputs = {"resize": resize, "weights_sha256": weights.sha256}
+    extract = features.make_extractor(weights.params, resize, config.sample.batch_size)
+    of_data = reference.features_of_split(config, "split", source, extract, inputs)
+
+    def measure(folder):
+        statistics = distances.statistics(features.chunks(folder, count))
+        rows = features.rows(folder, min(count, config.evaluate.max_features))
+        return {
+            "fid": distances.frechet_distance(of_data.statistics, statistics),
+            "kid": distances.kernel_distance(of_data.features, rows).value,
+        }
+
+    return measure, extract
+
+
+def classifier_distance(config, labelled):
+    """(folder of features → score, uint8 images → features), by a small classifier."""
+    small = reference.cached_classifier(config, *labelled)
+
+    def measure(folder):
+        statistics = distances.statistics(features.chunks(folder, config.train.score_samples))
+        return {"distance": distances.frechet_distance(small.statistics, statistics)}
+
+    return measure, lambda images: classifier.features(small.layer, images)

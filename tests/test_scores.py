@@ -1,0 +1,184 @@
+"""Scores during training: resumed, killed, ranked; the best checkpoint, and choosing one."""
+
+import math
+
+import numpy as np
+import pytest
+
+from ddpm_jax import configs, interface, signals
+from ddpm_jax.errors import UserError
+from ddpm_jax.files import checkpoint, data
+from ddpm_jax.files import workdir as run_files
+from ddpm_jax.metrics import classifier, distances
+from ddpm_jax.runs import generate, reference, scores, show, train
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """The classifier of the digits is trained once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def scored(config, cache):
+    config.train.update(score_every=2, score_samples=6, eval_every=100)
+    config.show.num_steps = 2
+    config.evaluate.cache_dir = str(cache)
+    return config
+
+
+def scores_in(workdir):
+    lines = run_files.read_metrics(workdir)
+    return {line["step"]: line["distance"] for line in lines if "distance" in line}
+
+
+def test_scores_of_a_resumed_run(scored, tmp_path):
+    """Bit for bit those of a run that was not interrupted; nothing else is left in the folder."""
+    scored.optim.decay = "constant"
+    train.train(scored, tmp_path / "whole")
+    scored.train.num_steps = 2
+    train.train(scored, tmp_path / "parts")
+    scored.train.num_steps = 4
+    train.train(scored, tmp_path / "parts")
+    assert scores_in(tmp_path / "whole") == scores_in(tmp_path / "parts")
+    assert sorted(scores_in(tmp_path / "whole")) == [2, 4]
+    assert not (tmp_path / "whole" / "scores").exists()
+    assert checkpoint.latest_step(tmp_path / "whole") == 4
+
+
+def test_a_killed_score_goes_on(scored, tmp_path, monkeypatch):
+    """The step is saved before; images that were sampled are not sampled again."""
+    scored.sample.batch_size = 4
+    scored.optim.decay = "constant"
+    train.train(scored, tmp_path / "whole")
+    make, sampled = generate.make_sampler, []
+
+    def stopped_once(*args, **options):
+        sample = make(*args, **options)
+
+        def one_batch(params, indices, **rest):
+            sampled.append(int(indices[0]))
+            if sampled.count(4) == 1 and indices[0] == 4:
+                raise signals.Stopped(15)
+            return sample(params, indices, **rest)
+
+        return one_batch
+
+    monkeypatch.setattr(generate, "make_sampler", stopped_once)
+    scored.train.num_steps = 2
+    train.train(scored, tmp_path / "parts")
+    assert sampled == [0, 0, 4]  # the grid, and the score's first and second batch
+    assert checkpoint.latest_step(tmp_path / "parts") == 2 and scores_in(tmp_path / "parts") == {}
+    train.train(scored, tmp_path / "parts")
+    assert sampled[3:] == [4]
+    assert scores_in(tmp_path / "parts")[2] == scores_in(tmp_path / "whole")[2]
+
+
+def test_the_distance_is_that_of_the_samples(scored, tmp_path):
+    """As computed here from all images at once, with scikit-learn's own classifier."""
+    train.train(scored, tmp_path)
+    images = interface.load(tmp_path).sample(6, sampler="dpmpp_sde", num_steps=2)
+    source = data.open_labelled(scored.data)
+    batch = source.read(np.arange(source.size))
+    trained = classifier.train(*batch)
+    layer = trained.coefs_[0], trained.intercepts_[0]
+    flat = (x.reshape(len(x), -1) / 255 for x in (batch.images, images))
+    sets = (np.maximum(x @ layer[0] + layer[1], 0) for x in flat)
+    expected = distances.frechet_distance(*(distances.statistics([x]) for x in sets))
+    assert scores_in(tmp_path)[4] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_classifier_is_trained_once(scored, tmp_path, monkeypatch):
+    """And serves other splits of the program; another training split has its own."""
+    sources = [data.open_labelled(scored.data, field) for field in ("split", "eval_split")]
+    first = reference.cached_classifier(scored, *sources)
+    monkeypatch.setattr(classifier, "train", None)
+    again = reference.cached_classifier(scored, *sources)
+    np.testing.assert_array_equal(first.layer.kernel, again.layer.kernel)
+    scored.data.split = "train[:100]"
+    with pytest.raises(TypeError):
+        reference.cached_classifier(scored, data.open_labelled(scored.data), sources[1])
+
+
+@pytest.mark.parametrize("values, kept", [((5, 1, 4, 3), [2, 4]), ((1, 2, 3, 4), [1, 4])])
+def test_the_best_checkpoint_is_kept(scored, tmp_path, monkeypatch, values, kept):
+    """Besides the newest; every command can choose it, the newest, or a step."""
+    scored.train.update(score_every=1, keep_best=True, keep_checkpoints=1)
+
+    def make_score(*_):
+        return lambda step, params, stop: {"distance": float(values[step - 1])}
+
+    monkeypatch.setattr(scores, "make_score", make_score)
+    train.train(scored, tmp_path)
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == kept
+    for chosen, step in (("newest", 4), ("best", kept[0]), (str(kept[0]), kept[0]), (4, 4)):
+        assert interface.load(tmp_path, checkpoint=chosen).step == step
+    show.draw_scores(tmp_path / "scores.png", run_files.read_metrics(tmp_path), 8)
+    assert (tmp_path / "scores.png").exists()
+    scored.sample.checkpoint = "best"
+    assert generate.restore_sampler(scored, tmp_path)[0] == kept[0]
+    with pytest.raises(UserError, match=f"='3': is not there; the .* are {kept[0]}, 4$"):
+        interface.load(tmp_path, checkpoint=3)
+    with pytest.raises(UserError, match="must be newest, best, or a step"):
+        interface.load(tmp_path, checkpoint="latest")
+
+
+def test_no_best_without_scores(config, tmp_path):
+    train.train(config, tmp_path)
+    with pytest.raises(UserError, match=r"sample.checkpoint='best': no checkpoint has a score"):
+        interface.load(tmp_path, checkpoint="best")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"train.keep_best": True, "train.score_every": 0}, "train.keep_best=True: needs"),
+        ({"train.score_samples": 1}, "train.score_samples=1: must be 2 or more"),
+        ({"sample.checkpoint": "-1"}, "sample.checkpoint='-1': must be newest, best, or a step"),
+        ({"model.kind": "classifier", "data.num_classes": 10}, "train.score_every=2: a classifier"),
+    ],
+    ids=str,
+)
+def test_scores_that_cannot_be(scored, changes, message):
+    scored.update_from_flattened_dict(changes)
+    with pytest.raises(UserError) as error:
+        configs.check(scored)
+    assert message in str(error.value)
+
+
+def test_data_without_labels_has_no_score(scored, tmp_path):
+    """Nothing is written."""
+    images = np.zeros((20, 8, 8, 1), np.uint8)
+    with pytest.raises(UserError, match=r"train.score_every=2: arrays has no classes"):
+        interface.train(scored, tmp_path / "run", images)
+    assert not (tmp_path / "run").exists()
+
+
+def test_minutes_leave_out_what_is_not_training():
+    lines = [{"step": 10, "images_per_second": 8.0}, {"step": 10, "distance": 1.0},
+             {"step": 30, "images_per_second": 16.0}]  # fmt: skip
+    assert show.minutes_at(lines, 48) == {10: 1.0, 30: 2.0}
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+def test_the_score_ranks(tmp_path, cache):
+    """Real digits < a finished run < one of 500 steps < one of 50 < noise."""
+    config = configs.named_config("digits")
+    config.evaluate.cache_dir = str(cache)
+    config.train.update(score_every=50, score_samples=1000)
+    train.train(config, tmp_path)
+    found = scores_in(tmp_path)
+    sources = [data.open_labelled(config.data, field) for field in ("split", "eval_split")]
+    small = reference.cached_classifier(config, *sources)
+    noise = np.random.default_rng(0).integers(0, 256, (1000, 8, 8, 1)).astype(np.uint8)
+    real, noise = (
+        distances.frechet_distance(
+            small.statistics, distances.statistics([classifier.features(small.layer, x)])
+        )
+        for x in (sources[1].read(np.arange(sources[1].size)).images, noise)
+    )
+    ranked = [real, found[2200], found[500], found[50], noise]
+    assert ranked == sorted(ranked) and all(map(math.isfinite, ranked)), ranked
