@@ -38,6 +38,8 @@ def get_config():
         eval_every=550,
         eval_images=297,
         sample_every=1100,
+        score_every=550,
+        score_samples=500,
         checkpoint_every=1100,
         keep_every=0,
     )

@@ -24,6 +24,11 @@ def get_config():
     )
     config.optim.update(learning_rate=1e-3, warmup_steps=200, decay="cosine", ema_decay=0.995)
     config.train.update(
-        num_steps=2500, eval_every=250, sample_every=1250, checkpoint_every=250, keep_every=0
+        num_steps=2500,
+        eval_every=250,
+        sample_every=1250,
+        score_every=500,
+        checkpoint_every=250,
+        keep_every=0,
     )
     return config

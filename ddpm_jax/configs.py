@@ -623,9 +623,6 @@ def _check_scores(config):
     require(count > 1, name, count, "must be 2 or more")
     allowed = "needs train.score_every; without scores, no checkpoint is the best"
     require(not train.keep_best or train.score_every > 0, "train.keep_best", True, allowed)
-    allowed = "a classifier makes no samples"
-    fits = train.score_every == 0 or config.model.kind != "classifier"
-    require(fits, "train.score_every", train.score_every, allowed)
 
 
 def _check_sizes(fields):
@@ -710,6 +707,8 @@ def _check_task(config, mode):
     if kind == "classifier":
         name, count = "data.num_classes", config.data.num_classes
         require(count > 1, name, count, "must be 2 or more for a classifier")
+        name, every = "train.score_every", config.train.score_every
+        require(every == 0, name, every, "must be 0: a classifier makes no samples")
         allowed = "a classifier cannot do this; for guidance, set sample.classifier to its run"
         require(mode in ("train", "show"), "model.kind", kind, allowed)
 

@@ -1,6 +1,7 @@
 """The Python interface: functions for notebooks and other programs."""
 
 import functools
+import logging
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from ddpm_jax.files import data
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.runs import generate, interop
 from ddpm_jax.runs import train as training
+
+log = logging.getLogger(__name__)
 
 # The fields of a config's section `sample` that the function `sample` takes.
 OPTIONS = """
@@ -220,10 +223,14 @@ def _as_batch(images, labels):
 
 
 def _config_of_arrays(config, arrays):
-    """Sets a config's image shape and number of classes to those of a user's arrays."""
+    """Sets a config's image shape and number of classes to those of a user's arrays; gray images
+    without labels have no scores."""
     if config.data.name != "arrays":
         config.data.update(name="arrays", split="train[:90%]", eval_split="train[90%:]")
     *size, channels = arrays.images.shape[1:]
     classes = 0 if arrays.labels is None else max(config.data.num_classes, arrays.labels.max() + 1)
     config.data.update(image_size=tuple(size), channels=channels, num_classes=int(classes))
+    if arrays.labels is None and channels != 3 and config.train.score_every:
+        log.info("train.score_every=0: gray images without labels have no score")
+        config.train.score_every = 0
     return config

@@ -81,6 +81,7 @@ def config():
         eval_every=2,
         eval_images=10,
         sample_every=100,
+        score_every=0,
         checkpoint_every=100,
     )
     config.sample.update(num_samples=4, batch_size=4)

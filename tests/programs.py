@@ -19,6 +19,7 @@ TINY = (
     "--config.train.batch_size=32",
     "--config.train.log_every=2",
     "--config.train.eval_every=10",
+    "--config.train.score_every=0",
 )
 
 

@@ -111,6 +111,7 @@ def no_computing(tmp_path_factory):
         patch.setattr(train.states, "create_state", small_state)
         patch.setattr(train, "describe_memory", lambda *_: None)
         patch.setattr(train, "run_loop", enough)
+        patch.setattr(train.scores, "make_score", enough)
         patch.setattr(show, "show", enough)
         patch.setattr(checkpoint, "restore_params", restore_params)
         patch.setattr(generate, "make_sampler", make_sampler)

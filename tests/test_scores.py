@@ -137,7 +137,10 @@ def test_no_best_without_scores(config, tmp_path):
         ({"train.keep_best": True, "train.score_every": 0}, "train.keep_best=True: needs"),
         ({"train.score_samples": 1}, "train.score_samples=1: must be 2 or more"),
         ({"sample.checkpoint": "-1"}, "sample.checkpoint='-1': must be newest, best, or a step"),
-        ({"model.kind": "classifier", "data.num_classes": 10}, "train.score_every=2: a classifier"),
+        (
+            {"model.kind": "classifier", "data.num_classes": 10},
+            "train.score_every=2: must be 0: a clas",
+        ),
     ],
     ids=str,
 )

@@ -37,8 +37,8 @@ def choose(config, arrays=None):
             return inception.load(config.evaluate.inception_weights), ()
     labelled = [data.open_labelled(config.data, f, arrays) for f in ("split", "eval_split")]
     if len(labelled[0].label_names) < 2:
-        text = f"{config.data.name} has no classes; Inception needs its weights and RGB images"
-        raise UserError(f"train.score_every={config.train.score_every}: {text}")
+        text = f"{config.data.name} has no classes, and Inception needs its weights and RGB images"
+        raise UserError(f"train.score_every={config.train.score_every}: {text}; 0 turns it off")
     return None, labelled
 
 
