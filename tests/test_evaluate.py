@@ -4,6 +4,7 @@ import hashlib
 import json
 import pathlib
 import re
+import shutil
 import threading
 
 import imageio.v3 as imageio
@@ -218,6 +219,7 @@ def test_scores_of_several_seeds(idle, capsys):
     for seed in (0, 1, 2):
         config.sample.seed = seed
         alone.append(evaluate.evaluate(config, workdir))
+    shutil.rmtree(workdir / "evaluation")
     config.sample.seed = 0
     config.evaluate.num_seeds = 3
     found = evaluate.evaluate(config, workdir)
