@@ -14,7 +14,7 @@ from absl import app, flags
 from ddpm_jax import cpu
 from ddpm_jax.files import data
 from ddpm_jax.metrics import distances, features, inception
-from ddpm_jax.runs import evaluate
+from ddpm_jax.runs import reference
 
 CONFIG = flags.DEFINE_string("config", "configs/cifar10.py", "whose data section is used")
 
@@ -30,8 +30,8 @@ def main(_):
     statistics = []
     for field in ("eval_split", "split"):
         source = data.open_source(config.data, field)
-        reference = evaluate.reference_features(config, field, source, extract, provenance)
-        statistics.append(reference.statistics)
+        found = reference.features_of_split(config, field, source, extract, provenance)
+        statistics.append(found.statistics)
         print(f"{config.data.name} {config.data[field]}: {source.size} images", flush=True)
     print(f"FID {distances.frechet_distance(*statistics):.4f}")
 

@@ -33,7 +33,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ddpm_jax import configs, cpu, parallel, signals
 from ddpm_jax.errors import UserError, is_disk_full, one_line, printable
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.runs import edit, evaluate, generate, interop, show, train
+from ddpm_jax.runs import compare, edit, evaluate, generate, interop, show, train
 
 EDITS = {
     "img2img": edit.img2img,
@@ -218,7 +218,7 @@ def run(argv):
     if command is None:
         return 0
     if command.mode == "compare":
-        evaluate.compare(command.workdirs)
+        compare.compare(command.workdirs)
         return 0
     cpu.prepare(trains=command.mode == "train")
     if command.processes is None:

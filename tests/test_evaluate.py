@@ -3,6 +3,8 @@
 import hashlib
 import json
 import pathlib
+import re
+import shutil
 import threading
 
 import imageio.v3 as imageio
@@ -94,7 +96,8 @@ def test_evaluate_end_to_end(run, random_inception, capsys, caplog, monkeypatch)
     # again, to the same numbers.
     times = {path: path.stat().st_mtime_ns for path in rows(workdir / "evaluation")}
     assert len(times) == 4  # 6 samples and 5 images, 4 at a time
-    lost = next(path for path in times if path.name.endswith("00.npy") and width(path) == 2048)
+    first = [path for path in times if path.name.endswith("00.npy")]
+    (lost,) = (path for path in first if width(path) == 2048 + 7 * 17 * 17)
     before = np.load(lost)
     lost.unlink()
     again = evaluate.evaluate(config, workdir)
@@ -135,12 +138,12 @@ def test_only_bits_per_dim(run, capsys):
     assert other["bits_per_dim_sha256"] == hashlib.sha256(three.tobytes()).hexdigest()
 
 
-WEIGHTS = np.random.default_rng(3).standard_normal((64, 4))
-DRAWN = np.random.default_rng(2).integers(0, 128, (12, 8, 8, 1), np.uint8)
+WEIGHTS = np.random.default_rng(3).standard_normal((64, 4 + 3))
+DRAWN = np.random.default_rng(2).integers(0, 128, (3, 12, 8, 8, 1), np.uint8)
 
 
 def linear(images):
-    """Features that take no time."""
+    """Features that take no time: four of FID and three of sFID."""
     return np.float32(images.reshape(len(images), 64) / 255 @ WEIGHTS)
 
 
@@ -160,17 +163,29 @@ def idle(config, tmp_path, monkeypatch):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Sample i is DRAWN[i], and features are linear: a list of the options of each sampler."""
+    """Sample i of a seed is DRAWN[seed, i], and features are linear: a list of the options of each
+    sampler."""
     asked = []
 
     def make_sampler(config, **options):
         asked.append(options)
-        return lambda params, numbers, **_: generate.Generated(DRAWN[numbers], None, None)
+        return lambda params, i, seed, **_: generate.Generated(DRAWN[seed, i], None, None)
 
+    monkeypatch.setattr(inception, "FEATURES", 4)
     monkeypatch.setattr(inception, "load", lambda path: inception.Weights({}, None, "linear"))
     monkeypatch.setattr(features, "make_extractor", lambda *_: linear)
     monkeypatch.setattr(generate, "make_sampler", make_sampler)
     return asked
+
+
+def brute_force(a, b):
+    """The Fréchet distance; tr (C_a C_b)^½ is the nuclear norm of the product of the centred sets,
+    divided by √((n - 1) (m - 1))."""
+    a, b = np.float64(a), np.float64(b)
+    product = (a - a.mean(0)) @ (b - b.mean(0)).T
+    trace = np.linalg.norm(product, "nuc") / np.sqrt((len(a) - 1) * (len(b) - 1))
+    variances = a.var(0, ddof=1).sum() + b.var(0, ddof=1).sum()
+    return np.square(a.mean(0) - b.mean(0)).sum() + variances - 2 * trace
 
 
 @pytest.mark.usefixtures("asked")
@@ -183,14 +198,134 @@ def test_scores_are_of_the_images_that_they_name(idle):
     splits = [source.read(np.arange(source.size)).images for source in sources]
     for name, images in zip(("split_sha256", "eval_split_sha256"), splits, strict=True):
         assert found[name] == hashlib.sha256(images.tobytes()).hexdigest()
-    train, test, fakes = map(linear, (*splits, DRAWN[:10]))
-    for name, real in (("fid", train), ("fid_test", test)):
-        expected = distances.frechet_distance(*map(distances.statistics, ([real], [fakes])))
-        assert found[name] == pytest.approx(expected, rel=1e-6)
+    all_rows = [linear(images) for images in (*splits, DRAWN[0, :10])]
+    for name, part in (("fid", slice(0, 4)), ("sfid", slice(4, 7))):
+        train, test, fakes = (x[:, part] for x in all_rows)
+        assert found[name] == pytest.approx(brute_force(train, fakes), rel=1e-6)
+        assert found[f"{name}_test"] == pytest.approx(brute_force(test, fakes), rel=1e-6)
+    train, test, fakes = (x[:, :4] for x in all_rows)
     assert found["kid"] == pytest.approx(distances.kernel_distance(train[:7], fakes[:7]).value)
     expected = distances.precision_recall(train[:7], fakes[:7])
     assert (found["precision"], found["recall"]) == expected and expected[0] != expected[1]
     assert found["scored_features"] == [7, 7]
+
+
+@pytest.mark.usefixtures("asked")
+def test_scores_of_several_seeds(idle, capsys):
+    """Their mean and standard deviation, by hand from those of each seed alone."""
+    workdir, config, _ = idle
+    config.evaluate.update(num_samples=10, bits_per_dim_images=0)
+    alone = []
+    for seed in (0, 1, 2):
+        config.sample.seed = seed
+        alone.append(evaluate.evaluate(config, workdir))
+    shutil.rmtree(workdir / "evaluation")
+    config.sample.seed = 0
+    config.evaluate.num_seeds = 3
+    found = evaluate.evaluate(config, workdir)
+    for name in ("fid", "fid_test", "sfid", "sfid_test", "kid", "precision", "recall"):
+        a, b, c = (one[name] for one in alone)
+        mean = (a + b + c) / 3
+        spread = (((a - mean) ** 2 + (b - mean) ** 2 + (c - mean) ** 2) / 2) ** 0.5
+        assert found[name] == pytest.approx(mean, rel=1e-9), name
+        assert found[f"{name}_spread"] == pytest.approx(spread, rel=1e-6, abs=1e-12), name
+        assert [one[name] for one in found["per_seed"]] == [a, b, c]
+    assert len({one["fid"] for one in alone}) == 3
+    assert (found["seed"], found["num_seeds"], found["num_samples"]) == (0, 3, 10)
+    assert len(list((workdir / "evaluation").iterdir())) == 3
+    shown = f"| fid | {found['fid']:.5g} ± {found['fid_spread']:.2g} (3 seeds) |"
+    printed = capsys.readouterr().out
+    assert shown in printed and "spread by 1 to 2 %" in printed and "per_seed" not in printed
+
+
+def test_what_is_left_of_several_seeds_is_computed(idle, asked, monkeypatch):
+    """The features of finished batches are read; bits/dim are computed once."""
+    workdir, config, _ = idle
+    vlbs = []
+    monkeypatch.setattr(evaluate, "bits_per_dim", lambda *_: vlbs.append(1) or {})
+    monkeypatch.setattr(evaluate, "draw_progressive", lambda *_: None)
+    config.evaluate.update(num_samples=6, num_seeds=3)
+    whole = evaluate.evaluate(config, workdir)
+    assert vlbs == [1]
+    lost = [path for path in rows(workdir / "evaluation") if path.name.endswith("4.npy")]
+    lost[0].unlink()
+    drawn, make = [], generate.make_sampler
+
+    def counting(config, **options):
+        sample = make(config, **options)
+        return lambda params, i, seed, **rest: drawn.append(i[0]) or sample(params, i, seed)
+
+    monkeypatch.setattr(generate, "make_sampler", counting)
+    assert evaluate.evaluate(config, workdir) == whole
+    assert drawn == [4] and len(lost) == 3
+
+
+def empty_checkpoints(workdir, steps):
+    """Complete ones, by the names of their files."""
+    for step in steps:
+        for item in ("params", "ema_params", "opt_state"):
+            for name in ("_METADATA", "manifest.ocdbt", "d/array"):
+                path = workdir / "checkpoints" / str(step) / item / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+
+
+def test_scores_against_steps(idle, asked, monkeypatch, capsys):
+    """Each as if it was evaluated alone; what is there is not computed again."""
+    workdir, config, _ = idle
+    empty_checkpoints(workdir, (2, 5, 7))
+
+    def restore_params(config, workdir):
+        step = checkpoint.chosen_step(config, workdir)
+        return step, [np.full(2, step)]
+
+    monkeypatch.setattr(checkpoint, "restore_params", restore_params)
+    config.evaluate.update(num_samples=6, bits_per_dim_images=0)
+    alone = []
+    for step in ("2", "7"):
+        config.sample.checkpoint = step
+        alone.append(evaluate.evaluate(config, workdir))
+    (workdir / "evaluation.json").unlink()
+    times = {path: path.stat().st_mtime_ns for path in rows(workdir / "evaluation")}
+    config.evaluate.steps = (7, 2)
+    capsys.readouterr()
+    found = evaluate.evaluate(config, workdir)
+    assert [one.pop("images_seen") for one in found] == [2 * 8, 7 * 8]
+    assert found == alone
+    assert {path: path.stat().st_mtime_ns for path in rows(workdir / "evaluation")} == times
+    assert len(asked) == 3  # one for both steps
+    assert not (workdir / "evaluation.json").exists()
+    saved = json.loads((workdir / "evaluation_steps.json").read_text())
+    assert [one["fid"] for one in saved] == [one["fid"] for one in alone]
+    assert imageio.imread(workdir / "evaluation_steps.png").shape[2] in (3, 4)
+    row = f"| 7 | 56 | {alone[1]['fid']:.5g} | {alone[1]['fid_test']:.5g} |"
+    assert row in capsys.readouterr().out
+    config.evaluate.steps = (2, 3)
+    with pytest.raises(UserError, match=r"evaluate.steps=\(2, 3\): step 3 .*are 2, 5, 7$"):
+        evaluate.evaluate(config, workdir)
+    (workdir / "checkpoints" / "2" / "params" / "_METADATA").unlink()
+    with pytest.raises(UserError, match=r"\(2, 3\): step 2 is damaged: params/_METADATA is m"):
+        evaluate.evaluate(config, workdir)
+
+
+@pytest.mark.usefixtures("asked")
+def test_the_published_curve_stands_beside_the_paper_s_model(idle, monkeypatch, capsys):
+    workdir, config, _ = idle
+    empty_checkpoints(workdir, (46_800,))
+    monkeypatch.setattr(checkpoint, "restore_params", lambda *_: (46_800, [np.zeros(2)]))
+    config.evaluate.update(num_samples=6, steps=(46_800,))
+    config.train.batch_size = 128
+    (alone,) = evaluate.evaluate(config, workdir)
+    assert "9.162" not in capsys.readouterr().out
+    monkeypatch.setattr(evaluate, "is_papers", lambda config: True)
+    evaluate.evaluate(config, workdir)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(" | published FID |") and lines[2].endswith(" | 9.162 |")
+    assert lines[2].startswith(f"| 46800 | 5990400 | {alone['fid']:.5g} |")
+    assert lines[3].startswith("| 93600 |  |") and lines[6].endswith(" | 3.188 |")
+    config.train.batch_size = 64  # other images at the same step
+    evaluate.evaluate(config, workdir)
+    assert "9.162" not in capsys.readouterr().out
 
 
 def test_what_the_samples_depend_on_is_not_mixed(idle, asked):
@@ -328,24 +463,6 @@ def test_rows_that_another_program_computes_are_waited_for(tmp_path):
     np.testing.assert_array_equal(features.rows(tmp_path, 6)[:, 0], [1, 1, 1, 1, 0, 0])
 
 
-def test_what_cannot_be_compared(tmp_path):
-    """Scores of other data, of other numbers of images, or of other features."""
-    found = {
-        "fid": 3.5, "kid": 0.1, "bits_per_dim": 3.0, "dataset": "a", "split_sha256": "a",
-        "eval_split_sha256": "a", "image_size": [8, 8], "channels": 1, "num_samples": 10,
-        "weights_sha256": "a", "ema": True, "label": "", "scored_features": [5, 5],
-        "bits_per_dim_sha256": "a", "bits_per_dim_images": 5,
-    }  # fmt: skip
-    scores = ("fid", "kid", "bits_per_dim")
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    (tmp_path / "a" / "evaluation.json").write_text(json.dumps(found))
-    for name in found.keys() - set(scores):
-        (tmp_path / "b" / "evaluation.json").write_text(json.dumps({**found, name: "another"}))
-        with pytest.raises(UserError, match=f"cannot be compared, it differs in {name} "):
-            evaluate.compare([tmp_path / "a", tmp_path / "b"])
-
-
 def test_the_paper_s_numbers_stand_beside_its_model_only():
     assert evaluate.is_papers(configs.named_config("cifar10"))
     for name, value in (
@@ -366,40 +483,6 @@ def test_the_paper_s_numbers_stand_beside_its_model_only():
         assert not evaluate.is_papers(config), name
 
 
-def test_compare(tmp_path, capsys):
-    found = {"fid": 3.5, "kid": 0.1, "kid_error": 0.01, "num_samples": 10, "resize": "tf1"}
-    for name, changes in (("a", {}), ("b", {"fid": 4.5, "step": 7}), ("c", {"resize": "torch"})):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "evaluation.json").write_text(json.dumps({**found, **changes}))
-    cli.run(["main.py", "--mode=compare", f"--workdirs={tmp_path / 'a'},{tmp_path / 'b'}"])
-    text = capsys.readouterr().out
-    assert "| fid | 3.5 | 4.5 |" in text and "| kid | 0.1 ± 0.01 | 0.1 ± 0.01 |" in text
-    with pytest.raises(UserError, match=r"fid cannot .* differs in resize tf1 / torch$"):
-        evaluate.compare([tmp_path / "a", tmp_path / "c"])
-    progressive = [{"steps": 2, "rate": 1.0, "rmse": 3.0}]
-    for name, steps in (("a", 2), ("b", 4)):
-        code = [{**progressive[0], "steps": steps}]
-        (tmp_path / name / "evaluation.json").write_text(json.dumps({"progressive": code}))
-    evaluate.compare([tmp_path / "a", tmp_path / "b"])
-    text = capsys.readouterr().out
-    assert "after 2 steps | 1.00000, 3.00000 |  |" in text
-    assert "after 4 steps |  | 1.00000, 3.00000 |" in text
-    code = [{**progressive[0], "rmse": None}]  # what was not finite
-    other = {"fid": None, "kid": 0.5, "kid_error": None, "progressive": code}
-    (tmp_path / "b" / "evaluation.json").write_text(json.dumps(other))
-    evaluate.compare([tmp_path / "b"])
-    text = capsys.readouterr().out
-    assert "| fid | nan |" in text and "| kid | 0.5 |" in text and "| 1.00000, nan |" in text
-    (tmp_path / "b" / "evaluation.json").write_text("{")
-    with pytest.raises(UserError, match=r"evaluation\.json: not valid JSON"):
-        evaluate.compare([tmp_path / "a", tmp_path / "b"])
-    with pytest.raises(UserError, match=r"--workdirs=.*: has no evaluation\.json"):
-        evaluate.compare([tmp_path / "a", tmp_path / "d"])
-    for workdirs in ([], ["--workdirs=a"], ["--workdirs=a,a"]):
-        with pytest.raises(UserError, match="compare needs two or more"):
-            cli.run(["main.py", "--mode=compare", *workdirs])
-
-
 @pytest.mark.parametrize(
     "field, value",
     [
@@ -408,16 +491,30 @@ def test_compare(tmp_path, capsys):
         ("resize", "pil"),
         ("bits_per_dim_images", -1),
         ("max_features", 1),
+        ("num_seeds", 0),
+        ("num_seeds", 2**31),
+        ("steps", (-1,)),
+        ("steps", (3,)),
     ],
 )
 def test_bad_input(run, field, value):
     workdir, _ = run
-    with pytest.raises(UserError, match=rf"evaluate\.{field}={value!r}: "):
+    with pytest.raises(UserError, match=re.escape(f"evaluate.{field}={value!r}: ")):
         cli.run(
             ["main.py", "--mode=evaluate", f"--workdir={workdir}",
              f"--config.evaluate.{field}={value}"]
         )  # fmt: skip
     assert sorted(p.name for p in workdir.iterdir()) == ["checkpoints", "config.json"]
+
+
+def test_seeds_and_steps_that_cannot_be(config):
+    config.evaluate.update(num_samples=0, steps=(1,))
+    with pytest.raises(UserError, match=r"evaluate\.steps=\(1,\): scores samples; evaluate.num_s"):
+        configs.check(config, "evaluate")
+    config.evaluate.update(num_samples=2, num_seeds=3)
+    config.sample.seed = 2**32 - 2
+    with pytest.raises(UserError, match=r"evaluate\.num_seeds=3: must be at most 2, with sample"):
+        configs.check(config, "evaluate")
 
 
 def test_four_channels_are_not_for_inception(config):

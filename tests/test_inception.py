@@ -23,11 +23,33 @@ def test_network_is_the_fid_s():
     x = jax.ShapeDtypeStruct((2, 299, 299, 3), np.float32)
     network = inception.Inception()
     out, variables = jax.eval_shape(network.init_with_output, jax.random.key(0), x)
-    assert out.shape == (2, 2048)
+    assert [part.shape for part in out] == [(2, 2048), (2, 17, 17, 7)]
     params = variables["params"]
     assert len(params) == 94
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert count == 23_834_568 - 2_049_000 - 17_216
+
+
+def test_spatial_features_are_those_of_sfid():
+    """The first 7 channels of the 1×1 branch of mixed_6, torchvision's Mixed_6d, after the ReLU.
+
+    With kernels of zeros, a convolution's output is its bias: here its number and its channel.
+    """
+    network = inception.Inception()
+    x = np.zeros((1, 75, 75, 3), np.float32)  # 17 × 17 become 3 × 3
+    shapes = jax.eval_shape(network.init, jax.random.key(0), x)["params"]
+    params = {
+        f"conv{i}": {
+            "kernel": np.zeros(shapes[f"conv{i}"]["kernel"].shape, np.float32),
+            "bias": 1000 * i + np.arange(shapes[f"conv{i}"]["bias"].size, dtype=np.float32),
+        }
+        for i in range(94)
+    }
+    number = inception.pytorch_fid_layers().index("Mixed_6d.branch1x1")
+    params[f"conv{number}"]["bias"][3] *= -1
+    spatial = jax.jit(lambda params: network.apply({"params": params}, x)[1])(params)
+    expected = [1000 * number + channel if channel != 3 else 0 for channel in range(7)]
+    np.testing.assert_array_equal(spatial, np.broadcast_to(np.float32(expected), (1, 3, 3, 7)))
 
 
 def test_names_of_pytorch_fid():
@@ -87,13 +109,13 @@ def test_a_batch_that_is_not_full_has_no_more_features(monkeypatch):
 
     class Mean:
         def apply(self, variables, x):
-            return x.mean(axis=(1, 2))
+            return x.mean(axis=(1, 2)), x[:, :1, :1]
 
     monkeypatch.setattr(inception, "Inception", Mean)
     levels = np.arange(0, 60, 10, dtype=np.uint8)
     images = np.broadcast_to(levels.reshape(6, 1, 1, 1), (6, 4, 4, 1))
     found = features.make_extractor({}, "tf1", 4)(images)
-    expected = np.repeat((np.float32(levels)[:, None] - 128) / 128, 3, axis=1)
+    expected = np.repeat((np.float32(levels)[:, None] - 128) / 128, 6, axis=1)
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 

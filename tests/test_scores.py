@@ -119,7 +119,7 @@ def test_the_best_checkpoint_is_kept(scored, tmp_path, monkeypatch, values, kept
     assert (tmp_path / "scores.png").exists()
     scored.sample.checkpoint = "best"
     assert generate.restore_sampler(scored, tmp_path)[0] == kept[0]
-    with pytest.raises(UserError, match=f"='3': is not there; the .* are {kept[0]}, 4$"):
+    with pytest.raises(UserError, match=f"='3': step 3 is not there; the .* are {kept[0]}, 4$"):
         interface.load(tmp_path, checkpoint=3)
     with pytest.raises(UserError, match="must be newest, best, or a step"):
         interface.load(tmp_path, checkpoint="latest")

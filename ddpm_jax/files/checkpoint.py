@@ -194,12 +194,24 @@ def chosen_step(config, workdir):
     if found is None:
         text = "no checkpoint has a score; train with train.score_every"
         raise UserError(f"sample.checkpoint='best': {text}")
-    if found not in steps:
-        text = f"the checkpoints of {workdir} are {', '.join(map(str, steps))}"
-        raise UserError(f"sample.checkpoint={chosen!r}: is not there; {text}")
-    if damage := _damage(folder / str(found), (folder / str(found) / DIGESTS).exists()):
-        raise UserError(f"sample.checkpoint={chosen!r}: step {found} is damaged: {damage}")
+    _check_step(f"sample.checkpoint={chosen!r}", found, workdir)
     return found
+
+
+def check_steps(steps, workdir):
+    """Raises a UserError unless there are undamaged checkpoints of `evaluate.steps`."""
+    for step in steps:
+        _check_step(f"evaluate.steps={steps}", step, workdir)
+
+
+def _check_step(field, step, workdir):
+    folder = pathlib.Path(_folder(workdir))
+    steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
+    if step not in steps:
+        text = f"the checkpoints of {workdir} are {', '.join(map(str, steps)) or 'not there yet'}"
+        raise UserError(f"{field}: step {step} is not there; {text}")
+    if damage := _damage(folder / str(step), (folder / str(step) / DIGESTS).exists()):
+        raise UserError(f"{field}: step {step} is damaged: {damage}")
 
 
 def restore_params(config, workdir):

@@ -1,6 +1,7 @@
 """Distances between two sets of features, in float64 (numpy).
 
 FID                Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule …"
+sFID               Nash et al. 2021, "Generating Images with Sparse Representations"
 KID                Bińkowski et al. 2018, "Demystifying MMD GANs"
 precision, recall  Kynkäänniemi et al. 2019, "Improved Precision and Recall Metric …"
 Inception Score    Salimans et al. 2016, "Improved Techniques for Training GANs"

@@ -1,10 +1,11 @@
 """Inception features of many images, in files from which an interrupted run resumes."""
 
+import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import parallel, progress, signals
 from ddpm_jax.files.workdir import atomic_write, lock
-from ddpm_jax.metrics import inception
+from ddpm_jax.metrics import distances, inception
 
 
 def make_extractor(params, resize, batch_size):
@@ -16,12 +17,14 @@ def make_extractor(params, resize, batch_size):
       batch_size: images at a time, a multiple of the number of devices.
 
     Returns:
-      extract(images), uint8 [N, H, W, C] to float32 [N, 2048].
+      extract(images), uint8 [N, H, W, C] to float32 [N, 2048 + 2023]: the features of FID, then
+      the spatial ones of sFID.
     """
     network = inception.Inception()
 
     def features(params, images):
-        return network.apply({"params": params}, inception.preprocess(images, resize))
+        pool, spatial = network.apply({"params": params}, inception.preprocess(images, resize))
+        return jnp.concatenate([pool, spatial.reshape(len(spatial), -1)], axis=1)
 
     features = parallel.pmap(features, in_axes=(None, 0))
     params = parallel.replicate(params)
@@ -102,3 +105,20 @@ def chunks(folder, count, size=1000):
 def rows(folder, count):
     """The first `count` rows of `collect` in one array."""
     return np.concatenate(list(chunks(folder, count)))
+
+
+def pooled(rows):
+    """The features of FID in rows of make_extractor."""
+    return rows[:, : inception.FEATURES]
+
+
+def spatial(rows):
+    """The features of sFID in rows of make_extractor."""
+    return rows[:, inception.FEATURES :]
+
+
+def statistics(folder, count):
+    """Statistics of the first `count` rows, for FID and for sFID: two distances.Statistics."""
+    return tuple(
+        distances.statistics(map(part, chunks(folder, count))) for part in (pooled, spatial)
+    )

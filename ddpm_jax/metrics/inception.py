@@ -2,6 +2,7 @@
 
 Szegedy et al. 2016, "Rethinking the Inception Architecture", with the pooling of that graph:
 average pooling does not count the padding, and the last block uses max pooling instead.
+The spatial features are those of Nash et al. 2021, "Generating Images with Sparse Representations".
 """
 
 import functools
@@ -26,7 +27,8 @@ ARCHIVES = {
     "6726825d": "pytorch-fid's pt_inception-2015-12-05-6726825d.pth",
 }
 SIZE = 299  # height and width of the network's inputs
-FEATURES = 2048
+FEATURES = 2048  # of pool_3
+SPATIAL = 7  # channels of mixed_6/conv, 17 × 17 each: the spatial features
 NORM_EPSILON = 1e-3
 
 
@@ -42,13 +44,13 @@ class Inception(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        """Computes the pool_3 features.
+        """Computes the features of FID and those of sFID.
 
         Args:
           x: [B, 299, 299, 3], in [-1, 1].
 
         Returns:
-          [B, 2048].
+          pool_3 [B, 2048], and the first 7 channels of mixed_6/conv [B, 17, 17, 7].
         """
         count = itertools.count()
 
@@ -79,9 +81,11 @@ class Inception(nn.Module):
             )
         x = join(tower(x, (384, *half)), tower(x, (64,), (96, (3, 3)), (96, *half)), _shrink(x))
         wide, high = (1, 7), (7, 1)
+        firsts = []
         for width in (128, 160, 160, 192):  # mixed_4 to mixed_7: 17 × 17
+            firsts.append(tower(x, (192,)))
             x = join(
-                tower(x, (192,)),
+                firsts[-1],
                 tower(x, (width,), (width, wide), (192, high)),
                 tower(x, (width,), (width, high), (width, wide), (width, high), (192, wide)),
                 tower(_average(x), (192,)),
@@ -98,7 +102,7 @@ class Inception(nn.Module):
             h = tower(x, (448,), (384, (3, 3)))
             third = join(conv(h, 384, (1, 3)), conv(h, 384, (3, 1)))
             x = join(first, second, third, tower(pool(x), (192,)))
-        return x.mean(axis=(1, 2))
+        return x.mean(axis=(1, 2)), firsts[2][..., :SPATIAL]
 
 
 class Weights(NamedTuple):

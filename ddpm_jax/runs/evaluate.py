@@ -4,7 +4,7 @@ Slow intermediate results are kept in files. The name of their folder is a diges
 they depend on. So an interrupted evaluation resumes, and different evaluations do not mix:
 
   <cache_dir>/<digest>/           features of a dataset
-  <workdir>/evaluation/<digest>/  features of a run's samples, terms of its VLB
+  <workdir>/evaluation/<digest>/  features of a run's samples from a seed, terms of its VLB
 """
 
 import hashlib
@@ -18,24 +18,14 @@ from matplotlib.figure import Figure
 
 from ddpm_jax import configs, parallel, signals
 from ddpm_jax.core import diffusion, likelihood, sampling, solvers, unet
-from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, data, images
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.metrics import distances, features, inception
-from ddpm_jax.runs import generate, reference
+from ddpm_jax.runs import compare, generate, reference
 
 log = logging.getLogger(__name__)
 
 PROGRESSIVE_IMAGES = 8
-# Evaluations cannot be compared by a score if they differ in one of its fields.
-COMPARABLE = {
-    "fid": """
-        dataset split_sha256 eval_split_sha256 image_size channels num_samples resize
-        weights_sha256 ema label
-    """.split(),
-    "kid": ["scored_features"],
-    "bits_per_dim": "bits_per_dim_sha256 bits_per_dim_images image_size channels ema".split(),
-}
 # Fields that bits/dim do not depend on (they are computed for every variance).
 SAMPLING = """
     variance sampler sampler_order sampler_steps nfe spacing eta dynamic_threshold label guidance
@@ -61,12 +51,15 @@ PUBLISHED = {
     900: "0.11994, 12.02277",
     1000: "1.77581, 0.95136",
 }
+# FID after so many steps of 128 images, of another implementation of it (tqch/ddpm-torch).
+PUBLISHED_CURVE = {46_800: 9.162, 93_600: 5.778, 187_200: 4.083, 421_200: 3.31, 795_600: 3.188}
 
 
 def evaluate(config, workdir, stop=signals.never):
-    """Evaluates a run's newest checkpoint, as the config's evaluate section says.
+    """Evaluates a run's checkpoint, as the config's evaluate section says.
 
-    Writes evaluation.json, for bits/dim also evaluation.npz and .png, and prints a table.
+    Writes evaluation.json, for bits/dim also evaluation.npz and .png, and prints a table. If there
+    are evaluate.steps, it does what evaluate_steps says instead.
 
     Args:
       config: the run's config, checked.
@@ -74,7 +67,7 @@ def evaluate(config, workdir, stop=signals.never):
       stop: from signals.catch.
 
     Returns:
-      The content of evaluation.json.
+      The content of evaluation.json, or of evaluation_steps.json.
 
     Raises:
       UserError: if there is no checkpoint, dataset, or Inception weights; or if the classes of the
@@ -85,20 +78,18 @@ def evaluate(config, workdir, stop=signals.never):
     weights = inception.load(section.inception_weights) if section.num_samples else None
     train, test = (data.open_source(config.data, field) for field in ("split", "eval_split"))
     run_files.check_same_classes(train, workdir)
+    if section.steps:
+        return evaluate_steps(config, workdir, weights, train, test, stop)
     step, params = checkpoint.restore_params(config, workdir)
     guidance = generate.guidance_for_run(config, workdir)
     generate.warn_of_chain(config)
     generate.warn_of_young_ema(config, step)
     log.info("evaluating step %d", step)
     provenance = sampling_provenance(config, step, params, guidance["classifier"])
-    results = provenance | {"ema_decay": configs.ema_decay(config), "dataset": config.data.name}
-    for field, source in (("split", train), ("eval_split", test)):
-        description = reference.describe(config.data, config.data[field], source)
-        results |= {field: config.data[field], f"{field}_sha256": description["images_sha256"]}
+    results = provenance | data_provenance(config, train, test)
     if section.num_samples:
-        results |= sample_quality(
-            config, workdir, provenance, params, guidance, weights, train, test, stop
-        )
+        score = make_sample_quality(config, workdir, guidance, weights, train, test, stop)
+        results |= score(provenance, params)
     if section.bits_per_dim_images:
         results |= bits_per_dim(config, workdir, provenance, params, test, stop)
         draw_progressive(config, workdir, params, guidance, stop)
@@ -106,9 +97,59 @@ def evaluate(config, workdir, stop=signals.never):
         path.write_text(run_files.to_json(results, indent=2) + "\n")
     if parallel.is_first():
         published = PUBLISHED if is_papers(config) else {}
-        print("\n".join(table({str(workdir): results}, published)))
+        print("\n".join(compare.table({str(workdir): results}, published)))
     log.info("wrote %s", workdir / "evaluation.json")
     return results
+
+
+def evaluate_steps(config, workdir, weights, train, test, stop):
+    """Scores the samples of several checkpoints, `evaluate.steps`.
+
+    After each of them it writes evaluation_steps.json, a list of evaluations, and draws them in
+    evaluation_steps.png.
+
+    Args:
+      config: the run's config, checked.
+      workdir: the run's folder.
+      weights: inception.Weights.
+      train: the images of data.split.
+      test: those of data.eval_split.
+      stop: from signals.catch.
+
+    Returns:
+      The evaluations.
+    """
+    checkpoint.check_steps(config.evaluate.steps, workdir)
+    guidance = generate.guidance_for_run(config, workdir)
+    generate.warn_of_chain(config)
+    score = make_sample_quality(config, workdir, guidance, weights, train, test, stop)
+    of_data, size = data_provenance(config, train, test), config.train.batch_size
+    published = PUBLISHED_CURVE if is_papers(config) and size == 128 else {}
+    evaluations, config = [], config.copy_and_resolve_references()
+    for step in sorted({*config.evaluate.steps}):
+        config.sample.checkpoint = str(step)
+        _, params = checkpoint.restore_params(config, workdir)
+        generate.warn_of_young_ema(config, step)
+        log.info("evaluating step %d", step)
+        provenance = sampling_provenance(config, step, params, guidance["classifier"])
+        results = {**provenance, "images_seen": step * size, **of_data}
+        evaluations.append(results | score(provenance, params))
+        with run_files.atomic_write(workdir / "evaluation_steps.json") as path:
+            path.write_text(run_files.to_json(evaluations, indent=2) + "\n")
+        draw_steps(workdir / "evaluation_steps.png", evaluations, size, published)
+    if parallel.is_first():
+        print("\n".join(compare.table_of_steps(evaluations, published)))
+    log.info("wrote %s", workdir / "evaluation_steps.json")
+    return evaluations
+
+
+def data_provenance(config, train, test):
+    """What the samples are compared with, and the EMA's decay: {field: value}."""
+    found = {"ema_decay": configs.ema_decay(config), "dataset": config.data.name}
+    for field, source in (("split", train), ("eval_split", test)):
+        description = reference.describe(config.data, config.data[field], source)
+        found |= {field: config.data[field], f"{field}_sha256": description["images_sha256"]}
+    return found
 
 
 def sampling_provenance(config, step, params, classifier):
@@ -144,72 +185,116 @@ def sampling_provenance(config, step, params, classifier):
     }
 
 
-def sample_quality(config, workdir, provenance, params, guidance, weights, train, test, stop):
-    """FID for both splits, KID, precision, recall; Inception Score if `weights` has a head."""
-    section = config.evaluate
+def make_sample_quality(config, workdir, guidance, weights, train, test, stop):
+    """Builds the function that scores samples; for several checkpoints it compiles once.
+
+    Returns:
+      score(provenance, params) → {name: value}: the scores of `sample_scores`, and how they were
+      obtained. With several seeds each score is the mean, see `over_seeds`.
+    """
+    section, size, count = config.evaluate, config.sample.batch_size, config.evaluate.num_samples
     inputs = {"resize": section.resize, "weights_sha256": weights.sha256}
-    size = config.sample.batch_size
     extract = features.make_extractor(weights.params, section.resize, size)
     of_train, of_test = (
         reference.features_of_split(config, field, source, extract, inputs, stop)
         for field, source in (("split", train), ("eval_split", test))
     )
-
+    warnings = warn_of_few_images(config, of_train, of_test)
     with_images = {"images": "kept"} if section.keep_images else {}
-    folder = reference.provenance_folder(
-        workdir / "evaluation", {**provenance, **inputs, **with_images}
-    )
     sample = generate.make_sampler(config, **guidance)
 
-    def features_of_samples(first, last):
-        # A smaller last batch would compile again.
-        x = sample(params, np.arange(first, first + size), stop=stop).x
-        if section.keep_images:
-            run_files.write_npz(folder / f"images_{first:07d}.npz", images=x[: last - first])
-        return extract(x)[: last - first]
+    def collect(provenance, params, seed):
+        known = {**provenance, "seed": seed, **inputs, **with_images}
+        folder = reference.provenance_folder(workdir / "evaluation", known)
 
-    count = section.num_samples
-    features.collect(folder, count, size, features_of_samples, "evaluate samples", stop)
-    statistics = distances.statistics(features.chunks(folder, count))
-    warnings = warn_of_few_images(config, statistics, of_train, of_test)
-    fakes = features.rows(folder, min(section.max_features, count))
+        def features_of_samples(first, last):
+            # A smaller last batch would compile again.
+            x = sample(params, np.arange(first, first + size), stop=stop, seed=seed).x
+            if section.keep_images:
+                run_files.write_npz(folder / f"images_{first:07d}.npz", images=x[: last - first])
+            return extract(x)[: last - first]
+
+        features.collect(folder, count, size, features_of_samples, "evaluate samples", stop)
+        return folder
+
+    def score(provenance, params):
+        seeds = range(config.sample.seed, config.sample.seed + section.num_seeds)
+        folders = [collect(provenance, params, seed) for seed in seeds]
+        scores = [sample_scores(config, f, of_train, of_test, weights.head) for f in folders]
+        return {
+            "num_samples": count,
+            "num_seeds": section.num_seeds,
+            # For KID, precision, recall.
+            "scored_features": [len(of_train.features), min(section.max_features, count)],
+            "gray_repeated_to_rgb": config.data.channels == 1,
+            **inputs,
+            **over_seeds(seeds, scores),
+            "warnings": warnings,
+        }
+
+    return score
+
+
+def sample_scores(config, folder, of_train, of_test, head):
+    """FID and sFID for both splits, KID, precision, recall of the samples whose features are in a
+    folder; Inception Score if there is a head (see inception.Weights)."""
+    count = config.evaluate.num_samples
+    statistics, spatial = features.statistics(folder, count)
+    fakes = features.pooled(features.rows(folder, min(config.evaluate.max_features, count)))
     kid = distances.kernel_distance(of_train.features, fakes)
     precision, recall = distances.precision_recall(of_train.features, fakes)
     found = {
-        "num_samples": count,
-        "scored_features": [len(of_train.features), len(fakes)],  # for KID, precision, recall
-        "gray_repeated_to_rgb": config.data.channels == 1,
-        **inputs,
         "fid": distances.frechet_distance(of_train.statistics, statistics),
         "fid_test": distances.frechet_distance(of_test.statistics, statistics),
+        "sfid": distances.frechet_distance(of_train.spatial, spatial),
+        "sfid_test": distances.frechet_distance(of_test.spatial, spatial),
         "kid": kid.value,
         "kid_error": kid.error,
         "precision": precision,
         "recall": recall,
-        "warnings": warnings,
     }
-    if weights.head is not None:
+    if head is not None:
         # Without the bias, as in the original Inception Score.
-        kernel, _ = weights.head
-        chunks = features.chunks(folder, count)
+        kernel, _ = head
+        chunks = map(features.pooled, features.chunks(folder, count))
         log_probs = (np.asarray(jax.nn.log_softmax(chunk @ kernel)) for chunk in chunks)
         score = distances.inception_score(log_probs, count)
         found |= {"inception_score": score.value, "inception_score_error": score.error}
     return found
 
 
-def warn_of_few_images(config, samples, of_train, of_test):
-    """Warns of sets that are too small for FID; returns the warnings."""
+def over_seeds(seeds, scores):
+    """The scores of one seed; of several, the mean and the spread of each, never the best.
+
+    Args:
+      seeds: N ints.
+      scores: N times {name: value}.
+
+    Returns:
+      {name: value}. With several seeds, <name>_spread is the standard deviation over them, and
+      per_seed has the scores of each.
+    """
+    if len(scores) == 1:
+        return scores[0]
+    found = {}
+    for name in scores[0]:
+        if not name.endswith("_error"):
+            values = np.array([score[name] for score in scores])
+            found |= {name: float(values.mean()), f"{name}_spread": float(values.std(ddof=1))}
+    per_seed = [{"seed": seed, **score} for seed, score in zip(seeds, scores, strict=True)]
+    return {**found, "per_seed": per_seed}
+
+
+def warn_of_few_images(config, of_train, of_test):
+    """Warns of sets that are too small for FID and sFID; returns the warnings."""
     sets = {
-        "samples": samples,
-        f"fid ({config.data.split})": of_train.statistics,
-        f"fid_test ({config.data.eval_split})": of_test.statistics,
+        "samples": config.evaluate.num_samples,
+        f"fid ({config.data.split})": of_train.statistics.count,
+        f"fid_test ({config.data.eval_split})": of_test.statistics.count,
     }
-    warnings = [
-        f"{name}: {few.count} images, so the covariance is singular; do not compare its FID"
-        for name, few in sets.items()
-        if few.count <= inception.FEATURES
-    ]
+    text = "images, so the covariance is singular; do not compare its FID or sFID"
+    few = {name: count for name, count in sets.items() if count <= inception.FEATURES}
+    warnings = [f"{name}: {count} {text}" for name, count in few.items()]
     for warning in warnings:
         log.warning("%s", warning)
     return warnings
@@ -325,6 +410,33 @@ def draw_curves(path, curves):
         figure.savefig(temporary, format="png", dpi=120)
 
 
+def draw_steps(path, evaluations, batch_size, published):
+    """Plots FID and sFID over steps and images seen.
+
+    Args:
+      path: of the picture.
+      evaluations: of some steps, ascending.
+      batch_size: images of a step.
+      published: {step: FID}; {} for none.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    steps = [evaluation["step"] for evaluation in evaluations]
+    for axes, score in zip(figure.subplots(1, 2), ("fid", "sfid"), strict=True):
+        for name, split in ((score, "split"), (f"{score}_test", "eval_split")):
+            values = [evaluation[name] for evaluation in evaluations]
+            spreads = [evaluation.get(f"{name}_spread", 0) for evaluation in evaluations]
+            label = f"against {evaluations[0][split]}"
+            axes.errorbar(steps, values, spreads, marker=".", capsize=3, label=label)
+        if published and score == "fid":
+            axes.plot(*zip(*published.items(), strict=True), "k:.", label="published")
+        axes.set(xlabel="step", ylabel={"fid": "FID", "sfid": "sFID"}[score], yscale="log")
+        images_seen = (lambda x: x * batch_size, lambda x: x / batch_size)
+        axes.secondary_xaxis("top", functions=images_seen).set_xlabel("images seen")
+        axes.legend()
+    with run_files.atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
 def draw_progressive(config, workdir, params, guidance, stop):
     """Draws the x0 predicted along the reverse process, to evaluation_progressive.png."""
     chain = generate.make_chain(config)
@@ -334,71 +446,6 @@ def draw_progressive(config, workdir, params, guidance, stop):
     sample = generate.make_sampler(config, **guidance, x0_at=x0_at)
     frames = sample(params, np.arange(PROGRESSIVE_IMAGES), stop=stop).x0_frames
     images.write_png(workdir / "evaluation_progressive.png", images.strips(frames))
-
-
-def compare(workdirs):
-    """Prints evaluations side by side.
-
-    Args:
-      workdirs: folders with an evaluation.json.
-
-    Raises:
-      UserError: if an evaluation is missing, or the evaluations are not comparable.
-    """
-    results = {}
-    for workdir in workdirs:
-        path = pathlib.Path(workdir) / "evaluation.json"
-        if not path.is_file():
-            raise UserError(f"--workdirs={workdir}: has no evaluation.json; evaluate it first")
-        results[str(workdir)] = run_files.read_json(path, run_files.nan_for_null)
-    for score, fields in COMPARABLE.items():
-        scored = [evaluation for evaluation in results.values() if score in evaluation]
-        different = [
-            f"{name} {' / '.join(str(evaluation.get(name)) for evaluation in scored)}"
-            for name in fields
-            if len({str(evaluation.get(name)) for evaluation in scored}) > 1
-        ]
-        if different:
-            text = f"{score} cannot be compared, it differs in {', '.join(different)}"
-            raise UserError(f"--workdirs: {text}")
-    print("\n".join(table(results, {})))
-
-
-def table(results, published):
-    """Yields the lines of a Markdown table.
-
-    Args:
-      results: {name: evaluation}, one column each.
-      published: {field, or number of reverse steps: text}, the last column; {} for none.
-    """
-    columns = [*results, *(["published"] if published else [])]
-    yield f"| | {' | '.join(columns)} |"
-    yield "|---" * (len(columns) + 1) + "|"
-    for name in dict.fromkeys(name for evaluation in results.values() for name in evaluation):
-        if name not in ("progressive", "warnings") and not name.endswith("_error"):
-            cells = [_cell(evaluation, name) for evaluation in results.values()]
-            yield _row(name, cells, published, name)
-    codes = [
-        {
-            step["steps"]: f"{step['rate']:.5f}, {step['rmse']:.5f}"
-            for step in evaluation.get("progressive", [])
-        }
-        for evaluation in results.values()
-    ]
-    for steps in sorted({steps for code in codes for steps in code}):
-        cells = [code.get(steps, "") for code in codes]
-        yield _row(f"rate, RMSE after {steps} steps", cells, published, steps)
-
-
-def _row(label, cells, published, key):
-    last = [published.get(key, "")] if published else []
-    return f"| {label} | {' | '.join([*cells, *last])} |"
-
-
-def _cell(evaluation, name):
-    value, error = evaluation.get(name, ""), evaluation.get(f"{name}_error")
-    text = f"{value:.5g}" if isinstance(value, float) else str(value)
-    return f"{text} ± {error:.2g}" if error is not None and np.isfinite(error) else text
 
 
 def is_papers(config):

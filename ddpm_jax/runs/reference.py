@@ -21,13 +21,14 @@ log = logging.getLogger(__name__)
 
 IMAGES_PER_FILE = 1000  # of a dataset, in a file of features
 MAX_HASHED = 2**31  # bytes of images; of a larger split only some images are hashed
-FORMAT = 1  # of the cache; increment it when features or terms are computed in another way
+FORMAT = 2  # of the cache; increment it when features or terms are computed in another way
 
 
 class Reference(NamedTuple):
     """Statistics and features of a dataset's split."""
 
-    statistics: distances.Statistics
+    statistics: distances.Statistics  # of the features of FID
+    spatial: distances.Statistics  # of those of sFID
     features: np.ndarray  # [max_features, 2048], of its first images
 
 
@@ -72,15 +73,20 @@ def features_of_split(config, field, source, extract, provenance, stop=signals.n
         return extract(source.read(np.arange(first, last)).images)
 
     features.collect(folder, source.size, IMAGES_PER_FILE, features_of_images, name, stop)
-    path = folder / "statistics.npz"
-    if path.exists():
-        with np.load(path) as arrays:
-            statistics = distances.Statistics(**arrays)
+    paths = folder / "statistics.npz", folder / "statistics_spatial.npz"
+    if all(path.exists() for path in paths):
+        of_both = map(_read_statistics, paths)
     else:
-        statistics = distances.statistics(features.chunks(folder, source.size))
-        run_files.write_npz(path, **statistics._asdict())
+        of_both = features.statistics(folder, source.size)
+        for path, statistics in zip(paths, of_both, strict=True):
+            run_files.write_npz(path, **statistics._asdict())
     first_rows = features.rows(folder, min(config.evaluate.max_features, source.size))
-    return Reference(statistics, first_rows)
+    return Reference(*of_both, features.pooled(first_rows))
+
+
+def _read_statistics(path):
+    with np.load(path) as arrays:
+        return distances.Statistics(**arrays)
 
 
 def cache_folder(config, provenance):

@@ -91,8 +91,8 @@ def fid_and_kid(config, source, weights):
     of_data = reference.features_of_split(config, "split", source, extract, inputs)
 
     def measure(folder):
-        statistics = distances.statistics(features.chunks(folder, count))
-        rows = features.rows(folder, min(count, config.evaluate.max_features))
+        statistics, _ = features.statistics(folder, count)
+        rows = features.pooled(features.rows(folder, min(count, config.evaluate.max_features)))
         return {
             "fid": distances.frechet_distance(of_data.statistics, statistics),
             "kid": distances.kernel_distance(of_data.features, rows).value,
