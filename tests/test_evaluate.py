@@ -45,7 +45,7 @@ def random_inception(monkeypatch):
 
 def of_few_images(config, tmp_path):
     config.data.split, config.data.eval_split = "train[:12]", "train[1790:]"
-    config.evaluate.update(num_samples=6, bits_per_dim_images=5, max_features=10)
+    config.evaluate.update(num_samples=6, bits_per_dim_images=5, max_features=10, nearest_images=0)
     config.evaluate.cache_dir = str(tmp_path / "cache")
 
 
@@ -407,6 +407,8 @@ def test_compare(tmp_path, capsys):
         ("num_samples", -1),
         ("resize", "pil"),
         ("bits_per_dim_images", -1),
+        ("nearest_images", -1),
+        ("nearest_images", 1),
         ("max_features", 1),
     ],
 )

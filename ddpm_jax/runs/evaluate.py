@@ -23,7 +23,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, data, images
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.metrics import distances, features, inception
-from ddpm_jax.runs import generate
+from ddpm_jax.runs import generate, memorisation
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,9 @@ COMPARABLE = {
     """.split(),
     "kid": ["scored_features"],
     "bits_per_dim": "bits_per_dim_sha256 bits_per_dim_images image_size channels ema".split(),
+    "closer_to_train_pixels": """
+        dataset split_sha256 eval_split_sha256 image_size channels with_mirror_images ema label
+    """.split(),
 }
 # Fields that bits/dim do not depend on (they are computed for every variance).
 SAMPLING = """
@@ -72,12 +75,14 @@ class Reference(NamedTuple):
 
     statistics: distances.Statistics
     features: np.ndarray  # [max_features, 2048], of its first images
+    folder: pathlib.Path  # with the features of all images; its name is a digest
 
 
 def evaluate(config, workdir, stop=signals.never):
     """Evaluates a run's newest checkpoint, as the config's evaluate section says.
 
-    Writes evaluation.json, for bits/dim also evaluation.npz and .png, and prints a table.
+    Writes evaluation.json, for bits/dim also evaluation.npz and .png, for the nearest training
+    images evaluation_neighbours.npz and .png, and prints a table.
 
     Args:
       config: the run's config, checked.
@@ -110,9 +115,15 @@ def evaluate(config, workdir, stop=signals.never):
         "eval_split": config.data.eval_split,
         "eval_split_sha256": describe(config.data, config.data.eval_split, test)["images_sha256"],
     }
+    draw, samples = make_draw(config, params, guidance, stop), ()
+    if section.nearest_images:
+        folder = _folder(workdir / "evaluation", {**provenance, "rows": "samples"})
+        samples = memorisation.keep_samples(config, folder, draw, train, test, stop)
+        inside = _folder(folder, {**results, "mirrored": config.data.random_flip})
+        results |= memorisation.in_pixels(config, workdir, inside, samples, train, test, stop)
     if section.num_samples:
         results |= sample_quality(
-            config, workdir, provenance, params, guidance, weights, train, test, stop
+            config, workdir, provenance, draw, samples, weights, train, test, stop
         )
     if section.bits_per_dim_images:
         results |= bits_per_dim(config, workdir, provenance, params, test, stop)
@@ -176,12 +187,22 @@ def describe(section, split, source):
     }
 
 
-def sample_quality(config, workdir, provenance, params, guidance, weights, train, test, stop):
+def make_draw(config, params, guidance, stop):
+    """Builds (first, last) → the run's samples with these numbers, uint8 [N, H, W, C]."""
+    sample, size = generate.make_sampler(config, **guidance), config.sample.batch_size
+
+    def draw(first, last):
+        # A smaller last batch would compile again.
+        return sample(params, np.arange(first, first + size), stop=stop).x[: last - first]
+
+    return draw
+
+
+def sample_quality(config, workdir, provenance, draw, samples, weights, train, test, stop):
     """FID for both splits, KID, precision, recall; Inception Score if `weights` has a head."""
     section = config.evaluate
     inputs = {"resize": section.resize, "weights_sha256": weights.sha256}
-    size = config.sample.batch_size
-    extract = features.make_extractor(weights.params, section.resize, size)
+    extract = features.make_extractor(weights.params, section.resize, config.sample.batch_size)
     reference, reference_test = (
         reference_features(config, field, source, extract, inputs, stop)
         for field, source in (("split", train), ("eval_split", test))
@@ -189,16 +210,14 @@ def sample_quality(config, workdir, provenance, params, guidance, weights, train
 
     with_images = {"images": "kept"} if section.keep_images else {}
     folder = _folder(workdir / "evaluation", {**provenance, **inputs, **with_images})
-    sample = generate.make_sampler(config, **guidance)
 
     def features_of_samples(first, last):
-        # A smaller last batch would compile again.
-        x = sample(params, np.arange(first, first + size), stop=stop).x
+        x = samples[first:last] if last <= len(samples) else draw(first, last)
         if section.keep_images:
-            run_files.write_npz(folder / f"images_{first:07d}.npz", images=x[: last - first])
-        return extract(x)[: last - first]
+            run_files.write_npz(folder / f"images_{first:07d}.npz", images=x)
+        return extract(x)
 
-    count = section.num_samples
+    count, size = section.num_samples, config.sample.batch_size
     features.collect(folder, count, size, features_of_samples, "evaluate samples", stop)
     statistics = distances.statistics(features.chunks(folder, count))
     warnings = [
@@ -235,7 +254,20 @@ def sample_quality(config, workdir, provenance, params, guidance, weights, train
         log_probs = (np.asarray(jax.nn.log_softmax(chunk @ kernel)) for chunk in chunks)
         score = distances.inception_score(log_probs, count)
         scores |= {"inception_score": score.value, "inception_score_error": score.error}
+    if len(samples):
+        folders = folder, reference.folder, reference_test.folder
+        scores |= nearest_in_features(workdir, *folders, samples, train, stop)
     return scores
+
+
+def nearest_in_features(workdir, of_samples, of_train, of_test, samples, train, stop):
+    """memorisation.in_features, for the folders of the features of samples and of both splits."""
+    inside = _folder(of_samples, {"neighbours_in": [of_train.name, of_test.name]})
+    rows, splits = (
+        features.rows(of_samples, len(samples)),
+        map(features.reader, (of_train, of_test)),
+    )
+    return memorisation.in_features(workdir, inside, samples, rows, *splits, train, stop)
 
 
 def reference_features(config, field, source, extract, provenance, stop=signals.never):
@@ -272,7 +304,7 @@ def reference_features(config, field, source, extract, provenance, stop=signals.
         statistics = distances.statistics(features.chunks(folder, source.size))
         run_files.write_npz(path, **statistics._asdict())
     first_rows = features.rows(folder, min(config.evaluate.max_features, source.size))
-    return Reference(statistics, first_rows)
+    return Reference(statistics, first_rows, folder)
 
 
 def bits_per_dim(config, workdir, provenance, params, test, stop):
