@@ -10,8 +10,9 @@ from programs import ROOT
 from scipy.spatial.distance import cdist
 from sklearn.datasets import load_digits
 
-from ddpm_jax import parallel
+from ddpm_jax import configs, parallel
 from ddpm_jax.metrics import neighbours
+from ddpm_jax.runs import evaluate, train
 
 RNG = np.random.default_rng(0)
 DIGITS = np.uint8(load_digits().data * 15).reshape(-1, 64)
@@ -132,11 +133,11 @@ def test_closer_to_train_by_all_splits_of_the_same_images():
     images = RNG.standard_normal((6, 2))
     samples = np.concatenate([images[[0, 0, 0, 0]] + 0.01, RNG.standard_normal((5, 2))])
     values, errors = [], []
-    for train in itertools.combinations(range(6), 3):
-        held_out = [i for i in range(6) if i not in train]
+    for chosen in itertools.combinations(range(6), 3):
+        others = [i for i in range(6) if i not in chosen]
         found = []
-        for chosen in (list(train), held_out):
-            d = cdist(samples, images[chosen])
+        for part in (list(chosen), others):
+            d = cdist(samples, images[part])
             found += [d.min(axis=1), d.argmin(axis=1)]
         estimate = neighbours.closer_to_train(neighbours.Pair(*found), 3)
         values.append(estimate.value)
@@ -186,3 +187,28 @@ def test_real_images_are_not_detected_and_copies_are():
         assert share.value > 0.9 and share.value - 10 * share.error > 0.5
     for share in scores_of(np.concatenate([copies[:60], samples[60:]]), train, held_out):
         assert 0.5 + 2 * share.error < share.value < 0.7  # one sample in five is a copy
+
+
+@pytest.mark.slow
+def test_a_network_that_learns_its_images_by_heart_is_detected(tmp_path):
+    """A run of 32 digits, after 30 steps and after 500."""
+    config = configs.named_config("digits")
+    config.data.split = "train[:32]"
+    config.model.update(channels=16, norm_groups=4)
+    config.diffusion.num_timesteps = 50
+    config.optim.update(warmup_steps=10, decay="constant", ema_decay=0.95)
+    config.train.update(batch_size=32, num_steps=30, eval_every=1000, sample_every=1000)
+    config.sample.update(batch_size=100, num_samples=4)
+    config.evaluate.update(num_samples=0, bits_per_dim_images=0, nearest_images=100)
+    train.train(config, tmp_path)
+    early = evaluate.evaluate(config, tmp_path)
+    config.train.num_steps = 500
+    train.train(config, tmp_path)
+    late = evaluate.evaluate(config, tmp_path)
+    assert early["closer_than_held_out_pixels"] < 0.5
+    off = early["closer_to_train_pixels"] - 0.5
+    assert abs(off) < 3 * early["closer_to_train_pixels_error"]
+    assert late["closer_than_held_out_pixels"] > 0.9 and late["closer_to_train_pixels"] > 0.9
+    assert (
+        late["distance_ratio_deciles_pixels"][4] < 0.5 < early["distance_ratio_deciles_pixels"][4]
+    )
