@@ -290,14 +290,13 @@ def test_ratios_are_of_equally_many_images_of_both_splits(tmp_path, mirrored):
         source = data.Source(len(x), lambda numbers, x=x: data.Batch(x[numbers], None), ())
         splits.append(memorisation.pixels(source, mirrored))
     found = memorisation.search(tmp_path, samples.reshape(5, 64), *splits, signals.never)
-    chosen = train[np.random.default_rng(memorisation.SEED).permutation(12)[:7]]
-    pairs = zip((found.pair[:2], found.pair[2:]), (chosen, held_out), strict=True)
-    for (distances_, numbers), x in pairs:
+    rng = np.random.default_rng(memorisation.SEED)
+    parts = [x[rng.permutation(len(x))[:7]] for x in (train, held_out)]
+    for nearest, numbers, x in ((*found.pair[:2], parts[0]), (*found.pair[2:], parts[1])):
         x = np.concatenate([x, x[:, :, ::-1]]) if mirrored else x
         expected = cdist(np.float64(samples.reshape(5, 64)), np.float64(x.reshape(-1, 64)))
-        np.testing.assert_allclose(distances_, expected.min(axis=1))
-        if x is chosen:
-            np.testing.assert_array_equal(numbers, expected.argmin(axis=1) % 7)
+        np.testing.assert_allclose(nearest, expected.min(axis=1))
+        np.testing.assert_array_equal(numbers, expected.argmin(axis=1) % 7)
     assert found.size == 7 and len(found.held_out) == 5
 
 
