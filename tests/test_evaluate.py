@@ -301,8 +301,8 @@ def test_ratios_are_of_equally_many_images_of_both_splits(tmp_path, mirrored):
 
 
 @pytest.mark.parametrize("field", ["split", "eval_split"])
-def test_nearest_images_need_two_images(run, field):
-    workdir, config = run
+def test_nearest_images_need_two_images(idle, field):
+    workdir, config, _ = idle
     setattr(config.data, field, "train[:1]")
     config.evaluate.update(num_samples=0, nearest_images=4)
     with pytest.raises(

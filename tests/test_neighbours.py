@@ -29,10 +29,16 @@ def features():
 
 
 def near_duplicates():
-    """Whose squared distances are far below the rounding errors of |q|² + |r|² - 2 q · r."""
-    queries = np.float32(RNG.standard_normal((23, 30)) + 100)
-    copies = queries[RNG.integers(0, 23, 45)]
-    return queries, np.float32(copies + RNG.standard_normal((45, 30)) * 1e-3)
+    """More than there are candidates, whose squared distances are far below the rounding errors of
+    |q|² + |r|² - 2 q · r."""
+    queries = np.float32(RNG.standard_normal((3, 30)) + 100)
+    copies = queries[RNG.integers(0, 3, 90)]
+    return queries, np.float32(copies + RNG.standard_normal((90, 30)) * 1e-3)
+
+
+def near_zero():
+    """Zeros, with which blocks are filled, would be nearer than all references."""
+    return RNG.integers(0, 2, (5, 30), np.uint8), RNG.integers(9, 256, (45, 30), np.uint8)
 
 
 def duplicates():
@@ -51,8 +57,8 @@ def check(queries, references, k):
     np.testing.assert_array_equal(numbers, order)
 
 
-@pytest.mark.parametrize("rows", [4, 16, neighbours.MAX_ROWS])
-@pytest.mark.parametrize("case", [pixels, features, near_duplicates, duplicates])
+@pytest.mark.parametrize("rows", [8, neighbours.MAX_ROWS])
+@pytest.mark.parametrize("case", [pixels, features, near_duplicates, near_zero, duplicates])
 def test_nearest_is_brute_force(case, rows, monkeypatch):
     """With numbers of queries and references that are no multiple of a block."""
     monkeypatch.setattr(neighbours, "MAX_ROWS", rows)
