@@ -41,6 +41,7 @@ IMAGES = 320
 EVALUATE = """
     --mode=evaluate --workdir=run --config.sample.batch_size=16 --config.evaluate.cache_dir=cache
     --config.data.split=train[:64] --config.data.eval_split=train[1600:1760]
+    --config.evaluate.nearest_images=32
 """.split()
 UNFINISHED = "*.orbax-checkpoint-tmp"
 LONGEST = 600  # seconds, timeout of one start

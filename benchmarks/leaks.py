@@ -76,7 +76,8 @@ def small(num_steps):
     config.train.update(num_steps=num_steps, batch_size=BATCH_SIZE, log_every=50, eval_every=100)
     config.train.update(sample_every=100, checkpoint_every=500)
     config.sample.update(batch_size=BATCH_SIZE, num_samples=BATCH_SIZE * LAST // NUM_TIMESTEPS)
-    config.evaluate.update(num_samples=0, split="train", bits_per_dim_images=1797)
+    config.evaluate.update(num_samples=0, nearest_images=0)
+    config.evaluate.update(split="train", bits_per_dim_images=1797)
     return config.lock()
 
 

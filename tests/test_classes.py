@@ -338,6 +338,7 @@ def test_ablations_train_sample_and_are_measured(config, tmp_path, prediction, l
     config.evaluate.update(num_samples=0, bits_per_dim_images=4)
     assert train.train(config, tmp_path) == 0
     settings = ["--config.evaluate.num_samples=0", "--config.evaluate.bits_per_dim_images=4"]
+    settings += ["--config.evaluate.nearest_images=0"]
     cli.run(["main.py", "--mode=evaluate", f"--workdir={tmp_path}", *settings])
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert found["variance"] == variance

@@ -368,6 +368,7 @@ def test_samples_that_are_not_finite(diverged):
 @pytest.mark.parametrize("mode", ["sample", "evaluate", "show"])
 def test_a_chain_that_does_not_end_in_noise_is_said_in_every_mode(mode, diverged, caplog):
     few = ["--config.evaluate.num_samples=0", "--config.evaluate.bits_per_dim_images=0"]
+    few += ["--config.evaluate.nearest_images=0"]
     with contextlib.suppress(UserError):
         cli.run(["main.py", f"--mode={mode}", f"--workdir={diverged}", *few])
     assert caplog.text.count("does not end in noise") == 1

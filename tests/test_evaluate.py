@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.spatial.distance import cdist
 
-from ddpm_jax import cli, configs
+from ddpm_jax import cli, configs, signals
 from ddpm_jax.core import diffusion, likelihood, sampling, schedules, unet
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, data
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.metrics import distances, features, inception
-from ddpm_jax.runs import evaluate, generate
+from ddpm_jax.metrics import distances, features, inception, neighbours
+from ddpm_jax.runs import evaluate, generate, memorisation
 
 NAMES = """
     fid fid_test kid precision recall inception_score bits_per_dim rate distortion num_samples
@@ -47,7 +48,7 @@ def random_inception(monkeypatch):
 
 def of_few_images(config, tmp_path):
     config.data.split, config.data.eval_split = "train[:12]", "train[1790:]"
-    config.evaluate.update(num_samples=6, bits_per_dim_images=5, max_features=10)
+    config.evaluate.update(num_samples=6, bits_per_dim_images=5, max_features=10, nearest_images=0)
     config.evaluate.cache_dir = str(tmp_path / "cache")
 
 
@@ -328,6 +329,135 @@ def test_the_published_curve_stands_beside_the_paper_s_model(idle, monkeypatch, 
     assert "9.162" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_nearest_images_by_brute_force(idle, asked, monkeypatch, mirrored):
+    """Seven of ten samples against seven images of each split, in pixels and in features."""
+    workdir, config, _ = idle
+    config.data.update(split="train[:7]", random_flip=mirrored)
+    config.evaluate.update(num_samples=10, nearest_images=7, bits_per_dim_images=0)
+    pictures = []
+    as_rgb = memorisation.images.to_rgb
+    recorded = lambda x: pictures.append(x) or as_rgb(x)  # noqa: E731
+    monkeypatch.setattr(memorisation.images, "to_rgb", recorded)
+    found = evaluate.evaluate(config, workdir)
+    assert len(asked) == 1
+    sources = [data.open_source(config.data, field) for field in ("split", "eval_split")]
+    train, test = (np.float64(source.read(np.arange(7)).images) for source in sources)
+    samples = np.float64(DRAWN[0, :7])
+    for space in ("pixels", "features"):
+        both = [
+            np.concatenate([x, x[:, :, ::-1]]) if mirrored and space == "pixels" else x
+            for x in (train, test)
+        ]
+        view = {
+            "pixels": lambda x: x.reshape(len(x), 64) / 8,
+            "features": lambda x: linear(x)[:, :4],
+        }[space]
+        to_train, to_test = (cdist(view(samples), view(x)) for x in both)
+        of_test = cdist(view(test), view(both[0])).min(axis=1)
+        nearest = to_train.min(axis=1)
+        expected = {
+            "closer_than_held_out": np.mean(nearest[:, None] < of_test),
+            "closer_to_train": np.mean(nearest < to_test.min(axis=1)),
+            "distance_ratio_deciles": np.quantile(
+                nearest / to_test.min(axis=1), np.arange(1, 10) / 10
+            ).round(4),
+        }
+        for name, value in expected.items():
+            assert found[f"{name}_{space}"] == pytest.approx(value), name
+        suffix = {"pixels": "", "features": "_features"}[space]
+        with np.load(workdir / f"evaluation_neighbours{suffix}.npz") as arrays:
+            np.testing.assert_allclose(arrays["distances"], np.sort(to_train)[:, :5], rtol=1e-6)
+            np.testing.assert_array_equal(arrays["numbers"], np.argsort(to_train)[:, :5])
+        # In the picture: the nearest sample first, with its nearest images.
+        first = np.argmin(nearest)
+        row, pictures[:] = pictures[:6], pictures[42:]
+        np.testing.assert_array_equal(
+            row, [samples[first], *both[0][np.argsort(to_train[first])[:5]]]
+        )
+        assert imageio.imread(workdir / f"evaluation_neighbours{suffix}.png").shape[2] in (3, 4)
+    assert not pictures
+    assert found["nearest_images"] == found["nearest_of_images"] == 7
+    config.evaluate.nearest_images = 0
+    without = evaluate.evaluate(config, workdir.parent / "other")
+    assert without["fid"] == found["fid"]  # of all ten samples
+
+
+def test_nearest_images_resume(idle, asked, monkeypatch):
+    """No sample is drawn twice, and no finished search is repeated."""
+    workdir, config, _ = idle
+    config.evaluate.update(num_samples=0, nearest_images=6, bits_per_dim_images=0)
+    drawn, searched = [], []
+    make, search = generate.make_sampler, neighbours.nearest
+
+    def make_sampler(*args, **options):
+        sample = make(*args, **options)
+        return lambda params, i, seed, **_: drawn.append(i[0]) or sample(params, i, seed)
+
+    def nearest(queries, *args):
+        searched.append(len(queries))
+        if len(searched) == 3:
+            raise KeyboardInterrupt
+        return search(queries, *args)
+
+    monkeypatch.setattr(generate, "make_sampler", make_sampler)
+    monkeypatch.setattr(neighbours, "nearest", nearest)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(config, workdir)
+    assert drawn == [0, 4] and searched == [6, 6, 6]
+    found = evaluate.evaluate(config, workdir)
+    assert drawn == [0, 4] and searched == [6, 6, 6, 6, 6]  # the third again, and the fourth
+    assert evaluate.evaluate(config, workdir) == found and len(searched) == 5
+    config.evaluate.num_samples = 9  # the first four samples are there; 4 to 7 are not all
+    again = evaluate.evaluate(config, workdir)
+    assert again["closer_to_train_pixels"] == found["closer_to_train_pixels"]
+    assert drawn == [0, 4, 4, 8]
+    config.data.split = "train[20:32]"  # other training images, the same samples
+    config.evaluate.num_samples = 0
+    other = evaluate.evaluate(config, workdir)["distance_ratio_deciles_pixels"]
+    assert other != found["distance_ratio_deciles_pixels"] and drawn == [0, 4, 4, 8]
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_ratios_are_of_equally_many_images_of_both_splits(tmp_path, mirrored):
+    """Twelve training images, seven held-out ones."""
+    rng = np.random.default_rng(0)
+    samples, train, held_out = (rng.integers(0, 256, (n, 8, 8, 1), np.uint8) for n in (5, 12, 7))
+    splits = []
+    for x in (train, held_out):
+        source = data.Source(len(x), lambda numbers, x=x: data.Batch(x[numbers], None), ())
+        splits.append(memorisation.pixels(source, mirrored))
+    found = memorisation.search(tmp_path, samples.reshape(5, 64), *splits, signals.never)
+    rng = np.random.default_rng(memorisation.SEED)
+    parts = [x[rng.permutation(len(x))[:7]] for x in (train, held_out)]
+    for nearest, numbers, x in ((*found.pair[:2], parts[0]), (*found.pair[2:], parts[1])):
+        x = np.concatenate([x, x[:, :, ::-1]]) if mirrored else x
+        expected = cdist(np.float64(samples.reshape(5, 64)), np.float64(x.reshape(-1, 64)))
+        np.testing.assert_allclose(nearest, expected.min(axis=1))
+        np.testing.assert_array_equal(numbers, expected.argmin(axis=1) % 7)
+    assert found.size == 7 and len(found.held_out) == 5
+
+
+@pytest.mark.parametrize("field", ["split", "eval_split"])
+def test_nearest_images_need_two_images(idle, field):
+    workdir, config, _ = idle
+    setattr(config.data, field, "train[:1]")
+    config.evaluate.update(num_samples=0, nearest_images=4)
+    with pytest.raises(
+        UserError, match=rf"data\.{field}='train\[:1\]': holds 1 image, evaluate\.near"
+    ):
+        evaluate.evaluate(config, workdir)
+
+
+def test_features_are_read_by_number(tmp_path):
+    rows = np.random.default_rng(0).standard_normal((10, 3)).astype(np.float32)
+    features.collect(tmp_path, 10, 4, lambda first, last: rows[first:last], "rows")
+    reader = features.reader(tmp_path)
+    numbers = np.array([9, 0, 3, 4, 4, 8, 7])
+    assert reader.count == 10
+    np.testing.assert_array_equal(reader.read(numbers), rows[numbers])
+
+
 def test_what_the_samples_depend_on_is_not_mixed(idle, asked):
     """Each change is another evaluation with a folder of its own, and the same one again is not."""
     workdir, config, trees = idle
@@ -490,6 +620,8 @@ def test_the_paper_s_numbers_stand_beside_its_model_only():
         ("num_samples", -1),
         ("resize", "pil"),
         ("bits_per_dim_images", -1),
+        ("nearest_images", -1),
+        ("nearest_images", 1),
         ("max_features", 1),
         ("num_seeds", 0),
         ("num_seeds", 2**31),

@@ -151,6 +151,18 @@ def test_what_the_config_says_is_text_in_the_report(tmp_path, config):
     assert "<script>" not in (tmp_path / "report.html").read_text()
 
 
+def test_nearest_training_images_are_in_the_report(tmp_path, config):
+    """Those that an evaluation drew."""
+    for name in ("evaluation_neighbours.png", "evaluation_neighbours_features.png"):
+        show.write_report(config, tmp_path, None, [])
+        assert name.removesuffix(".png") not in (tmp_path / "report.html").read_text()
+        images.write_png(tmp_path / name, np.zeros((4, 4, 3), np.uint8))
+        show.write_report(config, tmp_path, None, [])
+        page = (tmp_path / "report.html").read_text()
+        assert f'alt="{name.removesuffix(".png")}"' in page and "Nearest training images" in page
+    assert len(Page(page).sources) == 2
+
+
 @pytest.mark.parametrize("columns, shape", [(4, (2, 4)), (8, (1, 8)), (0, (3, 3))])
 def test_columns_of_a_grid(config, tmp_path, columns, shape):
     """8×8 images are shown at 64×64, with lines of one pixel in eight of an image's."""

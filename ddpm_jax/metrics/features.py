@@ -5,7 +5,7 @@ import numpy as np
 
 from ddpm_jax import parallel, progress, signals
 from ddpm_jax.files.workdir import atomic_write, lock
-from ddpm_jax.metrics import distances, inception
+from ddpm_jax.metrics import distances, inception, neighbours
 
 
 def make_extractor(params, resize, batch_size):
@@ -100,6 +100,22 @@ def chunks(folder, count, size=1000):
             block = []
         if count == 0:
             break
+
+
+def reader(folder):
+    """The rows of `collect` as neighbours.Rows: they are read from the files when asked for."""
+    files = list(_files(folder).values())
+    ends = np.cumsum([len(rows) for rows in files])
+
+    def read(numbers):
+        rows = np.empty((len(numbers), files[0].shape[1]), files[0].dtype)
+        file_of = np.searchsorted(ends, numbers, side="right")
+        for i in np.unique(file_of):
+            here = file_of == i
+            rows[here] = files[i][numbers[here] - ends[i]]  # from the end of the file
+        return rows
+
+    return neighbours.Rows(int(ends[-1]), read)
 
 
 def rows(folder, count):

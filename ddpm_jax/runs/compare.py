@@ -15,6 +15,9 @@ COMPARABLE = {
     """.split(),
     "kid": ["scored_features"],
     "bits_per_dim": "bits_per_dim_sha256 bits_per_dim_images image_size channels ema".split(),
+    "closer_to_train_pixels": """
+        dataset split_sha256 eval_split_sha256 image_size channels with_mirror_images ema label
+    """.split(),
 }
 SCORES = """
     fid fid_test sfid sfid_test kid precision recall inception_score bits_per_dim rate distortion

@@ -20,8 +20,8 @@ from ddpm_jax import configs, parallel, signals
 from ddpm_jax.core import diffusion, likelihood, sampling, solvers, unet
 from ddpm_jax.files import checkpoint, data, images
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.metrics import distances, features, inception
-from ddpm_jax.runs import compare, generate, reference
+from ddpm_jax.metrics import distances, features, inception, neighbours
+from ddpm_jax.runs import compare, generate, memorisation, reference
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +58,9 @@ PUBLISHED_CURVE = {46_800: 9.162, 93_600: 5.778, 187_200: 4.083, 421_200: 3.31, 
 def evaluate(config, workdir, stop=signals.never):
     """Evaluates a run's checkpoint, as the config's evaluate section says.
 
-    Writes evaluation.json, for bits/dim also evaluation.npz and .png, and prints a table. If there
-    are evaluate.steps, it does what evaluate_steps says instead.
+    Writes evaluation.json, for bits/dim also evaluation.npz and .png, for the nearest training
+    images evaluation_neighbours.npz and .png, and prints a table. If there are evaluate.steps, it
+    does what evaluate_steps says instead.
 
     Args:
       config: the run's config, checked.
@@ -87,9 +88,15 @@ def evaluate(config, workdir, stop=signals.never):
     log.info("evaluating step %d", step)
     provenance = sampling_provenance(config, step, params, guidance["classifier"])
     results = provenance | data_provenance(config, train, test)
+    draw, samples = make_draw(config, guidance, stop), ()
+    if section.nearest_images:
+        samples, found = nearest_in_pixels(
+            config, workdir, provenance, draw, params, train, test, stop
+        )
+        results |= found
     if section.num_samples:
-        score = make_sample_quality(config, workdir, guidance, weights, train, test, stop)
-        results |= score(provenance, params)
+        score = make_sample_quality(config, workdir, draw, weights, train, test, stop)
+        results |= score(provenance, params, samples)
     if section.bits_per_dim_images:
         results |= bits_per_dim(config, workdir, provenance, params, test, stop)
         draw_progressive(config, workdir, params, guidance, stop)
@@ -122,7 +129,8 @@ def evaluate_steps(config, workdir, weights, train, test, stop):
     checkpoint.check_steps(config.evaluate.steps, workdir)
     guidance = generate.guidance_for_run(config, workdir)
     generate.warn_of_chain(config)
-    score = make_sample_quality(config, workdir, guidance, weights, train, test, stop)
+    draw = make_draw(config, guidance, stop)
+    score = make_sample_quality(config, workdir, draw, weights, train, test, stop)
     of_data, size = data_provenance(config, train, test), config.train.batch_size
     published = PUBLISHED_CURVE if is_papers(config) and size == 128 else {}
     evaluations, config = [], config.copy_and_resolve_references()
@@ -185,12 +193,74 @@ def sampling_provenance(config, step, params, classifier):
     }
 
 
-def make_sample_quality(config, workdir, guidance, weights, train, test, stop):
+def make_draw(config, guidance, stop):
+    """Builds draw(params, seed, first, last) → samples with these numbers, uint8 [N, H, W, C]."""
+    sample, size = generate.make_sampler(config, **guidance), config.sample.batch_size
+
+    def draw(params, seed, first, last):
+        # A smaller last batch would compile again.
+        numbers = np.arange(first, first + size)
+        return sample(params, numbers, stop=stop, seed=seed).x[: last - first]
+
+    return draw
+
+
+def nearest_in_pixels(config, workdir, provenance, draw, params, train, test, stop):
+    """The samples whose nearest images are searched, and the scores of memorisation.in_pixels.
+
+    Args:
+      config: the run's config.
+      workdir: the run's folder.
+      provenance: what the samples depend on: {field: value}.
+      draw: from make_draw.
+      params: of the network.
+      train: the images of data.split.
+      test: those of data.eval_split.
+      stop: from signals.catch.
+    """
+
+    def draw_first(first, last):
+        return draw(params, config.sample.seed, first, last)
+
+    folder = reference.provenance_folder(workdir / "evaluation", {**provenance, "rows": "samples"})
+    samples = memorisation.keep_samples(config, folder, draw_first, train, test, stop)
+    compared = {**data_provenance(config, train, test), "mirrored": config.data.random_flip}
+    inside = reference.provenance_folder(folder, compared)
+    return samples, memorisation.in_pixels(config, workdir, inside, samples, train, test, stop)
+
+
+def nearest_in_features(workdir, of_samples, of_train, of_test, samples, train, stop):
+    """memorisation.in_features, for the features of FID.
+
+    Args:
+      workdir: the run's folder.
+      of_samples: the folder of the samples' features.
+      of_train: the Reference of data.split.
+      of_test: that of data.eval_split.
+      samples: uint8 [N, H, W, C].
+      train: the images of data.split.
+      stop: from signals.catch.
+    """
+    splits = [features.reader(split.folder) for split in (of_train, of_test)]
+    pooled = [
+        neighbours.Rows(
+            split.count, lambda numbers, split=split: features.pooled(split.read(numbers))
+        )
+        for split in splits
+    ]
+    names = {"neighbours_in": [of_train.folder.name, of_test.folder.name]}
+    inside = reference.provenance_folder(of_samples, names)
+    rows = features.pooled(features.rows(of_samples, len(samples)))
+    return memorisation.in_features(workdir, inside, samples, rows, *pooled, train, stop)
+
+
+def make_sample_quality(config, workdir, draw, weights, train, test, stop):
     """Builds the function that scores samples; for several checkpoints it compiles once.
 
     Returns:
-      score(provenance, params) → {name: value}: the scores of `sample_scores`, and how they were
-      obtained. With several seeds each score is the mean, see `over_seeds`.
+      score(provenance, params, samples=()) → {name: value}: the scores of `sample_scores`, and how
+      they were obtained. With several seeds each score is the mean, see `over_seeds`. The first
+      samples of the first seed need not be drawn again; their nearest images are searched.
     """
     section, size, count = config.evaluate, config.sample.batch_size, config.evaluate.num_samples
     inputs = {"resize": section.resize, "weights_sha256": weights.sha256}
@@ -201,27 +271,26 @@ def make_sample_quality(config, workdir, guidance, weights, train, test, stop):
     )
     warnings = warn_of_few_images(config, of_train, of_test)
     with_images = {"images": "kept"} if section.keep_images else {}
-    sample = generate.make_sampler(config, **guidance)
 
-    def collect(provenance, params, seed):
+    def collect(provenance, params, seed, samples):
         known = {**provenance, "seed": seed, **inputs, **with_images}
         folder = reference.provenance_folder(workdir / "evaluation", known)
 
         def features_of_samples(first, last):
-            # A smaller last batch would compile again.
-            x = sample(params, np.arange(first, first + size), stop=stop, seed=seed).x
+            there = seed == config.sample.seed and last <= len(samples)
+            x = samples[first:last] if there else draw(params, seed, first, last)
             if section.keep_images:
-                run_files.write_npz(folder / f"images_{first:07d}.npz", images=x[: last - first])
-            return extract(x)[: last - first]
+                run_files.write_npz(folder / f"images_{first:07d}.npz", images=x)
+            return extract(x)
 
         features.collect(folder, count, size, features_of_samples, "evaluate samples", stop)
         return folder
 
-    def score(provenance, params):
+    def score(provenance, params, samples=()):
         seeds = range(config.sample.seed, config.sample.seed + section.num_seeds)
-        folders = [collect(provenance, params, seed) for seed in seeds]
+        folders = [collect(provenance, params, seed, samples) for seed in seeds]
         scores = [sample_scores(config, f, of_train, of_test, weights.head) for f in folders]
-        return {
+        found = {
             "num_samples": count,
             "num_seeds": section.num_seeds,
             # For KID, precision, recall.
@@ -231,6 +300,10 @@ def make_sample_quality(config, workdir, guidance, weights, train, test, stop):
             **over_seeds(seeds, scores),
             "warnings": warnings,
         }
+        if len(samples):
+            searched = folders[0], of_train, of_test, samples, train
+            found |= nearest_in_features(workdir, *searched, stop)
+        return found
 
     return score
 

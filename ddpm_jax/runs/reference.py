@@ -30,6 +30,7 @@ class Reference(NamedTuple):
     statistics: distances.Statistics  # of the features of FID
     spatial: distances.Statistics  # of those of sFID
     features: np.ndarray  # [max_features, 2048], of its first images
+    folder: pathlib.Path  # with the features of all images
 
 
 def describe(section, split, source):
@@ -81,7 +82,7 @@ def features_of_split(config, field, source, extract, provenance, stop=signals.n
         for path, statistics in zip(paths, of_both, strict=True):
             run_files.write_npz(path, **statistics._asdict())
     first_rows = features.rows(folder, min(config.evaluate.max_features, source.size))
-    return Reference(*of_both, features.pooled(first_rows))
+    return Reference(*of_both, features.pooled(first_rows), folder)
 
 
 def _read_statistics(path):

@@ -9,7 +9,8 @@ show/denoising_x0.png      the x0 predicted at these t
 show/reverse.gif, .mp4     the reverse process as an animation
 show/losses.png            from metrics.jsonl
 show/scores.png            from metrics.jsonl, with train.score_every
-report.html                all of these, with the settings, in one file
+report.html                all of these, with the settings, in one file; and the nearest training
+                           images that evaluate drew
 """
 
 import base64
@@ -47,6 +48,12 @@ SECTIONS = {
         "forward.png": "forward process",
     },
     "Schedule": {"schedule.png": "over t"},
+}
+# Pictures of --mode=evaluate, with their captions.
+NEIGHBOURS = {
+    "evaluation_neighbours.png": "the samples nearest to training images, the nearest five of "
+    "these, and the root mean square difference of their pixels (0 to 255)",
+    "evaluation_neighbours_features.png": "the same in Inception's features",
 }
 PAGE = """<!doctype html>
 <html lang="en">
@@ -265,6 +272,10 @@ def write_report(config, workdir, step, lines):
         drawn = {folder / name: text for name, text in pictures.items()}
         drawn = [embedded(path, text) for path, text in drawn.items() if path.exists()]
         parts += [f"<h2>{title}</h2>", *drawn] if drawn else []
+    drawn = [workdir / name for name in NEIGHBOURS if (workdir / name).exists()]
+    if drawn:
+        parts.append("<h2>Nearest training images</h2>")
+        parts += [embedded(path, NEIGHBOURS[path.name]) for path in drawn]
     grids = sorted((workdir / "samples").glob("step_*.png"), key=lambda p: int(p.stem[5:]))
     if grids:
         chosen = np.unique(np.linspace(0, len(grids) - 1, min(MAX_GRIDS, len(grids))).round())
