@@ -434,7 +434,8 @@ def draw_steps(path, evaluations, batch_size, published):
         images_seen = (lambda x: x * batch_size, lambda x: x / batch_size)
         top = axes.secondary_xaxis("top", functions=images_seen)
         top.set_xlabel("images seen")
-        top.xaxis.set_major_formatter(EngFormatter(sep=""))
+        for axis in (axes.xaxis, top.xaxis):
+            axis.set_major_formatter(EngFormatter(sep=""))
         axes.yaxis.set_minor_formatter(LogFormatter())  # without powers of ten
         axes.legend()
     with run_files.atomic_write(path) as temporary:
