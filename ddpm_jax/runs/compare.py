@@ -26,7 +26,7 @@ NOT_IN_TABLE = ("progressive", "warnings", "per_seed")
 INCEPTION_SPLITS = 10  # inception_score_error is the standard deviation over them
 FID_NOISE = 0.013  # relative
 FID_NOTE = (
-    "Repeated trainings with other seeds have FIDs that spread by 1 to 2 %, in published work; "
+    "FIDs of repeated trainings, with other seeds, spread by 1 to 2 % in the literature; "
     "a difference below about 1.3 % is noise."
 )
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogFormatter
 
 from ddpm_jax import configs, parallel, signals
 from ddpm_jax.core import diffusion, likelihood, sampling, solvers, unet
@@ -504,7 +505,11 @@ def draw_steps(path, evaluations, batch_size, published):
             axes.plot(*zip(*published.items(), strict=True), "k:.", label="published")
         axes.set(xlabel="step", ylabel={"fid": "FID", "sfid": "sFID"}[score], yscale="log")
         images_seen = (lambda x: x * batch_size, lambda x: x / batch_size)
-        axes.secondary_xaxis("top", functions=images_seen).set_xlabel("images seen")
+        top = axes.secondary_xaxis("top", functions=images_seen)
+        top.set_xlabel("images seen")
+        for axis in (axes.xaxis, top.xaxis):
+            axis.set_major_formatter(EngFormatter(sep=""))
+        axes.yaxis.set_minor_formatter(LogFormatter())  # without powers of ten
         axes.legend()
     with run_files.atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
