@@ -38,17 +38,35 @@ STEPS = {"digits": 1100, "mnist": 1000}
 VLB_IMAGES = {"digits": 297, "mnist": 128}
 SAMPLES = {"fast": {"digits": 5000, "mnist": 5000}, "full": {"digits": 5000, "mnist": 500}}
 LEARNED = {"diffusion.variance": "learned_range"}
-# The baseline is the first: L_simple with uniform t and fixed variance.
+# Whatever the configs have; the baseline is the first choice.
+BASE = {
+    "diffusion.loss": "simple",
+    "diffusion.loss_weight": "none",
+    "diffusion.prediction": "eps",
+    "train.timesteps": "uniform",
+    "train.score_every": 0,
+}
+BASE_VARIANCE = {"digits": "fixed_small", "mnist": "fixed_large"}
+BASE_RATE = {"digits": 3e-3, "mnist": 1e-3}
 CHOICES = {
     "simple": {},
     "low discrepancy": {"train.timesteps": "low_discrepancy"},
     "importance": {"train.timesteps": "importance"},
     "min-SNR": {"diffusion.loss_weight": "min_snr"},
     "P2": {"diffusion.loss_weight": "p2"},
+    "min-SNR, importance": {
+        "diffusion.loss_weight": "min_snr",
+        "train.timesteps": "importance",
+    },
     "v": {"diffusion.prediction": "v"},
     "v, min-SNR": {"diffusion.prediction": "v", "diffusion.loss_weight": "min_snr"},
     "v, truncated SNR": {"diffusion.prediction": "v", "diffusion.loss_weight": "truncated_snr"},
     "hybrid": {"diffusion.loss": "hybrid", **LEARNED},
+    "hybrid, importance": {
+        "diffusion.loss": "hybrid",
+        **LEARNED,
+        "train.timesteps": "importance",
+    },
     "vlb": {"diffusion.loss": "vlb", **LEARNED},
     "vlb, importance": {"diffusion.loss": "vlb", **LEARNED, "train.timesteps": "importance"},
 }
@@ -59,7 +77,9 @@ EMA_DECAYS = {"digits": (0.995, 0.98, 0.99, 0.998), "mnist": (0.995, 0.98, 0.99,
 def config_of(choice, seed):
     """The config of a run, which trains for STEPS and draws nothing."""
     config = configs.named_config(DATA.value)
-    config.update_from_flattened_dict({**CHOICES[choice], "seed": seed})
+    base = {**BASE, "diffusion.variance": BASE_VARIANCE[DATA.value]}
+    config.update_from_flattened_dict({**base, **CHOICES[choice], "seed": seed})
+    config.optim.learning_rate = BASE_RATE[DATA.value]
     config.optim.ema_decay = EMA_DECAYS[DATA.value]
     config.train.update(num_steps=STEPS[DATA.value], checkpoint_every=100, keep_checkpoints=1)
     config.train.update(eval_every=10**6, sample_every=10**6, log_every=50)

@@ -5,10 +5,15 @@ import importlib.util
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from programs import ROOT
 
-from benchmarks import chart
+from benchmarks import chart, objectives, objectives_chart
+from ddpm_jax import configs
+from ddpm_jax.files import data
+from ddpm_jax.runs import state as states
+from ddpm_jax.runs import train
 
 
 @pytest.mark.parity
@@ -43,3 +48,38 @@ def test_chart(tmp_path):
         ratio = rates[chart.OURS][0] / fastest
         assert ratio == pytest.approx(float(row["ours_over_fastest"]), abs=0.011)
     chart.draw(cells).savefig(tmp_path / "speed.png")
+
+
+def test_objectives(tmp_path):
+    """The page has the tables of docs/objectives.csv, and the picture can be drawn."""
+    found = objectives_chart.read(ROOT / "docs" / "objectives.csv")
+    page = (ROOT / "docs" / "objectives.md").read_text()
+    for choices in found.values():
+        for line in objectives_chart.table(choices):
+            assert line in page, line
+    objectives_chart.draw(found).savefig(tmp_path / "objectives.png")
+
+
+def test_mean_and_spread_of_seeds():
+    assert objectives_chart.cell([0.1, 0.2, 0.3]) == "0.200 ± 0.100"
+    assert objectives_chart.cell([4.581]) == "4.58" and objectives_chart.cell(None) == ""
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_held_out_mse_of_a_network_that_predicts_zero(config, prediction):
+    """1 for ε. With v = 0, the predicted ε is √(1 - ᾱ) x_t: its MSE is ᾱ times that of v."""
+    config.diffusion.prediction = prediction
+    config.sample.batch_size = 40
+    config.train.eval_images = 100
+    model = configs.make_model(config)
+    optimizer = states.make_optimizer(config.optim, 1)
+    params = train.create_state(config, model, optimizer).params
+    source = data.open_source(config.data, "eval_split")
+    found = objectives.held_out_mse(config, params, source)
+    alpha_bars = configs.make_alpha_bars(config).reshape(4, 5)
+    x0 = source.read(np.arange(100)).images / 127.5 - 1
+    expected = [1.0] * 4
+    if prediction == "v":
+        v = alpha_bars + (1 - alpha_bars) * np.square(x0).mean()
+        expected = (alpha_bars * v).mean(axis=1)
+    np.testing.assert_allclose(found, expected, rtol=0.08)

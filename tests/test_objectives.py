@@ -185,6 +185,8 @@ def test_the_loss_with_importance_is_unbiased():
     np.testing.assert_allclose(frequencies, probabilities, atol=4 * np.sqrt(0.1 / len(uniforms)))
     t, _ = timesteps.draw(probabilities, np.float32([0, 1 - 2**-24]))
     np.testing.assert_array_equal(t, [0, 19])
+    t, _ = timesteps.draw(jnp.full(4, 0.25), np.float32([0, 0.25, 0.5, 0.75]))
+    np.testing.assert_array_equal(t, [0, 1, 2, 3])
 
 
 @pytest.mark.parametrize("most", [3, 20, 200])

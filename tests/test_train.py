@@ -331,6 +331,19 @@ def test_a_run_goes_on_with_other_timesteps(config, tmp_path):
             assert checkpointed(config, tmp_path)["loss_history"].counts.sum() == 8 * num_steps - 16
 
 
+def test_a_skipped_update_leaves_the_history(config):
+    """A loss that is not finite must not decide which timesteps are drawn from then on."""
+    config.update_from_flattened_dict(IMPORTANCE)
+    step, state = setup(config, 4)
+    batch = data.open_source(config.data).read(np.arange(8))
+    state, values = step(state, parallel.shard(batch))
+    assert values["applied"] and int(state.loss_history.counts.sum()) == 8
+    broken = jax.tree.map(lambda p: p * np.nan, state.params)
+    state, values = step(state.replace(params=broken), parallel.shard(batch))
+    assert not values["applied"] and int(state.loss_history.counts.sum()) == 8
+    assert np.isfinite(state.loss_history.losses).all()
+
+
 def test_the_emas_of_a_run_do_not_change(config, tmp_path):
     config.optim.ema_decay = (0.9, 0.5)
     train.train(config, tmp_path)

@@ -139,11 +139,12 @@ def restore(manager, state):
     elif not (manager.directory / str(step) / HISTORY).exists():  # of a run with other timesteps
         items.pop(HISTORY, None)
     restored = _restore(manager, step, parallel.as_global(items))
-    averages = tuple(restored.pop(name) for name in list(restored) if name.startswith(EMA))
-    if step == 0:
-        averages = tuple(jax.tree.map(jnp.copy, restored["params"]) for _ in state.ema_params)
+    averages = [
+        restored.pop(ema_item(index), None) or jax.tree.map(jnp.copy, restored["params"])
+        for index in range(len(state.ema_params))
+    ]
     step = jax.device_put(jnp.asarray(step, jnp.int32), state.step.sharding)
-    return state.replace(step=step, ema_params=averages, **restored)
+    return state.replace(step=step, ema_params=tuple(averages), **restored)
 
 
 def _items_of(state):

@@ -68,7 +68,7 @@ figure {{ margin: 1.5rem 0; overflow-x: auto; }}
 .grids {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: 1rem; }}
 .grids figure {{ margin: 0; }}
 table {{ border-collapse: collapse; font-size: 14px; }}
-td {{ border-bottom: 1px solid #ddd; padding: 0.1rem 1rem 0.1rem 0; }}
+td {{ border-bottom: 1px solid #ddd; padding: 0.1rem 1rem 0.1rem 0; overflow-wrap: anywhere; }}
 </style>
 </head>
 <body>
@@ -283,7 +283,8 @@ def write_report(config, workdir, step, lines):
             embedded(grids[int(i)], f"step {int(grids[int(i)].stem[5:]):,}") for i in chosen
         )
         parts.append(f'<h2>Samples during training</h2><div class="grids">{figures}</div>')
-    parts.append(f"<h2>Settings</h2>{rows(configs.flatten(config))}")
+    settings = rows(configs.flatten(config))
+    parts.append(f"<h2>Settings</h2><details><summary>all fields</summary>{settings}</details>")
     title = html.escape(f"{config.data.name or 'imported'}: {workdir.name}")
     with run_files.atomic_write(workdir / "report.html") as path:
         path.write_text(PAGE.format(title=title, body="\n".join(parts)))
