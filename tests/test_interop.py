@@ -433,7 +433,8 @@ def test_raw_or_averaged_weights_go_out(config, tmp_path):
     shapes = unet.param_shapes(configs.make_model(config), configs.image_shape(config))
     trees = [jax.tree.map(lambda s, v=v: np.full(s.shape, v, s.dtype), shapes) for v in (1, 2)]
     with checkpoint.open_manager(tmp_path / "run", config.train) as manager:
-        state = states.TrainState(np.int32(3), *trees, {"count": np.int32(3)})
+        raw, averaged = trees
+        state = states.TrainState(np.int32(3), raw, (averaged,), {"count": np.int32(3)})
         checkpoint.save(manager, 3, state)
     for use_ema, value in ((False, 1), (True, 2)):
         config.sample.use_ema = use_ema

@@ -302,7 +302,7 @@ def test_optimisation(reference, tmp_path):
     config.optim.update(settings)
     optimizer = state.make_optimizer(config.optim, 10)
     params = jax.tree.map(jnp.asarray, params)
-    ours = state.TrainState(jnp.int32(0), params, params, optimizer.init(params))
+    ours = state.TrainState(jnp.int32(0), params, (params,), optimizer.init(params))
 
     @jax.jit
     def step(ours, x_t, t, eps):
@@ -310,7 +310,7 @@ def test_optimisation(reference, tmp_path):
             return jnp.mean(jnp.square(unet.net_fn(model, params)(x_t, t) - eps))
 
         grads = jax.grad(loss)(ours.params)
-        return state.apply_gradients(ours, grads, optimizer, decay)
+        return state.apply_gradients(ours, grads, optimizer, (decay,))
 
     for x_t, t, eps in batches:
         ours = step(ours, x_t, t, eps)
