@@ -9,7 +9,7 @@ from ddpm_jax import configs, interface, signals
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, data
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.metrics import classifier, distances
+from ddpm_jax.metrics import classifier, distances, features, inception
 from ddpm_jax.runs import generate, reference, scores, show, train
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -156,6 +156,46 @@ def test_data_without_labels_has_no_score(scored, tmp_path):
     with pytest.raises(UserError, match=r"train.score_every=2: arrays has no classes"):
         train.train(scored, tmp_path / "other", data.Batch(images, None))
     assert not (tmp_path / "other").exists()
+
+
+def test_the_measure_that_fits(scored, monkeypatch):
+    """Inception for RGB images where its weights are; a file that is not there is an error."""
+    monkeypatch.setattr(inception, "load", lambda path: f"weights of {path!r}")
+    monkeypatch.setattr(inception, "is_packaged", lambda: True)
+    assert scores.choose(scored)[0] is None  # gray
+    scored.data.channels = 3
+    assert scores.choose(scored) == ("weights of ''", ())
+    monkeypatch.setattr(inception, "is_packaged", lambda: False)
+    weights, (train_source, _) = scores.choose(scored)
+    assert weights is None and train_source.label_names == tuple("0123456789")
+    monkeypatch.undo()
+    scored.evaluate.inception_weights = "no.pth"
+    with pytest.raises(UserError, match=r"inception_weights='no.pth': no such file"):
+        scores.choose(scored)
+
+
+def test_fid_and_kid_of_rgb_images(scored, tmp_path, monkeypatch):
+    """With four features in place of Inception's: those of the samples and all training images."""
+    weights = np.random.default_rng(0).standard_normal((192, 7))
+
+    def linear(images):
+        return np.float32(images.reshape(len(images), 192) / 255 @ weights)
+
+    monkeypatch.setattr(inception, "FEATURES", 4)
+    monkeypatch.setattr(inception, "is_packaged", lambda: True)
+    monkeypatch.setattr(inception, "load", lambda path: inception.Weights({}, None, "linear"))
+    monkeypatch.setattr(features, "make_extractor", lambda *_: linear)
+    scored.data.channels = 3
+    scored.evaluate.cache_dir = str(tmp_path / "cache")
+    train.train(scored, tmp_path / "run")
+    last = [line for line in run_files.read_metrics(tmp_path / "run") if "fid" in line][-1]
+    images = interface.load(tmp_path / "run").sample(6, sampler="dpmpp_sde", num_steps=2)
+    source = data.open_source(scored.data)
+    of_both = [linear(x)[:, :4] for x in (source.read(np.arange(source.size)).images, images)]
+    fid = distances.frechet_distance(*(distances.statistics([x]) for x in of_both))
+    assert last["step"] == 4 and last["fid"] == pytest.approx(fid, rel=1e-5)
+    assert last["kid"] == pytest.approx(distances.kernel_distance(*of_both).value, rel=1e-5)
+    assert run_files.best_step(tmp_path / "run", [2, 4]) in (2, 4)
 
 
 def test_minutes_leave_out_what_is_not_training():

