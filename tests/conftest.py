@@ -35,6 +35,15 @@ def pytest_configure(config):
         os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory_maps():
+    """Compiled programs hold memory maps; with more than Linux's 65,530, a process crashes."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def reference():
     """torch_reference.py, imported late, so that only the parity tests need PyTorch.
