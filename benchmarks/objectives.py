@@ -11,7 +11,6 @@ that digits_quality.py is confident about. All runs are scored with the same ima
 Scores that the CSV file has are not measured again, and trainings go on where they were stopped.
 """
 
-import csv
 import datetime
 import pathlib
 import time
@@ -24,8 +23,9 @@ from benchmarks import digits_quality, quality
 from ddpm_jax import configs, cpu, parallel
 from ddpm_jax.core import diffusion, unet
 from ddpm_jax.files import checkpoint, data, images
+from ddpm_jax.files import workdir as run_files
 from ddpm_jax.metrics import classifier
-from ddpm_jax.runs import evaluate, generate, objective, train
+from ddpm_jax.runs import evaluate, generate, objective, reference, train
 
 DATA = flags.DEFINE_enum("data", "digits", ["digits", "mnist"], "what to train on")
 RUNS = flags.DEFINE_string("runs", "runs/objectives", "the folder for the runs")
@@ -71,7 +71,7 @@ CHOICES = {
     "vlb, importance": {"diffusion.loss": "vlb", **LEARNED, "train.timesteps": "importance"},
 }
 # Of every run, which keeps several EMAs; the first is the config's own.
-EMA_DECAYS = {"digits": (0.995, 0.98, 0.99, 0.998), "mnist": (0.995, 0.98, 0.99, 0.998)}
+EMA_DECAYS = (0.995, 0.98, 0.99, 0.998)
 
 
 def config_of(choice, seed):
@@ -80,7 +80,7 @@ def config_of(choice, seed):
     base = {**BASE, "diffusion.variance": BASE_VARIANCE[DATA.value]}
     config.update_from_flattened_dict({**base, **CHOICES[choice], "seed": seed})
     config.optim.learning_rate = BASE_RATE[DATA.value]
-    config.optim.ema_decay = EMA_DECAYS[DATA.value]
+    config.optim.ema_decay = EMA_DECAYS
     config.train.update(num_steps=STEPS[DATA.value], checkpoint_every=100, keep_checkpoints=1)
     config.train.update(eval_every=10**6, sample_every=10**6, log_every=50)
     config.sample.update(num_samples=2, batch_size=2)
@@ -147,7 +147,7 @@ def sample(config, params, kind, workdir):
 def scores_of(config, workdir, kind, distance):
     """Measures scores of a trained run: {name: value}."""
     if kind == "rate":
-        lines = [line["images_per_second"] for line in train.run_files.read_metrics(workdir)
+        lines = [line["images_per_second"] for line in run_files.read_metrics(workdir)
                  if "images_per_second" in line]  # fmt: skip
         return {"images/s": float(np.median(lines))}
     _, params = checkpoint.restore_params(config, workdir)
@@ -164,18 +164,10 @@ def scores_of(config, workdir, kind, distance):
     return {kind: distance(sample(config, params, kind, workdir))}
 
 
-def measured(path):
-    """The scores in the CSV file: {(data, choice, seed, steps, score)}, as strings."""
-    if not path.exists():
-        return set()
-    with path.open(newline="") as file:
-        return {tuple(row[name] for name in COLUMNS[:5]) for row in csv.DictReader(file)}
-
-
 def cases():
     """(choice, seed, EMA decay, kind of score) in the order of measuring: all seeds last."""
     chosen = ONLY.value or list(CHOICES)
-    decays = EMA_DECAYS[DATA.value]
+    decays = EMA_DECAYS
     slow = [kind for kind in SCORES.value if kind == "full"]
     for kinds in ([kind for kind in SCORES.value if kind not in slow], slow):
         for seed in range(SEEDS.value):
@@ -186,7 +178,7 @@ def cases():
 
 def row_name(choice, decay):
     """The name of a row: that of the choice, or of an EMA other than the first."""
-    return choice if decay == EMA_DECAYS[DATA.value][0] else f"EMA {decay}"
+    return choice if decay == EMA_DECAYS[0] else f"EMA {decay}"
 
 
 def main(_):
@@ -196,7 +188,7 @@ def main(_):
     config, path = configs.named_config(DATA.value), pathlib.Path(CSV.value)
     cpu.use_cores(config.train.batch_size)
     source, _ = quality.labelled_sources(config)
-    trained = classifier.train(*quality.first_labelled(source))
+    trained = classifier.train(*reference.first_images(source))
     distance = quality.distance_to(source, trained)
     for choice, seed, decay, kind in cases():
         if kind == "sure" and DATA.value != "digits":
@@ -204,19 +196,18 @@ def main(_):
         steps = STEPS[DATA.value]
         row = DATA.value, row_name(choice, decay), seed, steps
         first_score = {"rate": "images/s", "mse": "mse_q1", "bits": "bits/dim"}.get(kind, kind)
-        if (*map(str, row), first_score) in measured(path):
+        if (*map(str, row), first_score) in quality.measured(path, COLUMNS[:5]):
             continue
         config, workdir = config_of(choice, seed), workdir_of(choice, seed)
         configs.check(config)
         if checkpoint.latest_step(workdir) != steps and train.train(config, workdir):
             return  # by a signal
         config.sample.ema_decay = decay
-        start, is_new = time.monotonic(), not path.exists()
+        start = time.monotonic()
         scores = scores_of(config, workdir, kind, distance)
-        with path.open("a", newline="") as file:
-            today = datetime.date.today()
-            new = [(*row, name, f"{value:.5g}", today) for name, value in scores.items()]
-            csv.writer(file).writerows(([COLUMNS] if is_new else []) + new)
+        today = datetime.date.today()
+        new = [(*row, name, f"{value:.5g}", today) for name, value in scores.items()]
+        quality.add_rows(path, COLUMNS, new)
         print(*row[1:3], scores, f"{time.monotonic() - start:.0f} s", flush=True)
 
 

@@ -1,5 +1,7 @@
 """Quality of samples of labelled data, as the benchmarks measure it: metrics/classifier.py."""
 
+import csv
+
 import numpy as np
 
 from ddpm_jax.files import data
@@ -14,11 +16,6 @@ def labelled_sources(config):
     return [data.open_labelled(config.data, field) for field in ("split", "eval_split")]
 
 
-def first_labelled(source):
-    """The images that a classifier is trained on."""
-    return source.read(np.arange(min(source.size, classifier.MOST_IMAGES)))
-
-
 def distance_to(source, trained):
     """images → their Fréchet distance from a source's."""
     layer = classifier.hidden_layer(trained)
@@ -29,6 +26,21 @@ def distance_to(source, trained):
         return distances.frechet_distance(reference, found)
 
     return distance
+
+
+def measured(path, columns):
+    """What the rows of a CSV file have in these columns: a set of tuples of strings."""
+    if not path.exists():
+        return set()
+    with path.open(newline="") as file:
+        return {tuple(row[name] for name in columns) for row in csv.DictReader(file)}
+
+
+def add_rows(path, columns, rows):
+    """Adds rows to a CSV file; the header, too, if it is new."""
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        csv.writer(file).writerows(([columns] if is_new else []) + rows)
 
 
 def generate_in_parts(sample, count, folder, name):

@@ -11,7 +11,6 @@ For a conditional run, a table of guidance scales is printed: a second classifie
 held-out images, measures the fraction of samples whose class it recognizes.
 """
 
-import csv
 import datetime
 import pathlib
 
@@ -24,7 +23,7 @@ from ddpm_jax.core import solvers
 from ddpm_jax.files import checkpoint
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.metrics import classifier
-from ddpm_jax.runs import generate
+from ddpm_jax.runs import generate, reference
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "a run with labelled data")
 CSV = flags.DEFINE_string("csv", "docs/samplers.csv", "the file to add rows to")
@@ -64,26 +63,10 @@ def cases(total):
                 yield sampler, order, spacing, steps
 
 
-def measured(path):
-    """The rows of the CSV file without what was measured: a set of tuples."""
-    if not path.exists():
-        return set()
-    with path.open(newline="") as file:
-        return {tuple(row[name] for name in COLUMNS[:-2]) for row in csv.DictReader(file)}
-
-
-def add_row(path, row):
-    """Adds a row to the CSV file; the header, too, if it is new."""
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerows(([COLUMNS] if is_new else []) + [row])
-
-
 def measure(config, step, params, distance):
     """Adds the rows that the CSV file lacks, and prints them; step: the checkpoint's."""
     path, name = pathlib.Path(CSV.value), pathlib.Path(WORKDIR.value).name
-    done = measured(path)
+    done = quality.measured(path, COLUMNS[:-2])
     for sampler, order, spacing, steps in cases(config.diffusion.num_timesteps):
         config.sample.update(sampler=sampler, order=order, spacing=spacing, num_steps=steps)
         chain = generate.make_chain(config)
@@ -100,7 +83,7 @@ def measure(config, step, params, distance):
                 "_".join(map(str, [step, *row])),
             )
             row += [f"{distance(images):.4f}", datetime.date.today()]
-            add_row(path, row)
+            quality.add_rows(path, COLUMNS, [row])
             print(*row, flush=True)
 
 
@@ -123,7 +106,7 @@ def main(_):
     config = run_files.saved_config(WORKDIR.value)
     config.sample.batch_size = quality.BATCH_SIZE
     sources = quality.labelled_sources(config)
-    real, rest = map(quality.first_labelled, sources)
+    real, rest = map(reference.first_images, sources)
     trained, judge = classifier.train(*real), classifier.train(*rest)
     distance = quality.distance_to(sources[0], trained)
     for name, model, batch in (("classifier", trained, rest), ("judge", judge, real)):

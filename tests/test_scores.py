@@ -93,13 +93,13 @@ def test_the_distance_is_that_of_the_samples(scored, tmp_path):
 def test_the_classifier_is_trained_once(scored, tmp_path, monkeypatch):
     """And serves other splits of the program; another training split has its own."""
     sources = [data.open_labelled(scored.data, field) for field in ("split", "eval_split")]
-    first = reference.cached_classifier(scored, *sources)
+    first = reference.cached_classifier(scored, sources[0], sources)
     monkeypatch.setattr(classifier, "train", None)
-    again = reference.cached_classifier(scored, *sources)
+    again = reference.cached_classifier(scored, sources[0], sources)
     np.testing.assert_array_equal(first.layer.kernel, again.layer.kernel)
     scored.data.split = "train[:100]"
     with pytest.raises(TypeError):
-        reference.cached_classifier(scored, data.open_labelled(scored.data), sources[1])
+        reference.cached_classifier(scored, data.open_labelled(scored.data), sources)
 
 
 @pytest.mark.parametrize("values, kept", [((5, 1, 4, 3), [2, 4]), ((1, 2, 3, 4), [1, 4])])
@@ -214,7 +214,7 @@ def test_the_score_ranks(tmp_path, cache):
     train.train(config, tmp_path)
     found = scores_in(tmp_path)
     sources = [data.open_labelled(config.data, field) for field in ("split", "eval_split")]
-    small = reference.cached_classifier(config, *sources)
+    small = reference.cached_classifier(config, sources[0], sources)
     noise = np.random.default_rng(0).integers(0, 256, (1000, 8, 8, 1)).astype(np.uint8)
     real, noise = (
         distances.frechet_distance(

@@ -88,11 +88,12 @@ def evaluate(config, workdir, stop=signals.never):
     generate.warn_of_young_ema(config, step)
     log.info("evaluating step %d", step)
     provenance = sampling_provenance(config, step, params, guidance["classifier"])
-    results = provenance | data_provenance(config, train, test)
+    of_data = data_provenance(config, train, test)
+    results = provenance | of_data
     draw, samples = make_draw(config, guidance, stop), ()
     if section.nearest_images:
         samples, found = nearest_in_pixels(
-            config, workdir, provenance, draw, params, train, test, stop
+            config, workdir, provenance, of_data, draw, params, train, test, stop
         )
         results |= found
     if section.num_samples:
@@ -206,13 +207,14 @@ def make_draw(config, guidance, stop):
     return draw
 
 
-def nearest_in_pixels(config, workdir, provenance, draw, params, train, test, stop):
+def nearest_in_pixels(config, workdir, provenance, of_data, draw, params, train, test, stop):
     """The samples whose nearest images are searched, and the scores of memorisation.in_pixels.
 
     Args:
       config: the run's config.
       workdir: the run's folder.
       provenance: what the samples depend on: {field: value}.
+      of_data: from data_provenance.
       draw: from make_draw.
       params: of the network.
       train: the images of data.split.
@@ -225,7 +227,7 @@ def nearest_in_pixels(config, workdir, provenance, draw, params, train, test, st
 
     folder = reference.provenance_folder(workdir / "evaluation", {**provenance, "rows": "samples"})
     samples = memorisation.keep_samples(config, folder, draw_first, train, test, stop)
-    compared = {**data_provenance(config, train, test), "mirrored": config.data.random_flip}
+    compared = {**of_data, "mirrored": config.data.random_flip}
     inside = reference.provenance_folder(folder, compared)
     return samples, memorisation.in_pixels(config, workdir, inside, samples, train, test, stop)
 

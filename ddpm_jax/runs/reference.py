@@ -115,13 +115,13 @@ class Classifier(NamedTuple):
     statistics: distances.Statistics
 
 
-def cached_classifier(config, source, held_out):
+def cached_classifier(config, source, labelled):
     """The classifier of a dataset: from the cache, or trained and cached.
 
     Args:
       config: its data and evaluate sections are used.
-      source: the training images, with labels.
-      held_out: the held-out images, with labels.
+      source: the training images.
+      labelled: the training and the held-out images, with labels; read only to train.
 
     Returns:
       A Classifier.
@@ -134,24 +134,21 @@ def cached_classifier(config, source, held_out):
             if parallel.is_first() and not path.exists():
                 text = "training a small classifier of %s for the scores, once for this dataset"
                 log.info(text, config.data.name)
-                trained = classifier.train(*first_images(source))
-                accuracy = trained.score(*_as_pixels(first_images(held_out)))
+                of_train, held_out = map(first_images, labelled)
+                trained = classifier.train(*of_train)
+                x = classifier.pixels(held_out.images)
+                accuracy = trained.score(x, held_out.labels)
                 log.info("it classifies %.1f %% of the held-out images correctly", 100 * accuracy)
                 layer = classifier.hidden_layer(trained)
                 statistics = classifier.statistics(layer, source)
-                arrays = {**layer._asdict(), **statistics._asdict(), "accuracy": accuracy}
-                run_files.write_npz(path, **arrays)
+                run_files.write_npz(folder / "statistics.npz", **statistics._asdict())
+                run_files.write_npz(path, **layer._asdict(), accuracy=accuracy)  # the last one
         parallel.barrier()
     with np.load(path) as arrays:
         layer = classifier.Layer(arrays["kernel"], arrays["bias"])
-        names = distances.Statistics._fields
-        return Classifier(layer, distances.Statistics(*(arrays[name] for name in names)))
+    return Classifier(layer, _read_statistics(folder / "statistics.npz"))
 
 
 def first_images(source):
     """The images of a source that a classifier is trained or tested on: a data.Batch."""
     return source.read(np.arange(min(source.size, classifier.MOST_IMAGES)))
-
-
-def _as_pixels(batch):
-    return classifier.pixels(batch.images), batch.labels

@@ -63,7 +63,7 @@ def make_score(config, source, chosen, sample, workdir):
         measure, features_of = fid_and_kid(config, source, weights)
     else:
         log.info("scores: Fréchet distance of %d samples, by a small classifier's features", count)
-        measure, features_of = classifier_distance(config, labelled)
+        measure, features_of = classifier_distance(config, source, labelled)
 
     def score(step, params, stop=signals.never):
         folder = pathlib.Path(workdir) / "scores" / str(step)
@@ -101,9 +101,9 @@ def fid_and_kid(config, source, weights):
     return measure, extract
 
 
-def classifier_distance(config, labelled):
+def classifier_distance(config, source, labelled):
     """(folder of features → score, uint8 images → features), by a small classifier."""
-    small = reference.cached_classifier(config, *labelled)
+    small = reference.cached_classifier(config, source, labelled)
 
     def measure(folder):
         statistics = distances.statistics(features.chunks(folder, config.train.score_samples))

@@ -93,8 +93,6 @@ def show(config, workdir, source=None):
     workdir = pathlib.Path(workdir)
     folder = workdir / "show"
     step = checkpoint.latest_step(workdir)
-    if step is not None:
-        step = checkpoint.chosen_step(config, workdir)
     if config.data.name and source is None:  # imported runs have no dataset
         try:
             source = data.open_source(config.data, in_memory=False)
@@ -106,7 +104,7 @@ def show(config, workdir, source=None):
     if source is not None:
         draw_data(config, folder, source)
     if step is not None and config.model.kind == "unet":
-        draw_reverse(config, workdir, folder)
+        step = draw_reverse(config, workdir, folder)
     else:
         generate.warn_of_chain(config)
     lines = run_files.read_metrics(workdir)
@@ -158,7 +156,8 @@ def timesteps(config):
 
 
 def draw_reverse(config, workdir, folder):
-    """Draws samples, their frames during the reverse process, and an animation."""
+    """Draws samples, their frames during the reverse process, and an animation; returns the step
+    of the checkpoint."""
     config = configs.for_show(config)
     log.info("samples: %s", generate.describe_sampler(config))
     chain = generate.make_chain(config)
@@ -169,7 +168,7 @@ def draw_reverse(config, workdir, folder):
     animated = set(np.linspace(0, last, count).round().astype(int).tolist()) | {0}
     frames_at, x0_at = (sorted(steps, reverse=True) for steps in (strip | animated, strip))
     options = {"frames_at": {rows[i][1] for i in frames_at}, "x0_at": {rows[i][0] for i in x0_at}}
-    _, sample = generate.restore_sampler(config, workdir, **options)
+    step, sample = generate.restore_sampler(config, workdir, **options)
     samples = sample(np.arange(min(config.sample.num_samples, generate.GRID_IMAGES)))
     generate.write_grid(folder / "samples.png", config, samples.x)
 
@@ -188,6 +187,7 @@ def draw_reverse(config, workdir, folder):
             images.write_animation(folder / f"reverse.{suffix}", pictures)
         except (IndexError, OSError, RuntimeError) as error:  # ffmpeg is missing, or fails
             log.warning("no reverse.%s: %s", suffix, error)
+    return step
 
 
 def draw_losses(path, lines):
