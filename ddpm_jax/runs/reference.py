@@ -128,10 +128,14 @@ def cached_classifier(config, source, labelled):
     """
     described = describe(config.data, config.data.split, source)
     folder = cache_folder(config, {**described, **classifier.PROVENANCE})
-    path = folder / "classifier.npz"
-    if parallel.broadcast_from_first(not path.exists()):
+    paths = folder / "classifier.npz", folder / "statistics.npz"
+
+    def is_cached():
+        return all(path.exists() for path in paths)
+
+    if parallel.broadcast_from_first(not is_cached()):
         with run_files.lock(folder, "rows", waits=True):
-            if parallel.is_first() and not path.exists():
+            if parallel.is_first() and not is_cached():
                 text = "training a small classifier of %s for the scores, once for this dataset"
                 log.info(text, config.data.name)
                 of_train, held_out = map(first_images, labelled)
@@ -141,12 +145,12 @@ def cached_classifier(config, source, labelled):
                 log.info("it classifies %.1f %% of the held-out images correctly", 100 * accuracy)
                 layer = classifier.hidden_layer(trained)
                 statistics = classifier.statistics(layer, source)
-                run_files.write_npz(folder / "statistics.npz", **statistics._asdict())
-                run_files.write_npz(path, **layer._asdict(), accuracy=accuracy)  # the last one
+                run_files.write_npz(paths[0], **layer._asdict(), accuracy=accuracy)
+                run_files.write_npz(paths[1], **statistics._asdict())
         parallel.barrier()
-    with np.load(path) as arrays:
+    with np.load(paths[0]) as arrays:
         layer = classifier.Layer(arrays["kernel"], arrays["bias"])
-    return Classifier(layer, _read_statistics(folder / "statistics.npz"))
+    return Classifier(layer, _read_statistics(paths[1]))
 
 
 def first_images(source):
