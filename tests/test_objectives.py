@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from references import gaussian_eps
 
-from ddpm_jax import configs
+from ddpm_jax import configs, parallel
 from ddpm_jax.core import diffusion, likelihood, schedules, timesteps, unet, weights
 from ddpm_jax.errors import UserError
+from ddpm_jax.files import data
 from ddpm_jax.runs import objective
+from ddpm_jax.runs import state as states
 
 ALPHA_BARS = schedules.make_alpha_bars("linear", 1000)
 # ᾱ / (1 - ᾱ) at t = 0, 99, 499 and 999, in float64 from the products of 1 - β.
@@ -187,6 +189,46 @@ def test_the_loss_with_importance_is_unbiased():
     np.testing.assert_array_equal(t, [0, 19])
     t, _ = timesteps.draw(jnp.full(4, 0.25), np.float32([0, 0.25, 0.5, 0.75]))
     np.testing.assert_array_equal(t, [0, 1, 2, 3])
+
+
+def test_the_step_weights_loss_and_gradient(config):
+    """4,096 draws by importance; the loss w · c_t has the mean of all c_t, and so has its gradient.
+
+    Without weights, both would be the mean over the draws, which is far larger.
+    """
+    history, c = full_history(), jnp.linspace(0.1, 4, 20)
+    losses = jnp.tile(c[:, None], (1, timesteps.HISTORY))
+    history = history._replace(losses=losses)
+    optimizer = states.make_optimizer(config.optim, 10)
+    params = {"w": jnp.ones(())}
+    state = states.TrainState(
+        jnp.zeros((), int), params, (params,), optimizer.init(params), history
+    )
+
+    def step(state, batch):
+        return objective.train_step(
+            state,
+            batch,
+            loss_fn=lambda params, x0, labels, t, eps, dropout_keys: params["w"] * c[t],
+            num_timesteps=20,
+            optimizer=optimizer,
+            ema_decays=(0.9,),
+            timesteps_name="importance",
+            label_dropout=(0.0, 0),
+            seed=0,
+        )
+
+    one = jax.devices()[:1]
+    run = parallel.pmap(step, in_axes=(None, 0), out_axes=(None, None), devices=one)
+    batch = data.Batch(np.zeros((4096, 2, 2, 1), np.uint8), None)
+    state, values = run(parallel.replicate(state, one), parallel.shard(batch, 1))
+    share = np.square(c).sum() / c.sum()  # the mean of c_t over draws in proportion to c_t
+    assert (
+        float(values["loss"]) == pytest.approx(float(c.mean()), rel=0.03) and share > 1.3 * c.mean()
+    )
+    assert float(values["grad_norm"]) == pytest.approx(float(c.mean()), rel=0.03)
+    np.testing.assert_allclose(values["share"], 0.25, atol=0.04)
+    np.testing.assert_allclose(state.loss_history.losses, losses, rtol=1e-6)  # without weights
 
 
 @pytest.mark.parametrize("most", [3, 20, 200])
