@@ -77,6 +77,7 @@ def evaluate(config, workdir, stop=signals.never):
       signals.Stopped: if a signal interrupts it; the same call resumes it.
     """
     section, workdir = config.evaluate, pathlib.Path(workdir)
+    checkpoint.check_steps(section.steps, workdir)
     weights = inception.load(section.inception_weights) if section.num_samples else None
     train, test = (data.open_source(config.data, field) for field in ("split", "eval_split"))
     run_files.check_same_classes(train, workdir)
@@ -128,7 +129,6 @@ def evaluate_steps(config, workdir, weights, train, test, stop):
     Returns:
       The evaluations.
     """
-    checkpoint.check_steps(config.evaluate.steps, workdir)
     guidance = generate.guidance_for_run(config, workdir)
     generate.warn_of_chain(config)
     draw = make_draw(config, guidance, stop)
