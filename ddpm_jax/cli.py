@@ -30,7 +30,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ddpm_jax import configs, cpu, parallel, signals
+from ddpm_jax import compilation, configs, cpu, parallel, signals
 from ddpm_jax.errors import UserError, is_disk_full, one_line, printable
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.runs import compare, edit, evaluate, generate, interop, show, train
@@ -221,6 +221,7 @@ def run(argv):
         compare.compare(command.workdirs)
         return 0
     cpu.prepare(trains=command.mode == "train")
+    compilation.keep_programs()
     if command.processes is None:
         cpu.use_cores(*configs.batch_sizes(command.config, command.mode).values())
         processes = nullcontext()

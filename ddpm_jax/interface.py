@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import configs, cpu, parallel
+from ddpm_jax import compilation, configs, cpu, parallel
 from ddpm_jax.core import diffusion, unet
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint as checkpoints
@@ -115,6 +115,7 @@ def load(
       UserError: if the folder is neither, or cannot be read.
     """
     cpu.prepare(trains=False)
+    compilation.keep_programs()
     path = pathlib.Path(path).expanduser()
     if not (path / "checkpoints").is_dir() and interop.is_diffusers(path):
         config, params = interop.read_run(configs.without_data(), path)
@@ -195,6 +196,7 @@ def train(
       KeyboardInterrupt: if a signal stopped the training; a checkpoint is saved first.
     """
     cpu.prepare(trains=True)
+    compilation.keep_programs()
     workdir, arrays = pathlib.Path(workdir).expanduser(), None
     config = configs.normalize(config)
     if images is not None:

@@ -5,18 +5,21 @@ hidden units of a classifier of the dataset's own images: scikit-learn's MLPClas
 [0, 1], trained on at most 10,000 of them.
 """
 
+from importlib.metadata import version
 from typing import NamedTuple
 
 import numpy as np
-import sklearn
-from sklearn.neural_network import MLPClassifier
 
 from ddpm_jax.metrics import distances
 
 MOST_IMAGES = 10_000
 SETTINGS = dict(hidden_layer_sizes=(64,), alpha=1e-2, max_iter=1000, random_state=0)
 # What the features depend on besides the images.
-PROVENANCE = {"features": "classifier", "scikit-learn": sklearn.__version__, "most": MOST_IMAGES}
+PROVENANCE = {
+    "features": "classifier",
+    "scikit-learn": version("scikit-learn"),
+    "most": MOST_IMAGES,
+}
 
 
 class Layer(NamedTuple):
@@ -33,6 +36,8 @@ def train(images, labels):
       images: uint8 [N, H, W, C].
       labels: [N] ints.
     """
+    from sklearn.neural_network import MLPClassifier  # takes a second, and is seldom needed
+
     return MLPClassifier(**SETTINGS).fit(pixels(images), labels)
 
 

@@ -18,16 +18,17 @@ import html
 import logging
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
 from ddpm_jax import configs
-from ddpm_jax.core import diffusion, sampling, solvers
+from ddpm_jax.core import diffusion, sampling
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, data, images
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.runs import generate
+from ddpm_jax.runs import frames, generate
 
 log = logging.getLogger(__name__)
 
@@ -137,22 +138,17 @@ def draw_data(config, folder, source):
     x = source.read(np.arange(min(source.size, config.sample.num_samples, generate.GRID_IMAGES)))
     images.write_png(folder / "data.png", images.grid(x.images, config.sample.columns))
     schedule = configs.make_schedule(config)
-    first, ts = x.images[: config.show.num_images], timesteps(config)[::-1]
-    keys = sampling.image_keys(config.sample.seed, jnp.arange(len(first)))
-    x0, frames = images.to_float(first), [first]
-    for t in ts:
+    first, ts = x.images[: config.show.num_images], frames.timesteps(config)[::-1]
+
+    @jax.jit  # one program, not one for each operation
+    def noisy(x0, t):
+        keys = sampling.image_keys(config.sample.seed, jnp.arange(len(x0)))
         eps = sampling.noise(keys, t, x0.shape[1:])
-        x_t = diffusion.q_sample(schedule, x0, jnp.full(len(x0), t), eps)
-        frames.append(np.asarray(images.to_uint8(x_t)))
+        return images.to_uint8(diffusion.q_sample(schedule, x0, jnp.full(len(x0), t), eps))
+
+    columns = [first, *(np.asarray(noisy(images.to_float(first), t)) for t in ts)]
     titles = ["image", *(f"t = {t}" for t in ts)]
-    images.write_png(folder / "forward.png", images.strips(np.stack(frames), titles))
-
-
-def timesteps(config):
-    """The t of the strips, noisiest first."""
-    total = config.diffusion.num_timesteps
-    tenths = np.linspace(total - 1, 0, min(10, total)).round().astype(int).tolist()
-    return sorted(set(config.show.timesteps or tenths), reverse=True)
+    images.write_png(folder / "forward.png", images.strips(np.stack(columns), titles))
 
 
 def draw_reverse(config, workdir, folder):
@@ -160,29 +156,20 @@ def draw_reverse(config, workdir, folder):
     of the checkpoint."""
     config = configs.for_show(config)
     log.info("samples: %s", generate.describe_sampler(config))
-    chain = generate.make_chain(config)
-    taus, rows = chain.timesteps, solvers.rows_of_steps(generate.make_solver(config, chain))
-    # With fewer steps than T, the nearest ones.
-    strip = {int(np.abs(taus - t).argmin()) for t in timesteps(config)}
-    last, count = len(taus) - 1, min(config.show.num_frames, len(taus))
-    animated = set(np.linspace(0, last, count).round().astype(int).tolist()) | {0}
-    frames_at, x0_at = (sorted(steps, reverse=True) for steps in (strip | animated, strip))
-    options = {"frames_at": {rows[i][1] for i in frames_at}, "x0_at": {rows[i][0] for i in x0_at}}
-    step, sample = generate.restore_sampler(config, workdir, **options)
+    shown = frames.of_reverse(config)
+    step, sample = generate.restore_sampler(config, workdir, **shown.options)
     samples = sample(np.arange(min(config.sample.num_samples, generate.GRID_IMAGES)))
     generate.write_grid(folder / "samples.png", config, samples.x)
 
-    titles = [f"t = {taus[i]}" for i in x0_at]
-    in_strip, in_animation = (
-        [frames_at.index(i) for i in steps] for steps in (x0_at, sorted(animated)[::-1])
-    )
-    strips = {"denoising": samples.frames[in_strip], "denoising_x0": samples.x0_frames}
-    for name, frames in strips.items():
-        first = frames[:, : config.show.num_images]
+    titles = [f"t = {shown.timesteps[i]}" for i in shown.strip]
+    in_strip = samples.frames[shown.numbers(shown.strip)]
+    for name, x in {"denoising": in_strip, "denoising_x0": samples.x0_frames}.items():
+        first = x[:, : config.show.num_images]
         images.write_png(folder / f"{name}.png", images.strips(first, titles))
     columns = generate.grid_columns(config)
     for suffix in ("gif", "mp4"):
-        pictures = (images.grid(samples.frames[i], columns, smallest=32) for i in in_animation)
+        numbers = shown.numbers(shown.animation)
+        pictures = (images.grid(samples.frames[i], columns, smallest=32) for i in numbers)
         try:
             images.write_animation(folder / f"reverse.{suffix}", pictures)
         except (IndexError, OSError, RuntimeError) as error:  # ffmpeg is missing, or fails

@@ -18,7 +18,7 @@ from ddpm_jax.core import likelihood
 from ddpm_jax.errors import UserError, one_line, printable
 from ddpm_jax.files import checkpoint, data, images
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.runs import generate, objective, scores
+from ddpm_jax.runs import frames, generate, objective, scores
 from ddpm_jax.runs import state as states
 
 log = logging.getLogger(__name__)
@@ -348,7 +348,7 @@ def make_grid_sampler(config, guidance):
         return None
     config = configs.for_show(config)
     log.info("sample grids: %s", generate.describe_sampler(config))
-    return generate.make_sampler(config, **guidance)
+    return generate.make_sampler(config, **guidance, **frames.of_reverse(config).options)
 
 
 def parameters(config, state):
