@@ -1,0 +1,112 @@
+"""The convolutions of oneDNN, the library that PyTorch's are from, which JAX's CPU wheels contain.
+
+XLA does not use them by itself. They are called by the name that XLA has for them, an interface
+without a promise; so a small convolution is tried before the first, and versions of JAX that were
+not tested do without. A program that has such a call cannot be kept by JAX's compilation cache.
+"""
+
+import functools
+import json
+import logging
+import platform
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+NEWEST_TESTED = (0, 12)
+TARGET = "__onednn$convolution"
+
+
+@jax.custom_vjp
+def convolve(x, kernel):
+    """A convolution with stride 1 and SAME padding; the gradient of the kernel is XLA's.
+
+    Args:
+      x: [B, H, W, C], float32 or bfloat16.
+      kernel: [K, K, C, D], of the same dtype; K is odd.
+
+    Returns:
+      [B, H, W, D].
+    """
+    return _call(x, kernel)
+
+
+def _of_kernel(residuals, dy):
+    x, kernel = residuals
+    dx = _call(dy, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+    (dkernel,) = jax.vjp(lambda kernel: by_xla(x, kernel), kernel)[1](dy)
+    return dx, dkernel
+
+
+convolve.defvjp(lambda x, kernel: (_call(x, kernel), (x, kernel)), _of_kernel)
+
+
+def by_xla(x, kernel):
+    """The same by XLA."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+
+
+def _call(x, kernel):
+    height, width, _, features = kernel.shape
+    pixels = {"batch_dim": "0", "feature_dim": "3", "spatial_dims": ["1", "2"]}
+    weights = {"input_feature_dim": "2", "output_feature_dim": "3", "spatial_dims": ["0", "1"]}
+    weights["shape"] = [str(n) for n in kernel.shape]
+    padding = [str(height // 2), str(width // 2)]
+    config = {
+        "dims": "4",
+        "feature_groups": "1",
+        "input": {"data": pixels, "dims": "0"},
+        "kernel": {"filter": weights, "dims": "0"},
+        "output": {"data": pixels, "dims": "0"},
+        "window": {"pad_left": padding, "pad_right": padding, "size": []}
+        | {"strides": ["1", "1"], "window_dilations": ["1", "1"]},
+        "optimization_config": {"bias_broadcast": False, "user_scratchpad": False}
+        | {"weights_prepacked": False},
+    }
+    config = {"onednn_conv_config": config, "outer_dimension_partitions": []}
+    shape = jax.ShapeDtypeStruct((*x.shape[:3], features), x.dtype)
+    call = jax.ffi.ffi_call(
+        TARGET, shape, custom_call_api_version=2, legacy_backend_config=json.dumps(config)
+    )
+    return call(x, kernel)
+
+
+def works(dtype):
+    """Whether oneDNN is there and computes a small convolution of this dtype as XLA does."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    # JAX tries to keep each program, and warns.
+    text = "Error writing persistent compilation cache entry .*bad_alloc"
+    warnings.filterwarnings("ignore", message=text)
+    return _trial(dtype)
+
+
+@functools.cache
+def _trial(dtype):
+    if jax.__version_info__[:2] > NEWEST_TESTED:
+        text = "JAX %s is newer than what oneDNN was tested with, so it is not used"
+        log.info(text, jax.__version__)
+        return False
+    rng = np.random.default_rng(0)
+    # Small integers: their products and sums are exact.
+    x, kernel = (rng.integers(-3, 4, shape).astype(dtype) for shape in ((1, 4, 4, 8), (3, 3, 8, 8)))
+    try:
+        found, expected = (np.asarray(_compiled(f, x, kernel)) for f in (_call, by_xla))
+    except jax.errors.JaxRuntimeError as error:
+        log.warning("oneDNN's convolutions cannot be used: %s", str(error).splitlines()[0])
+        return False
+    if (found != expected).any():
+        log.warning("oneDNN's convolutions differ from XLA's, so they are not used")
+        return False
+    return True
+
+
+def _compiled(function, *arrays):
+    """The function's value, also while JAX traces another."""
+    return jax.jit(function).lower(*arrays).compile()(*arrays)

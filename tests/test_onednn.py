@@ -1,0 +1,120 @@
+"""oneDNN's convolutions against XLA's; where they are used; and what happens if they cannot be."""
+
+import functools
+import logging
+import platform
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ddpm_jax import cpu, onednn
+
+IS_THERE = sys.platform == "linux" and platform.machine() == "x86_64"
+needs_onednn = pytest.mark.skipif(not IS_THERE, reason="JAX's wheels have it for Linux on x86 only")
+NUMBERS = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+
+
+@pytest.fixture(autouse=True)
+def a_new_trial():
+    onednn._trial.cache_clear()
+    jax.clear_caches()  # of the traced trial
+    yield
+    onednn._trial.cache_clear()
+
+
+def arrays(x_shape, features, size=3):
+    shapes = (x_shape, (size, size, x_shape[-1], features), (*x_shape[:-1], features))
+    return map(jax.random.normal, jax.random.split(jax.random.key(0), 3), shapes)
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype, error", [("float32", 1e-6), ("bfloat16", 0.01)])
+@pytest.mark.parametrize(
+    "x_shape, features, size",
+    [((4, 8, 8, 16), 16, 3), ((2, 7, 10, 9), 12, 3), ((2, 5, 4, 8), 8, 5)],
+)
+def test_it_is_the_same_convolution(dtype, error, x_shape, features, size):
+    """Values and gradients, against XLA in float64."""
+    assert onednn.works(dtype)
+    x, kernel, dy = (a.astype(dtype) for a in arrays(x_shape, features, size))
+    found, vjp = jax.vjp(jax.jit(onednn.convolve), x, kernel)
+    with jax.enable_x64():
+        exact = [a.astype(jnp.float64) for a in (x, kernel, dy)]
+        expected, exact_vjp = jax.vjp(onednn.by_xla, *exact[:2])
+        both = zip((found, *vjp(dy)), (expected, *exact_vjp(exact[2])), strict=True)
+        for y, wanted in both:
+            assert y.dtype == dtype
+            assert jnp.linalg.norm(y - wanted) < error * jnp.linalg.norm(wanted)
+
+
+def programs_of(x_shape, features=16, dtype="float32", strides=(1, 1)):
+    """The text of cpu.convolve compiled, and of its gradient."""
+    x, kernel, _ = (a.astype(dtype) for a in arrays(x_shape, features))
+    convolve = functools.partial(cpu.convolve, strides=strides, padding="SAME", **NUMBERS)
+    gradient = jax.grad(lambda *a: convolve(*a).sum().astype(jnp.float32), (0, 1))
+    return [jax.jit(f).lower(x, kernel).as_text() for f in (convolve, gradient)]
+
+
+LARGE = (16, 16, 16, 16)  # 4,096 positions
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    "uses, options",
+    [
+        (True, {"x_shape": LARGE}),
+        (True, {"x_shape": (16, 16, 16, 64), "features": 64}),  # Winograd's without a gradient
+        (False, {"x_shape": (16, 16, 16, 128), "features": 128}),  # Winograd's
+        (False, {"x_shape": (15, 16, 16, 16)}),
+        (False, {"x_shape": (16, 16, 16, 3)}),
+        (False, {"x_shape": LARGE, "strides": (2, 2)}),
+    ],
+)
+def test_only_large_differentiated_convolutions_use_it(uses, options):
+    plain, gradient = programs_of(**options)
+    assert onednn.TARGET not in plain
+    assert (onednn.TARGET in gradient) == uses
+
+
+@needs_onednn
+@pytest.mark.parametrize("instructions, uses", [("avx512_bf16", True), ("avx512f", False)])
+def test_bfloat16_where_the_processor_has_it(instructions, uses, monkeypatch):
+    monkeypatch.setattr(cpu, "cpuinfo", lambda: f"flags : fpu {instructions} sse")
+    cpu.has_bfloat16.cache_clear()
+    _, gradient = programs_of((2, 4, 4, 8), dtype="bfloat16")
+    cpu.has_bfloat16.cache_clear()
+    assert (onednn.TARGET in gradient) == uses
+
+
+def is_not_used_but_computes():
+    _, gradient = programs_of(LARGE)
+    return onednn.TARGET not in gradient
+
+
+@needs_onednn
+def test_a_name_that_xla_does_not_have(monkeypatch, caplog):
+    monkeypatch.setattr(onednn, "TARGET", "__onednn$another")
+    assert is_not_used_but_computes()
+    assert "oneDNN's convolutions cannot be used: " in caplog.text
+
+
+@needs_onednn
+def test_another_result_than_xla_s(monkeypatch, caplog):
+    monkeypatch.setattr(onednn, "by_xla", lambda x, kernel, f=onednn.by_xla: f(x, kernel) + 1)
+    assert is_not_used_but_computes()
+    assert "differ from XLA's" in caplog.text
+
+
+@needs_onednn
+def test_a_newer_jax(monkeypatch, caplog):
+    monkeypatch.setattr(jax, "__version_info__", (99, 0, 0))
+    with caplog.at_level(logging.INFO):
+        assert is_not_used_but_computes()
+    assert "is newer than what oneDNN was tested with" in caplog.text
+
+
+def test_another_processor(monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    assert is_not_used_but_computes()
