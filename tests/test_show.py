@@ -14,7 +14,7 @@ from ddpm_jax.core import schedules, unet
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, data, images
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.runs import generate, show, train
+from ddpm_jax.runs import frames, generate, show, train
 
 OF_CONFIG = {"schedule.png", "data.png", "forward.png"}
 OF_RUN = {"samples.png", "denoising.png", "denoising_x0.png", "reverse.gif", "reverse.mp4"}
@@ -185,3 +185,28 @@ def test_frames_are_of_whole_steps(config, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="enough"):
         show.draw_reverse(config, tmp_path, tmp_path)
     assert asked == [{"frames_at": {1, 6}, "x0_at": {0, 6}}]
+
+
+def test_frames_of_the_strip_and_of_the_animation(config):
+    """With T = 20: the sampler returns the frames of the steps 19, 13, 6, 5, 0, in this order."""
+    config.show.update(sampler="ancestral", num_steps=20, timesteps=(19, 5), num_frames=4)
+    shown = frames.of_reverse(configs.for_show(config))
+    assert (shown.strip, shown.animation) == ([19, 5], [19, 13, 6, 0])
+    assert shown.numbers(shown.strip) == [0, 3]
+    assert shown.numbers(shown.animation) == [0, 1, 2, 4]
+
+
+def test_grids_and_report_share_a_program(config, tmp_path, monkeypatch):
+    asked = []
+
+    def make_sampler(config, **options):
+        asked.append((config.to_json(), options))
+        raise UserError("enough")
+
+    monkeypatch.setattr(generate, "make_sampler", make_sampler)
+    monkeypatch.setattr(checkpoint, "restore_params", lambda *_: (1, None))
+    with pytest.raises(UserError, match="enough"):
+        train.make_grid_sampler(config, generate.guidance_for_run(config, tmp_path))
+    with pytest.raises(UserError, match="enough"):
+        show.draw_reverse(config, tmp_path, tmp_path)
+    assert asked[0] == asked[1]

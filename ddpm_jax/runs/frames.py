@@ -40,7 +40,7 @@ def of_reverse(config):
     # With fewer steps than T, the nearest ones.
     strip = {int(np.abs(taus - t).argmin()) for t in timesteps(config)}
     last, count = len(taus) - 1, min(config.show.num_frames, len(taus))
-    animation = set(np.linspace(0, last, count).round().astype(int).tolist()) | {0}
+    animation = set(np.linspace(0, last, count).round().astype(int).tolist())
     options = {
         "frames_at": {rows[i][1] for i in strip | animation},
         "x0_at": {rows[i][0] for i in strip},
