@@ -5,11 +5,13 @@ import importlib.util
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from programs import ROOT
 
-from benchmarks import chart, objectives, objectives_chart
+from benchmarks import chart, gpu, objectives, objectives_chart
 from ddpm_jax import configs
 from ddpm_jax.files import data
 from ddpm_jax.runs import state as states
@@ -83,3 +85,29 @@ def test_held_out_mse_of_a_network_that_predicts_zero(config, prediction):
         v = alpha_bars + (1 - alpha_bars) * np.square(x0).mean()
         expected = (alpha_bars * v).mean(axis=1)
     np.testing.assert_allclose(found, expected, rtol=0.08)
+
+
+@pytest.mark.parametrize("name", ["as it is", "10 steps a dispatch", "dropout of 16 bits"])
+def test_a_candidate_for_a_faster_step(name, monkeypatch):
+    """In this process, with a small network."""
+    monkeypatch.setattr(gpu, "SECONDS", 0.2)
+    monkeypatch.setattr(gpu.cpu, "prepare", lambda trains: None)
+    monkeypatch.setattr(gpu.cpu, "use_cores", lambda *_: None)
+    small = {"channels": 8, "norm_groups": 4, "channel_mults": (1,), "dropout": 0.5}
+    fields = {f"model.{key}": value for key, value in small.items()}
+    case = {"name": name, "config": "digits", "size": 8, **gpu.CANDIDATES[name], "fields": fields}
+    found = gpu.measure(case)
+    assert found["images_per_second"] > 0
+    assert bool(found.get("trace")) == (name == "as it is")
+
+
+def test_dropout_of_16_bits():
+    """The rate, the mean, and a mask that depends on the example's key only."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jnp.ones((4, 100, 100))
+    found = gpu.sixteen_bits(x, 0.1, keys, 3)
+    dropped = (found == 0).mean()
+    assert abs(float(dropped) - 0.1) < 4 * np.sqrt(0.1 * 0.9 / x.size)
+    assert abs(float(found.mean()) - 1) < 0.01
+    np.testing.assert_array_equal(gpu.sixteen_bits(x[2:3], 0.1, keys[2:3], 3)[0], found[2])
+    assert (gpu.sixteen_bits(x, 0.1, keys, 4) != found).any()
