@@ -126,7 +126,12 @@ def swapped(gradient, name):
     return np.roll(gradient, gradient.shape[1] // 2, 1) if "linear_1.weight" in name else gradient
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+LONG = {"ADM for LSUN 256, a sixteenth wide"}  # most of its time is compiling
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.nightly if n in LONG else ()) for n in NETWORKS]
+)
 def test_network(name, reference, tmp_path):
     """float32, float64, and every gradient."""
     widths, attention, kwargs = NETWORKS[name]
