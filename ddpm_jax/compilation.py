@@ -28,9 +28,10 @@ def keep_programs():
     """
     if VARIABLE in os.environ or jax.config.jax_compilation_cache_dir:
         return
-    root = pathlib.Path(FOLDER).expanduser()
-    folder = root / hashlib.sha256(_processor().encode()).hexdigest()[:16]
+    name = hashlib.sha256(_processor().encode()).hexdigest()[:16]
     try:
+        root = pathlib.Path(FOLDER).expanduser()
+        folder = root / name
         folder.mkdir(parents=True, exist_ok=True)
         delete_oldest(root, MOST_BYTES)
         writable = os.access(folder, os.W_OK | os.X_OK)

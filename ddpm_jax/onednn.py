@@ -36,14 +36,14 @@ def convolve(x, kernel):
     return _call(x, kernel)
 
 
-def _of_kernel(residuals, dy):
+def _gradients(residuals, dy):
     x, kernel = residuals
     dx = _call(dy, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
     (dkernel,) = jax.vjp(lambda kernel: by_xla(x, kernel), kernel)[1](dy)
     return dx, dkernel
 
 
-convolve.defvjp(lambda x, kernel: (_call(x, kernel), (x, kernel)), _of_kernel)
+convolve.defvjp(lambda x, kernel: (_call(x, kernel), (x, kernel)), _gradients)
 
 
 def by_xla(x, kernel):

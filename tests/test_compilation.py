@@ -63,8 +63,12 @@ def test_a_folder_that_the_caller_chose_stays(home):
     assert folder_of_jax() == "of the caller"
 
 
-def test_a_home_that_cannot_be_written(home, caplog):
-    (home / ".cache").write_text("a file")
+@pytest.mark.parametrize("reason", ["a file in its place", "no home"])
+def test_a_home_that_cannot_be_written(home, caplog, monkeypatch, reason):
+    if reason == "no home":
+        monkeypatch.setattr(compilation, "FOLDER", "~nobody_of_this_name/programs")
+    else:
+        (home / ".cache").write_text("a file")
     with caplog.at_level(logging.WARNING):
         compilation.keep_programs()
     assert folder_of_jax() is None
