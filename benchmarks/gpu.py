@@ -17,7 +17,6 @@ Further arguments, as --config.train.batch_size=256, go to main.py (train and sc
 import argparse
 import collections
 import datetime
-import functools
 import json
 import os
 import pathlib
@@ -44,13 +43,13 @@ from ddpm_jax.runs import state as states
 MAIN = pathlib.Path(__file__).resolve().parent.parent / "main.py"
 GMAC = 6.222  # of a forward pass of CIFAR-10's network
 SECONDS = 3  # of each measurement
-# What each candidate changes: fields of the config, XLA_FLAGS, or functions of this file.
+# What each candidate changes: fields of the config, XLA_FLAGS, or what `measure` does.
 CANDIDATES = {
     "as it is": {},
     "batch 2": {"batch": 2},
     "batch 4": {"batch": 4},
     "no dropout": {"fields": {"model.dropout": 0.0}},
-    "dropout of 16 bits": {"dropout": "sixteen_bits"},
+    "dropout of 16 bits": {"dropout_bits": 16},
     "10 steps a dispatch": {"steps": 10},
     "latency hiding": {"flags": "--xla_gpu_enable_latency_hiding_scheduler=true"},
     "exhaustive tiling": {"flags": "--xla_gpu_exhaustive_tiling_search=true"},
@@ -79,17 +78,8 @@ def make_work(config, steps):
     """
     model, optimizer = configs.make_model(config), states.make_optimizer(config.optim, 10**6)
     state = states.create_state(model, optimizer, configs.image_shape(config), 0)
-    schedule, size = configs.make_schedule(config), config.train.batch_size
-    one = functools.partial(
-        objective.train_step,
-        loss_fn=objective.make_loss(config, model, schedule),
-        num_timesteps=schedule.num_timesteps,
-        optimizer=optimizer,
-        ema_decays=configs.ema_decays(config.optim),
-        label_dropout=(0.0, 0),
-        seed=config.seed,
-        timesteps_name=config.train.timesteps,
-    )
+    size = config.train.batch_size
+    one = objective.make_step(config, model, configs.make_schedule(config), optimizer)
 
     def update(state, x):
         state, metrics = one(state, data.Batch(x, None))
@@ -117,7 +107,7 @@ def measure(case):
     config.train.batch_size = case["size"] * case.get("batch", 1)
     cpu.use_cores(config.train.batch_size)
     steps, seconds = case.get("steps", 1), []
-    dropout = globals()[case["dropout"]] if "dropout" in case else unet.per_example_dropout
+    dropout = sixteen_bits if "dropout_bits" in case else unet.per_example_dropout
     with mock.patch.object(unet, "per_example_dropout", dropout):
         start = time.perf_counter()
         work, state = make_work(config, steps)
@@ -156,12 +146,13 @@ def trace(work, most=25):
 def profile(flags):
     """Measures each candidate in a process of its own; yields the lines."""
     deadline = time.monotonic() + 60 * flags.minutes
-    known = {(line["device"], line["phase"], line.get("name"), line.get("config"))
-             for line in read(flags.out)}  # fmt: skip
+    known = [{name: line.get(name) for name in ("device", "phase", "name", "config", "size")}
+             for line in read(flags.out)]  # fmt: skip
     for name in tqdm(CANDIDATES, "profile", unit="candidate"):
-        case = {"name": name, "config": flags.config, "size": flags.batch, **CANDIDATES[name]}
-        if (flags.device, "profile", name, flags.config) in known:
+        asked = {"name": name, "config": flags.config, "size": flags.batch}
+        if {"device": flags.device, "phase": "profile", **asked} in known:
             continue
+        case = asked | CANDIDATES[name]
         left = deadline - time.monotonic()
         if left < 5:
             print(f"{name}: no time left; the same command goes on")
@@ -179,19 +170,25 @@ def profile(flags):
         last = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1:]
         text = last[0] if last else f"exit code {done.returncode}"
         found = json.loads(text) if done.returncode == 0 else {"failed": text[:300]}
-        yield {"name": name, "config": flags.config, "flags": xla_flags, **found}
+        yield {**asked, "flags": xla_flags, **found}
 
 
 def main_for(flags, seconds, *arguments):
-    """Runs main.py; after so many seconds it gets SIGTERM, and saves. Returns its exit code."""
+    """Runs main.py; after so many seconds it gets SIGTERM, and saves. Returns its exit code.
+
+    An error of the user ends this program, too.
+    """
     command = [sys.executable, str(MAIN), *arguments, f"--workdir={flags.workdir}", *flags.rest]
     print(" ".join(command[1:]), flush=True)
     process = subprocess.Popen(command)
     try:
-        return process.wait(seconds)
+        code = process.wait(seconds)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)
-        return process.wait()
+        code = process.wait()
+    if code == 2:
+        sys.exit(code)
+    return code
 
 
 def train(flags):

@@ -90,6 +90,10 @@ def test_held_out_mse_of_a_network_that_predicts_zero(config, prediction):
 @pytest.mark.parametrize("name", ["as it is", "10 steps a dispatch", "dropout of 16 bits"])
 def test_a_candidate_for_a_faster_step(name, monkeypatch):
     """In this process, with a small network."""
+    drawn = []
+    monkeypatch.setattr(
+        gpu, "sixteen_bits", lambda *a, f=gpu.sixteen_bits: drawn.append(1) or f(*a)
+    )
     monkeypatch.setattr(gpu, "SECONDS", 0.2)
     monkeypatch.setattr(gpu.cpu, "prepare", lambda trains: None)
     monkeypatch.setattr(gpu.cpu, "use_cores", lambda *_: None)
@@ -99,6 +103,7 @@ def test_a_candidate_for_a_faster_step(name, monkeypatch):
     found = gpu.measure(case)
     assert found["images_per_second"] > 0
     assert bool(found.get("trace")) == (name == "as it is")
+    assert bool(drawn) == (name == "dropout of 16 bits")
 
 
 def test_dropout_of_16_bits():

@@ -214,8 +214,8 @@ def train_step(
     return state, {"loss": loss, "grad_norm": norm, **quarters, "applied": applied}
 
 
-def make_train_step(config, model, schedule, optimizer, devices=None):
-    """train_step over all devices: (state, Batch of [devices, B, …]) → (state, metrics)."""
+def make_step(config, model, schedule, optimizer):
+    """train_step of a config, for parallel.pmap: (state, a device's Batch) → (state, metrics)."""
     rate = 0.0 if config.model.kind == "classifier" else config.train.label_dropout
 
     def step(state, batch):
@@ -232,10 +232,16 @@ def make_train_step(config, model, schedule, optimizer, devices=None):
             timesteps_name=config.train.timesteps,
         )
 
+    return step
+
+
+def make_train_step(config, model, schedule, optimizer, devices=None):
+    """make_step over all devices: (state, Batch of [devices, B, …]) → (state, metrics)."""
     # The state is replicated before and after, and its buffers are reused.
     return parallel.pmap(
-        step, in_axes=(None, 0), out_axes=(None, None), donate_argnums=0, devices=devices
-    )
+        make_step(config, model, schedule, optimizer),
+        in_axes=(None, 0), out_axes=(None, None), donate_argnums=0, devices=devices,
+    )  # fmt: skip
 
 
 def make_eval_loss(config, model, schedule, source):
