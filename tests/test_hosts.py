@@ -64,9 +64,11 @@ def one_process(folder, devices, steps):
     return folder / "run"
 
 
-def test_the_number_of_devices_changes_nothing(tmp_path):
+# The next test has 2 and 4 devices, in one process and in two.
+@pytest.mark.parametrize("devices", [(1, 8), pytest.param((1, 2, 4), marks=pytest.mark.nightly)])
+def test_the_number_of_devices_changes_nothing(tmp_path, devices):
     """Training with dropout, sampling, evaluation; batch sizes are global."""
-    runs = [one_process(tmp_path / str(n), n, 6) for n in (1, 2, 4, 8)]
+    runs = [one_process(tmp_path / str(n), n, 6) for n in devices]
     assert len(numbers(runs[0])[0]) == 6
     for run in runs[1:]:
         assert_same(runs[0], run)

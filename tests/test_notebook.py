@@ -127,15 +127,28 @@ def test_its_code_fits_the_package(notebook):
     assert used > 10
 
 
-@pytest.mark.slow
-def test_it_runs(notebook, tmp_path, monkeypatch):
-    """From another folder, in the time that it says."""
+def execute(notebook, tmp_path, monkeypatch):
+    """From another folder, in which nothing is left."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     where = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(notebook, timeout=1800, kernel_name="python3", resources=where).execute()
-    check_claims(notebook)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_short_training_runs(notebook, tmp_path, monkeypatch):
+    (training,) = (cell for cell in code_cells(notebook) if "ddpm_jax.train(" in cell.source)
+    training.source = "config.train.num_steps = 50\n" + training.source
+    execute(notebook, tmp_path, monkeypatch)
+    assert "50 steps in" in printed(notebook) and len(pictures(notebook)) == 10
+
+
+@pytest.mark.nightly
+def test_it_runs(notebook, tmp_path, monkeypatch):
+    """In the time that it says."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    execute(notebook, tmp_path, monkeypatch)
+    check_claims(notebook)
     seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
     assert 10 < seconds < CPU_SECONDS
