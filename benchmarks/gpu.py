@@ -16,6 +16,7 @@ Further arguments, as --config.train.batch_size=256, go to main.py (train and sc
 
 import argparse
 import collections
+import contextlib
 import datetime
 import json
 import os
@@ -43,14 +44,18 @@ from ddpm_jax.runs import state as states
 MAIN = pathlib.Path(__file__).resolve().parent.parent / "main.py"
 GMAC = 6.222  # of a forward pass of CIFAR-10's network
 SECONDS = 3  # of each measurement
-# What each candidate changes: fields of the config, XLA_FLAGS, or what `measure` does.
+# What each candidate changes: fields of the config, XLA_FLAGS, what REPLACED has, or the number of
+# images or steps.
 CANDIDATES = {
     "as it is": {},
     "batch 2": {"batch": 2},
     "batch 4": {"batch": 4},
     "no dropout": {"fields": {"model.dropout": 0.0}},
-    "dropout of 16 bits": {"dropout_bits": 16},
+    "dropout of 16 bits": {"replaces": "dropout"},
     "10 steps a dispatch": {"steps": 10},
+    "norms computed again": {"replaces": "norms"},
+    "cuDNN's norms": {"flags": "--xla_gpu_enable_cudnn_layer_norm=true"},
+    "cuDNN's attention": {"replaces": "attention"},
     "latency hiding": {"flags": "--xla_gpu_enable_latency_hiding_scheduler=true"},
     "exhaustive tiling": {"flags": "--xla_gpu_exhaustive_tiling_search=true"},
     "no Triton products": {"flags": "--xla_gpu_enable_triton_gemm=false"},
@@ -69,6 +74,21 @@ def sixteen_bits(x, rate, keys, tag):
         return jax.random.bits(jax.random.fold_in(key, tag), x.shape[1:], jnp.uint16) >= threshold
 
     return jnp.where(jax.vmap(keep_mask)(keys), x / (1 - threshold / 2**16), 0)
+
+
+def cudnn_attention(query, key, value, implementation="cudnn"):
+    """unet.attend by one kernel, which keeps no [N, N] weights for the backward pass."""
+    arrays = (x[:, :, None] for x in (query, key, value))  # as one head each
+    return jax.nn.dot_product_attention(*arrays, implementation=implementation)[:, :, 0]
+
+
+# {name: (module, attribute, what to put there)}. The backward pass computes a norm's output again:
+# there is less to write and to read.
+REPLACED = {
+    "dropout": (unet, "per_example_dropout", sixteen_bits),
+    "attention": (unet, "attend", cudnn_attention),
+    "norms": (unet.nn, "GroupNorm", unet.nn.remat(unet.nn.GroupNorm)),
+}
 
 
 def make_work(config, steps):
@@ -107,8 +127,9 @@ def measure(case):
     config.train.batch_size = case["size"] * case.get("batch", 1)
     cpu.use_cores(config.train.batch_size)
     steps, seconds = case.get("steps", 1), []
-    dropout = sixteen_bits if "dropout_bits" in case else unet.per_example_dropout
-    with mock.patch.object(unet, "per_example_dropout", dropout):
+    with contextlib.ExitStack() as stack:
+        if "replaces" in case:
+            stack.enter_context(mock.patch.object(*REPLACED[case["replaces"]]))
         start = time.perf_counter()
         work, state = make_work(config, steps)
         state = jax.block_until_ready(work(work(state)))

@@ -1,6 +1,7 @@
 """`python -m benchmarks` runs, with the peers; no test checks a time."""
 
 import csv
+import functools
 import importlib.util
 import subprocess
 import sys
@@ -11,11 +12,17 @@ import numpy as np
 import pytest
 from programs import ROOT
 
-from benchmarks import chart, gpu, objectives, objectives_chart
-from ddpm_jax import configs
+from benchmarks import chart, gpu, objectives, objectives_chart, to_quality
+from ddpm_jax import configs, cpu
+from ddpm_jax.core import unet
 from ddpm_jax.files import data
 from ddpm_jax.runs import state as states
 from ddpm_jax.runs import train
+
+
+def rate_of(text):
+    """The median in "1,234 (1,200 to 1,250)"."""
+    return float(text.split()[0].replace(",", ""))
 
 
 @pytest.mark.parity
@@ -24,16 +31,52 @@ def test_smoke():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
-    peers = ["eager", "channels_last"]
+    names = ["ours", "channels_last"]
     if importlib.util.find_spec("denoising_diffusion_pytorch"):
-        peers.append("denoising-diffusion-pytorch")
-    assert rows[0][1 : len(peers) + 2] == ["ours", *peers]
-    assert len(rows) == 2 + 5  # a cell of each kind
-    for row in rows[2:5]:
-        assert all(float(rate.split()[0].replace(",", "")) > 0 for rate in row[1 : len(peers) + 2])
-    assert float(rows[5][1].split()[0].replace(",", "")) > 0  # devices are of ours alone
-    assert all(float(rate.split()[0].replace(",", "")) > 0 for rate in rows[6][1:3])
+        names.append("denoising-diffusion-pytorch")
+    ratios = ["ours / fastest"]
+    if cpu.has_bfloat16():
+        names += ["ours, bfloat16", "channels_last, bfloat16"]
+        ratios += ["in bfloat16"]
+    assert rows[0][1 : -len(ratios) - 2] == names
+    assert rows[0][-len(ratios) - 2 : -2] == ratios
+    assert len(rows) == 2 + 4  # a cell of each kind
+    cells = [dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows[2:]]
+    rates = [{name: rate_of(cell[name]) for name in names if cell[name]} for cell in cells]
+    assert all(rate > 0 for row in rates for rate in row.values())
+    new = [name for name in names if name != "denoising-diffusion-pytorch"]
+    # Devices are of ours alone.
+    assert [list(row) for row in rates] == [names, names, new, ["ours"]]
+    for cell, row in zip(cells, rates, strict=True):
+        if len(row) > 1:
+            fastest = max(row[name] for name in names[1:] if name in row and "bfl" not in name)
+            assert float(cell["ours / fastest"]) == pytest.approx(row["ours"] / fastest, rel=0.02)
+        if len(row) > 1 and cpu.has_bfloat16():
+            ours, other = (row[name] for name in names[-2:])
+            assert float(cell["in bfloat16"]) == pytest.approx(ours / other, rel=0.02)
     assert "input pipeline" in done.stdout
+
+
+def test_minutes_to_a_quality():
+    """Those of the first stop that has it; at the end, those of the last."""
+    found = {
+        "ours": {10: (1.0, 0.4), 20: (2.0, 0.65), 30: (3.0, 0.6)},
+        "other": {10: (3.0, 0.1), 20: (6.0, 0.5)},
+    }
+    assert to_quality.table(found, [0.5, 0.6])[2:] == [
+        "| ours | 2.0 (step 20) | 2.0 (step 20) | 0.60 after 3.0 minutes |",
+        "| other | 6.0 (step 20) | never | 0.50 after 6.0 minutes |",
+    ]
+
+
+@pytest.mark.nightly
+def test_training_to_a_quality_runs():
+    command = [sys.executable, "-m", "benchmarks.to_quality", "--num_steps=20", "--quality=0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("|")][2:]
+    assert [row[0][2:] for row in rows] == list(to_quality.CONTESTANTS)
+    assert all(row[1].endswith("(step 2)") for row in rows)
 
 
 def test_chart(tmp_path):
@@ -87,13 +130,21 @@ def test_held_out_mse_of_a_network_that_predicts_zero(config, prediction):
     np.testing.assert_allclose(found, expected, rtol=0.08)
 
 
-@pytest.mark.parametrize("name", ["as it is", "10 steps a dispatch", "dropout of 16 bits"])
+@pytest.mark.parametrize(
+    "name",
+    ["as it is", "10 steps a dispatch", *(k for k, v in gpu.CANDIDATES.items() if "replaces" in v)],
+)
 def test_a_candidate_for_a_faster_step(name, monkeypatch):
     """In this process, with a small network."""
-    drawn = []
-    monkeypatch.setattr(
-        gpu, "sixteen_bits", lambda *a, f=gpu.sixteen_bits: drawn.append(1) or f(*a)
-    )
+    used = []
+
+    def recorded(function):
+        return lambda *args, **kwargs: used.append(1) or function(*args, **kwargs)
+
+    by_xla = functools.partial(gpu.cudnn_attention, implementation="xla")
+    monkeypatch.setitem(gpu.REPLACED, "attention", (unet, "attend", by_xla))
+    for key, (module, attribute, function) in gpu.REPLACED.items():
+        monkeypatch.setitem(gpu.REPLACED, key, (module, attribute, recorded(function)))
     monkeypatch.setattr(gpu, "SECONDS", 0.2)
     monkeypatch.setattr(gpu.cpu, "prepare", lambda trains: None)
     monkeypatch.setattr(gpu.cpu, "use_cores", lambda *_: None)
@@ -103,7 +154,23 @@ def test_a_candidate_for_a_faster_step(name, monkeypatch):
     found = gpu.measure(case)
     assert found["images_per_second"] > 0
     assert bool(found.get("trace")) == (name == "as it is")
-    assert bool(drawn) == (name == "dropout of 16 bits")
+    assert bool(used) == ("replaces" in gpu.CANDIDATES[name])
+
+
+def test_replaced_functions_compute_the_same():
+    """Attention as one kernel, and norms that the backward pass computes again."""
+    query, key, value = jax.random.normal(jax.random.key(0), (3, 4, 16, 8))
+    found = gpu.cudnn_attention(query, key, value, implementation="xla")
+    np.testing.assert_allclose(found, unet.attend(query, key, value), rtol=1e-5, atol=1e-6)
+    x = jax.random.normal(jax.random.key(1), (2, 4, 4, 8))
+    plain, again = (norm(4) for norm in (unet.nn.GroupNorm, gpu.REPLACED["norms"][2]))
+    params = plain.init(jax.random.key(2), x)
+    assert jax.tree.structure(params) == jax.tree.structure(again.init(jax.random.key(2), x))
+    gradients = [
+        jax.grad(lambda x, norm=norm: jnp.sin(norm.apply(params, x)).sum())(x)
+        for norm in (plain, again)
+    ]
+    np.testing.assert_allclose(*gradients, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_of_16_bits():

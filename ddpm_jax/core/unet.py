@@ -154,6 +154,18 @@ def join_heads(x, num_heads, head_channels):
     return heads.reshape(-1, x.shape[1], num_heads * head_channels)
 
 
+def attend(query, key, value):
+    """softmax(query keyᵀ / √c) value, each [B · heads, N, c].
+
+    The softmax is computed in float32, or in float64 if the network is; in
+    jax.nn.dot_product_attention it is never float64.
+    """
+    softmax_dtype = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum("bqc,bkc->bqk", query, key, preferred_element_type=softmax_dtype)
+    weights = nn.softmax(scores / query.shape[-1] ** 0.5).astype(value.dtype)
+    return jnp.einsum("bqk,bkc->bqc", weights, value)
+
+
 class AttentionBlock(nn.Module):
     """Self-attention over the H·W positions (Vaswani et al. 2017), with a residual connection.
 
@@ -180,12 +192,7 @@ class AttentionBlock(nn.Module):
             split_heads(dense(math.prod(heads), name=name)(h), *heads)
             for name in ("query", "key", "value")
         )
-        # The softmax is computed in float32, or in float64 if the network is; in
-        # jax.nn.dot_product_attention it is never float64.
-        softmax_dtype = jnp.promote_types(query.dtype, jnp.float32)
-        scores = jnp.einsum("bqc,bkc->bqk", query, key, preferred_element_type=softmax_dtype)
-        weights = nn.softmax(scores / self.head_channels**0.5).astype(value.dtype)
-        h = join_heads(jnp.einsum("bqk,bkc->bqc", weights, value), *heads)
+        h = join_heads(attend(query, key, value), *heads)
         h = dense(channels, kernel_init=NEAR_ZERO, name="proj")(h)
         return x + h.reshape(x.shape)
 
