@@ -21,7 +21,7 @@ from benchmarks.memory import peak
 from ddpm_jax import configs, cpu, parallel
 from ddpm_jax.core import solvers, unet
 from ddpm_jax.files import data
-from ddpm_jax.runs import generate, networks, objective, schedulers
+from ddpm_jax.runs import generate, networks, objective, schedulers, train
 from ddpm_jax.runs import state as states
 
 DIFFUSERS = ("eager", "channels_last", "compile")  # modes of diffusers
@@ -90,7 +90,7 @@ def ours(cell, bfloat16):
     if bfloat16 or jax.default_backend() == "gpu":
         config.model.dtype = "bfloat16"
     model, optimizer = configs.make_model(config), states.make_optimizer(config.optim, 100)
-    state = states.create_state(model, optimizer, configs.image_shape(config), 0)
+    state = train.create_state(config, model, optimizer)
     parameters = sum(p.size for p in jax.tree.leaves(state.params))
     images = random_images(config, cell.size)
     if cell.task == "train":

@@ -40,6 +40,7 @@ from ddpm_jax.files import data
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.runs import objective
 from ddpm_jax.runs import state as states
+from ddpm_jax.runs import train as training
 
 MAIN = pathlib.Path(__file__).resolve().parent.parent / "main.py"
 GMAC = 6.222  # of a forward pass of CIFAR-10's network
@@ -97,7 +98,7 @@ def make_work(config, steps):
     With several steps, the images of all are on the device before, as those of a dataset would be.
     """
     model, optimizer = configs.make_model(config), states.make_optimizer(config.optim, 10**6)
-    state = states.create_state(model, optimizer, configs.image_shape(config), 0)
+    state = training.create_state(config, model, optimizer)
     size = config.train.batch_size
     one = objective.make_step(config, model, configs.make_schedule(config), optimizer)
 
