@@ -26,7 +26,7 @@ from ddpm_jax.runs import state as states
 
 DIFFUSERS = ("eager", "channels_last", "compile")  # modes of diffusers
 OTHER = "denoising-diffusion-pytorch"
-BFLOAT16 = ", bfloat16"  # ends the names of those that compute in it on a CPU; on a GPU all do
+BFLOAT16 = ", bfloat16"  # suffix of those that compute in it on a CPU; on a GPU all do
 TURN = 1.0  # seconds; after a pause, steps of 20 ms take up to twice as long at first
 
 

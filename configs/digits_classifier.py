@@ -15,6 +15,5 @@ def get_config():
     config = named_config("digits")
     config.data.num_classes = 10
     config.model.update(kind="classifier", dropout=0.1)
-    config.train.update(num_steps=1000, timesteps="uniform", score_every=0)
-    config.train.update(eval_every=250, checkpoint_every=500)
+    config.train.update(num_steps=1000, eval_every=250, checkpoint_every=500, score_every=0)
     return config

@@ -68,7 +68,7 @@ def no_report(monkeypatch):
 
 @pytest.fixture
 def config():
-    """The digits with a network of a few thousand parameters, a short chain, and Ho's loss."""
+    """The digits with a network of a few thousand parameters and a short chain."""
     from ddpm_jax import configs
 
     config = configs.named_config("digits")
@@ -81,12 +81,11 @@ def config():
         dropout=0.1,
     )
     config.model.norm_groups = 4
-    config.diffusion.update(num_timesteps=20, loss_weight="none")
+    config.diffusion.num_timesteps = 20
     config.optim.update(learning_rate=1e-3, warmup_steps=2)
     config.train.update(
         batch_size=8,
         num_steps=4,
-        timesteps="uniform",
         log_every=1,
         eval_every=2,
         eval_images=10,

@@ -64,7 +64,7 @@ def one_process(folder, devices, steps):
     return folder / "run"
 
 
-# The next test has 2 and 4 devices, in one process and in two.
+# test_two_processes_do_what_one_does has 2 and 4.
 @pytest.mark.parametrize("devices", [(1, 8), pytest.param((1, 2, 4), marks=pytest.mark.nightly)])
 def test_the_number_of_devices_changes_nothing(tmp_path, devices):
     """Training with dropout, sampling, evaluation; batch sizes are global."""
