@@ -6,6 +6,8 @@ network's number of parameters. GMAC is the network's multiply-adds per image in
 if the network is the same as ours.
 """
 
+import bisect
+import functools
 import importlib
 import statistics
 import sys
@@ -254,8 +256,10 @@ def lucidrains(cell, bfloat16):
     options = {"dim_mults": tuple(config.model.channel_mults), "channels": shape[-1]}
     with torch.device("meta"):
         target = multiply_adds(UNet2DModel.from_config(networks.diffusers_network(config)), shape)
-        by_dim = {dim: multiply_adds(Unet(dim, **options), shape) for dim in range(8, 257, 8)}
-    dim = min(by_dim, key=lambda dim: abs(by_dim[dim] - target))
+        cost = functools.cache(lambda dim: multiply_adds(Unet(dim, **options), shape))
+        dims = range(8, 257, 8)
+        above = bisect.bisect_left(dims, target, lo=1, hi=len(dims) - 1, key=cost)
+        dim = min(dims[above - 1 : above + 1], key=lambda dim: abs(cost(dim) - target))
     network = Unet(dim, **options).to(device)
     chain = {"image_size": shape[:2], "objective": "pred_noise", "timesteps": cell.steps}
     if cell.task == "ddim":
@@ -285,7 +289,7 @@ def lucidrains(cell, bfloat16):
             with autocast:
                 diffusion.sample(batch_size=cell.size)
 
-    return synchronized(work), sum(p.numel() for p in network.parameters()), by_dim[dim] / 1e9
+    return synchronized(work), sum(p.numel() for p in network.parameters()), cost(dim) / 1e9
 
 
 def make(name, cell):
