@@ -1,0 +1,14 @@
+"""MNIST with what lowers the bits/dim: L_hybrid, a learned variance, and importance sampling.
+
+    python main.py --config=configs/mnist_improved.py
+"""
+
+from ddpm_jax.configs import named_config
+
+
+def get_config():
+    """mnist.py, with the objectives of Nichol & Dhariwal 2021."""
+    config = named_config("mnist")
+    config.diffusion.update(loss="hybrid", variance="learned_range")
+    config.train.timesteps = "importance"
+    return config
