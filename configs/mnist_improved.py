@@ -1,6 +1,8 @@
 """MNIST with what lowers the bits/dim: L_hybrid, a learned variance, and importance sampling.
 
     python main.py --config=configs/mnist_improved.py
+
+Not run.
 """
 
 from ddpm_jax.configs import named_config
