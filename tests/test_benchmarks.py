@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from programs import ROOT
 
+from benchmarks import __main__ as benchmark
 from benchmarks import chart, gpu, objectives, objectives_chart, to_quality
+from benchmarks.contestants import OTHER, Cell
 from ddpm_jax import configs, cpu
 from ddpm_jax.core import unet
 from ddpm_jax.files import data
@@ -57,6 +59,29 @@ def test_smoke():
             ours, other = (row[name] for name in names[-2:])
             assert float(cell["in bfloat16"]) == pytest.approx(ours / other, rel=0.02, abs=0.01)
     assert "input pipeline" in done.stdout
+
+
+def test_saved_rows_are_measured_again_if_they_lack_a_contestant(tmp_path, monkeypatch):
+    measured, path = [], tmp_path / "rows.jsonl"
+    monkeypatch.setattr(
+        benchmark, "measure", lambda cell, names: measured.append(cell.task) or dict.fromkeys(names)
+    )
+    cells = [Cell("train", "digits", 2), Cell("unipc", "digits", 2), Cell("ddim", "mnist", 2, 5)]
+    cells[2] = cells[2]._replace(devices=2)
+    names, environment = ["ours", "eager"], {"device": "a CPU"}
+
+    def measured_by(names, environment):
+        measured.clear()
+        found = dict(benchmark.run_cells(cells, names, path, environment))
+        assert list(found) == cells
+        return measured[:]
+
+    assert measured_by(names, environment) == ["train", "unipc", "ddim"]
+    assert measured_by(names, environment) == []
+    # It has no unipc, and devices are of ours alone.
+    assert measured_by([*names, OTHER], environment) == ["train"]
+    assert measured_by([*names, OTHER], environment) == []
+    assert measured_by(names, {"device": "another"}) == ["train", "unipc", "ddim"]
 
 
 def test_minutes_to_a_quality():
@@ -152,7 +177,8 @@ def test_a_candidate_for_a_faster_step(name, monkeypatch):
     monkeypatch.setattr(gpu.cpu, "use_cores", lambda *_: None)
     small = {"channels": 8, "norm_groups": 4, "channel_mults": (1,), "dropout": 0.5}
     fields = {f"model.{key}": value for key, value in small.items()}
-    case = {"name": name, "config": "digits", "size": 8, **gpu.CANDIDATES[name], "fields": fields}
+    case = {"name": name, "config": "digits_improved", "size": 8, "fields": fields}
+    case |= {k: v for k, v in gpu.CANDIDATES[name].items() if k != "fields"}
     found = gpu.measure(case)
     assert found["images_per_second"] > 0
     assert bool(found.get("trace")) == (name == "as it is")
