@@ -46,7 +46,7 @@ HEADLINE_GPU = [
     Cell("train", "cifar10", 128),
     Cell("ancestral", "cifar10", 128, steps=1000, chain=1000),
 ]
-SMOKE = [Cell(task, "digits", 2, 2, 2, rounds=1) for task in ("forward", "train", "unipc")]
+SMOKE = [Cell(task, "digits", 2, 2, 2, rounds=1) for task in ("forward", "train", "ddim", "unipc")]
 SMOKE.append(Cell("ancestral", "digits", 2, 2, 2, 2, 1))
 # Ten network evaluations each.
 SAMPLERS = [

@@ -13,6 +13,7 @@ draws all of them, with dpmpp_sde in 20 steps.
 """
 
 import argparse
+import copy
 import functools
 import multiprocessing
 import pathlib
@@ -61,46 +62,63 @@ def real_digits(config):
     return source.read(np.arange(source.size)).images
 
 
-def diffusers_network(config):
-    """(UNet2DModel, DDPMScheduler) of a config."""
-    from diffusers import DDPMScheduler, UNet2DModel
+def diffusers_pipeline(config):
+    """The DDPMPipeline of a config: UNet2DModel and DDPMScheduler."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
     network = UNet2DModel.from_config(networks.diffusers_network(config))
-    return network, DDPMScheduler.from_config(schedulers.write_scheduler(config))
+    scheduler = DDPMScheduler.from_config(schedulers.write_scheduler(config))
+    return DDPMPipeline(network, scheduler)
+
+
+def time_stops(config, folder, start, train_to, averaged, pipeline):
+    """Trains a peer from stop to stop, and writes a pipeline at each: {step: minutes}.
+
+    train_to(step) trains until a step; averaged() is the UNet2DModel of the EMA.
+    """
+    minutes, saving = {}, 0.0
+    for step in stops_of(config):
+        train_to(step)
+        now = time.time()
+        minutes[step] = (now - start - saving) / 60
+        type(pipeline)(averaged(), pipeline.scheduler).save_pretrained(folder / str(step))
+        saving += time.time() - now
+    return minutes
 
 
 def train_diffusers(config, folder, start):
-    """Trains with diffusers' parts, and writes a pipeline at each stop: {step: minutes}."""
+    """Trains with diffusers' parts: {step: minutes}."""
     import torch
-    from diffusers import DDPMPipeline
     from diffusers.optimization import get_cosine_schedule_with_warmup
     from diffusers.training_utils import EMAModel
 
-    network, scheduler = diffusers_network(config)
-    network = network.to(memory_format=torch.channels_last)
+    pipeline = diffusers_pipeline(config)
+    network, scheduler = pipeline.unet.to(memory_format=torch.channels_last), pipeline.scheduler
     optim, steps, size = config.optim, config.train.num_steps, config.train.batch_size
     ema = EMAModel(network.parameters(), decay=optim.ema_decay)
     optimizer = torch.optim.Adam(network.parameters(), lr=optim.learning_rate, fused=True)
     rate = get_cosine_schedule_with_warmup(optimizer, optim.warmup_steps, steps)
     x0 = torch.from_numpy(real_digits(config)).permute(0, 3, 1, 2).float() / 127.5 - 1
     loader = torch.utils.data.DataLoader(x0, size, shuffle=True, drop_last=True)
-    epochs = (batch for _ in range(steps) for batch in loader)
-    minutes, scoring = {}, 0.0
-    for step, batch in zip(range(1, steps + 1), epochs, strict=False):
-        eps, t = torch.randn_like(batch), torch.randint(len(scheduler), (size,))
-        found = network(scheduler.add_noise(batch, eps, t), t).sample
-        torch.nn.functional.mse_loss(found, eps).backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), optim.grad_clip)
-        optimizer.step(), rate.step(), optimizer.zero_grad()
-        ema.step(network.parameters())
-        if step in stops_of(config):
-            now = time.time()
-            minutes[step] = (now - start - scoring) / 60
-            ema.store(network.parameters()), ema.copy_to(network.parameters())
-            DDPMPipeline(network, scheduler).save_pretrained(folder / str(step))
-            ema.restore(network.parameters())
-            scoring += time.time() - now
-    return minutes
+    batches = enumerate(batch for _ in range(steps) for batch in loader)
+
+    def train_to(last):
+        for step, batch in batches:
+            eps, t = torch.randn_like(batch), torch.randint(len(scheduler), (size,))
+            found = network(scheduler.add_noise(batch, eps, t), t).sample
+            torch.nn.functional.mse_loss(found, eps).backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), optim.grad_clip)
+            optimizer.step(), rate.step(), optimizer.zero_grad()
+            ema.step(network.parameters())
+            if step + 1 == last:
+                return
+
+    def averaged():
+        other = copy.deepcopy(network)
+        ema.copy_to(other.parameters())
+        return other
+
+    return time_stops(config, folder, start, train_to, averaged, pipeline)
 
 
 def without_torchvision():
@@ -120,15 +138,13 @@ def without_torchvision():
 def train_lucidrains(config, folder, start):
     """Trains with denoising-diffusion-pytorch's Trainer: {step: minutes}."""
     import torch
-    from diffusers import DDPMPipeline
     from PIL import Image
 
+    pipeline = diffusers_pipeline(config)  # diffusers must not find the stand-in
     fake = types.SimpleNamespace(transforms=without_torchvision(), utils=None)
     sys.modules["torchvision"] = fake
     multiprocessing.set_start_method("fork", force=True)  # its loader's; those transforms are local
     from denoising_diffusion_pytorch import GaussianDiffusion, Trainer
-
-    network, scheduler = diffusers_network(config)
 
     class Network(torch.nn.Module):
         """UNet2DModel as GaussianDiffusion calls a network."""
@@ -138,7 +154,7 @@ def train_lucidrains(config, folder, start):
 
         def __init__(self):
             super().__init__()
-            self.network = network
+            self.network = pipeline.unet
 
         def forward(self, x, t, x_self_cond=None):
             return self.network(x, t).sample
@@ -165,17 +181,15 @@ def train_lucidrains(config, folder, start):
         save_and_sample_every=10**9,
         results_folder=str(folder),
     )
-    minutes, scoring = {}, 0.0
-    for step in stops_of(config):
+
+    def train_to(step):
         trainer.train_num_steps = step
         trainer.train()
-        now = time.time()
-        minutes[step] = (now - start - scoring) / 60
-        DDPMPipeline(trainer.ema.ema_model.model.network, scheduler).save_pretrained(
-            folder / str(step)
-        )
-        scoring += time.time() - now
-    return minutes
+
+    def averaged():
+        return trainer.ema.ema_model.model.network
+
+    return time_stops(config, folder, start, train_to, averaged, pipeline)
 
 
 CONTESTANTS = {
