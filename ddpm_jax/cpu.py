@@ -128,6 +128,18 @@ def convolve(x, kernel, strides, padding, **options):
     return chosen(x, kernel)
 
 
+def convolve_forward(x, kernel, strides, padding, **options):
+    """lax.conv_general_dilated of a network that is not trained; on a CPU by oneDNN.
+
+    Measured on 2 cores, images/s of the Inception network: 12.2 without it and 16.3 with it on an
+    AMD with AVX-512; 13.5 and 15.0 there when both are limited to AVX2.
+    """
+    fits = is_used() and (padding == "VALID" or (padding == "SAME" and strides == (1, 1)))
+    if fits and x.dtype == jnp.float32 and onednn.works("float32"):
+        return onednn.forward(x, kernel, strides, padding)
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
+
 @functools.cache
 def has_bfloat16():
     """Whether the processor multiplies bfloat16 numbers."""

@@ -33,44 +33,58 @@ def convolve(x, kernel):
     Returns:
       [B, H, W, D].
     """
-    return _call(x, kernel)
+    return forward(x, kernel)
 
 
 def _gradients(residuals, dy):
     x, kernel = residuals
-    dx = _call(dy, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+    dx = forward(dy, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
     (dkernel,) = jax.vjp(lambda kernel: by_xla(x, kernel), kernel)[1](dy)
     return dx, dkernel
 
 
-convolve.defvjp(lambda x, kernel: (_call(x, kernel), (x, kernel)), _gradients)
+convolve.defvjp(lambda x, kernel: (forward(x, kernel), (x, kernel)), _gradients)
 
 
-def by_xla(x, kernel):
-    """The same by XLA."""
+def by_xla(x, kernel, strides=(1, 1), padding="SAME"):
+    """The same as `forward` by XLA."""
     numbers = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers)
 
 
-def _call(x, kernel):
-    height, width, _, features = kernel.shape
+def forward(x, kernel, strides=(1, 1), padding="SAME"):
+    """A convolution of which no gradient is taken.
+
+    Args:
+      x: [B, H, W, C], float32 or bfloat16.
+      kernel: [K, L, C, D], of the same dtype.
+      strides: any with padding "VALID"; (1, 1) with "SAME", and K and L are odd.
+      padding: "SAME" or "VALID".
+
+    Returns:
+      [B, H', W', D].
+    """
+    *window, _, features = kernel.shape
     pixels = {"batch_dim": "0", "feature_dim": "3", "spatial_dims": ["1", "2"]}
     weights = {"input_feature_dim": "2", "output_feature_dim": "3", "spatial_dims": ["0", "1"]}
     weights["shape"] = [str(n) for n in kernel.shape]
-    padding = [str(height // 2), str(width // 2)]
+    around = [n // 2 if padding == "SAME" else 0 for n in window]
+    axes = zip(x.shape[1:3], around, window, strides, strict=True)
+    size = [(length + 2 * pad - n) // stride + 1 for length, pad, n, stride in axes]
+    around = [str(n) for n in around]
     config = {
         "dims": "4",
         "feature_groups": "1",
         "input": {"data": pixels, "dims": "0"},
         "kernel": {"filter": weights, "dims": "0"},
         "output": {"data": pixels, "dims": "0"},
-        "window": {"pad_left": padding, "pad_right": padding, "size": []}
-        | {"strides": ["1", "1"], "window_dilations": ["1", "1"]},
+        "window": {"pad_left": around, "pad_right": around, "size": []}
+        | {"strides": [str(n) for n in strides], "window_dilations": ["1", "1"]},
         "optimization_config": {"bias_broadcast": False, "user_scratchpad": False}
         | {"weights_prepacked": False},
     }
     config = {"onednn_conv_config": config, "outer_dimension_partitions": []}
-    shape = jax.ShapeDtypeStruct((*x.shape[:3], features), x.dtype)
+    shape = jax.ShapeDtypeStruct((x.shape[0], *size, features), x.dtype)
     call = jax.ffi.ffi_call(
         TARGET, shape, custom_call_api_version=2, legacy_backend_config=json.dumps(config)
     )
@@ -95,9 +109,15 @@ def _trial(dtype):
         return False
     rng = np.random.default_rng(0)
     # Small integers: their products and sums are exact.
-    x, kernel = (rng.integers(-3, 4, shape).astype(dtype) for shape in ((1, 4, 4, 8), (3, 3, 8, 8)))
+    x, kernel = (rng.integers(-3, 4, shape).astype(dtype) for shape in ((1, 5, 5, 8), (3, 3, 8, 8)))
+
+    def both_kinds(convolve, *arrays):
+        found = convolve(*arrays), convolve(*arrays, (2, 2), "VALID")
+        return jnp.concatenate([y.ravel() for y in found])
+
+    ways = (functools.partial(both_kinds, convolve) for convolve in (forward, by_xla))
     try:
-        found, expected = (np.asarray(_compiled(f, x, kernel)) for f in (_call, by_xla))
+        found, expected = (np.asarray(_compiled(way, x, kernel)) for way in ways)
     except jax.errors.JaxRuntimeError as error:
         log.warning("oneDNN's convolutions cannot be used: %s", str(error).splitlines()[0])
         return False

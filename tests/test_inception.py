@@ -111,7 +111,7 @@ def test_a_batch_that_is_not_full_has_no_more_features(monkeypatch):
         def apply(self, variables, x):
             return x.mean(axis=(1, 2)), x[:, :1, :1]
 
-    monkeypatch.setattr(inception, "Inception", Mean)
+    monkeypatch.setattr(inception, "Inception", lambda convolve: Mean())
     levels = np.arange(0, 60, 10, dtype=np.uint8)
     images = np.broadcast_to(levels.reshape(6, 1, 1, 1), (6, 4, 4, 1))
     found = features.make_extractor({}, "tf1", 4)(images)

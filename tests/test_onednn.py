@@ -49,6 +49,35 @@ def test_it_is_the_same_convolution(dtype, error, x_shape, features, size):
             assert jnp.linalg.norm(y - wanted) < error * jnp.linalg.norm(wanted)
 
 
+@needs_onednn
+@pytest.mark.parametrize("window", [(1, 1), (3, 3), (1, 7), (5, 1)])
+@pytest.mark.parametrize(
+    "strides, padding", [((1, 1), "SAME"), ((1, 1), "VALID"), ((2, 2), "VALID"), ((1, 3), "VALID")]
+)
+def test_a_network_that_is_not_trained(window, strides, padding):
+    """Against XLA in float64."""
+    x, kernel = jax.random.normal(jax.random.key(0), (2, 9, 12, 3)), jnp.ones((*window, 3, 5))
+    kernel += jax.random.normal(jax.random.key(1), kernel.shape)
+    convolve = functools.partial(cpu.convolve_forward, strides=strides, padding=padding, **NUMBERS)
+    assert onednn.TARGET in jax.jit(convolve).lower(x, kernel).as_text()
+    found = jax.jit(convolve)(x, kernel)
+    with jax.enable_x64():
+        exact = (a.astype(jnp.float64) for a in (x, kernel))
+        expected = onednn.by_xla(*exact, strides, padding)
+        assert found.shape == expected.shape
+        assert jnp.linalg.norm(found - expected) < 1e-6 * jnp.linalg.norm(expected)
+
+
+def test_what_onednn_does_not_compute():
+    """Padding that differs on both sides, and another precision."""
+    x = jnp.ones((1, 8, 8, 3))
+    for dtype, strides in ((jnp.float32, (2, 2)), (jnp.float16, (1, 1))):
+        arrays = x.astype(dtype), jnp.ones((3, 3, 3, 4), dtype)
+        found = cpu.convolve_forward(*arrays, strides, "SAME", **NUMBERS)
+        expected = jax.lax.conv_general_dilated(*arrays, strides, "SAME", **NUMBERS)
+        assert (found == expected).all()
+
+
 def programs_of(x_shape, features=16, dtype="float32", strides=(1, 1)):
     """The text of cpu.convolve compiled, and of its gradient."""
     x, kernel, _ = (a.astype(dtype) for a in arrays(x_shape, features))
@@ -102,7 +131,7 @@ def test_a_name_that_xla_does_not_have(monkeypatch, caplog):
 
 @needs_onednn
 def test_another_result_than_xla_s(monkeypatch, caplog):
-    monkeypatch.setattr(onednn, "by_xla", lambda x, kernel, f=onednn.by_xla: f(x, kernel) + 1)
+    monkeypatch.setattr(onednn, "by_xla", lambda *a, f=onednn.by_xla: f(*a) + 1)
     assert is_not_used_but_computes()
     assert "differ from XLA's" in caplog.text
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import parallel, progress, signals
+from ddpm_jax import cpu, parallel, progress, signals
 from ddpm_jax.files.workdir import atomic_write, lock
 from ddpm_jax.metrics import distances, inception, neighbours
 
@@ -20,7 +20,7 @@ def make_extractor(params, resize, batch_size):
       extract(images), uint8 [N, H, W, C] to float32 [N, 2048 + 2023]: the features of FID, then
       the spatial ones of sFID.
     """
-    network = inception.Inception()
+    network = inception.Inception(cpu.convolve_forward)
 
     def features(params, images):
         pool, spatial = network.apply({"params": params}, inception.preprocess(images, resize))

@@ -10,9 +10,11 @@ import hashlib
 import importlib.util
 import itertools
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -40,7 +42,13 @@ _maximum = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(1, 1), p
 
 
 class Inception(nn.Module):
-    """Images to features. Batch normalization is folded into the convolutions."""
+    """Images to features. Batch normalization is folded into the convolutions.
+
+    Attributes:
+      convolve: computes the convolutions; has the arguments of lax.conv_general_dilated.
+    """
+
+    convolve: Callable = jax.lax.conv_general_dilated
 
     @nn.compact
     def __call__(self, x):
@@ -57,8 +65,8 @@ class Inception(nn.Module):
         def conv(x, width, kernel=(1, 1), strides=1, padding="SAME"):
             name = f"conv{next(count)}"
             # By default, GPUs would use a lower precision.
-            layer = nn.Conv(width, kernel, strides, padding, precision="highest", name=name)
-            return nn.relu(layer(x))
+            options = {"precision": "highest", "conv_general_dilated": self.convolve}
+            return nn.relu(nn.Conv(width, kernel, strides, padding, name=name, **options)(x))
 
         def tower(x, *layers):
             for layer in layers:
