@@ -46,7 +46,7 @@ class Run(NamedTuple):
         Args:
           x_t: [B, H, W, C] float32, an image diffused to step t (Eq. 4).
           t: [B] or a scalar, int, in [0, T); 0 is the last denoising step.
-          labels: [B] int in [0, K), for a network with K classes; None: the null class.
+          labels: [B] int in [0, K), for a network with K classes; K or None: the null class.
 
         Returns:
           x0: [B, H, W, C], the predicted image; clipped to [-1, 1] if diffusion.clip_x0.
@@ -54,7 +54,7 @@ class Run(NamedTuple):
 
         Raises:
           UserError: for arrays of other shapes, labels for an unconditional network, or none for a
-            network without a null class.
+            network without a null class; for t or labels out of range, unless they are traced.
         """
         shape, num_classes = configs.image_shape(self.config), self.config.data.num_classes
         if jnp.ndim(x_t) != 4 or jnp.shape(x_t)[1:] != shape:
@@ -63,6 +63,9 @@ class Run(NamedTuple):
             raise UserError("labels: this model is unconditional (data.num_classes=0)")
         if labels is None and num_classes and not self.config.model.null_class:
             raise UserError("labels: must be given; model.null_class=False, there is no null class")
+        _check_range("t", t, self.config.diffusion.num_timesteps)
+        if labels is not None:
+            _check_range("labels", labels, num_classes + self.config.model.null_class)
         schedule = configs.make_schedule(self.config)
         net_fn = unet.net_fn(configs.make_model(self.config), self.params)
         predict_fn = generate.unguided_predict(self.config, schedule, net_fn)
@@ -75,6 +78,15 @@ class Run(NamedTuple):
         variance = self.config.diffusion.variance
         p = diffusion.p_mean_variance(schedule, predict_fn, x_t, t, variance=variance)
         return p.x0_pred, p.log_variance
+
+
+def _check_range(name, values, stop):
+    """Refuses numbers that are not in [0, stop); those that are traced have no values yet."""
+    if isinstance(values, jax.core.Tracer):
+        return
+    values = np.asarray(values)
+    for value in values[(values < 0) | (values >= stop)].flat:
+        raise UserError(f"{name}: {value}; must be from 0 to {stop - 1}")
 
 
 def config(name: str | None = None) -> ConfigDict:

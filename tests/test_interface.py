@@ -81,6 +81,7 @@ def test_a_sampler_of_ones_own(run):
     assert np.abs(np.round((np.clip(x, -1, 1) + 1) * 127.5) - ours.astype(int)).max() <= 1
     x0, _ = run.predict(x, 3)
     assert (x0 != run.predict(x, 3, labels)[0]).any()  # of no class, and of class 7
+    np.testing.assert_array_equal(x0, run.predict(x, 3, jnp.full(4, 10))[0])
 
 
 def test_arrays_are_data_like_any_other(run, config, tmp_path):
@@ -131,6 +132,11 @@ ERRORS = {
     "sample.num_steps=21: must be from 1": lambda run: run.sample(2, num_steps=21),
     "sample.num_samples=0": lambda run: run.sample(0),
     "x_t: has shape": lambda run: run.predict(jnp.zeros((2, 8, 8, 3)), 1),
+    "t: 20; must be from 0 to 19": lambda run: run.predict(jnp.zeros((2, 8, 8, 1)), [3, 20]),
+    "t: -1; must be from 0 to 19": lambda run: run.predict(jnp.zeros((2, 8, 8, 1)), -1),
+    "labels: 11; must be from 0 to 10": lambda run: run.predict(
+        jnp.zeros((2, 8, 8, 1)), 1, jnp.array([10, 11])
+    ),
     "holds no run": lambda run: ddpm_jax.load("nowhere"),
     "--config=nothing: no such file": lambda run: ddpm_jax.config("nothing"),
     "images: float64": lambda run: ddpm_jax.train(run.config, "x", np.zeros((2, 8, 8, 1))),
