@@ -4,7 +4,7 @@
 
 Three residual blocks a level, 128 channels, four heads of attention at 16 × 16 and 8 × 8, and a
 time embedding that scales and shifts the features: 52.5 M parameters. As in their Table 2: T = 4000
-with the cosine schedule, and L_hybrid, which learns the variance.
+with the cosine schedule, and L_hybrid, which learns the variance. Not run.
 """
 
 from ddpm_jax.configs import named_config

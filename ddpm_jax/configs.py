@@ -303,7 +303,7 @@ def _sample_fields():
 
 def _show_fields():
     show = ConfigDict()
-    show.sampler = "dpmpp_sde"  # for --mode=show and the grids of training; `sample` has the others
+    show.sampler = "dpmpp_sde"  # for --mode=show, and the grids and scores of training
     show.num_steps = 10  # of this sampler, or T if that is smaller; 0: all T
     show.spacing = "leading"  # of these steps
     show.timesteps = ()  # columns of the strips; empty: ten, evenly spaced

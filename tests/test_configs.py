@@ -17,6 +17,7 @@ from ddpm_jax import cli, configs
 from ddpm_jax.core import likelihood, solvers, unet
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, workdir
+from ddpm_jax.runs import generate
 
 FILES = sorted((pathlib.Path(__file__).parent.parent / "configs").rglob("*.py"))
 PARAMETERS = {
@@ -40,6 +41,18 @@ def test_builds(path):
     params = unet.param_shapes(model, configs.image_shape(config))
     count = sum(p.size for p in jax.tree.leaves(params))
     assert count == PARAMETERS.get(path.stem, count)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_scores_take_little_of_a_training(path):
+    """At most 6 % of its passes through the network; those of a gradient count three."""
+    config = load(path)
+    train = config.train
+    if not train.score_every:
+        return
+    chain = generate.make_chain(configs.for_show(config))
+    scoring = train.num_steps / train.score_every * train.score_samples * len(chain.timesteps)
+    assert 0 < scoring < 0.06 * 3 * train.num_steps * train.batch_size
 
 
 TUTORIALS = ("cifar10_t1000", "flowers_t1000", "mnist28_t1000", "mnist28_t200", "mnist32_t200")

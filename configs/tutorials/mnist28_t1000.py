@@ -23,7 +23,7 @@ def get_config():
     config.model.update(channels=8, channel_mults=(1, 2, 4), norm_groups=4)
     config.optim.update(warmup_steps=0, decay="constant", grad_clip=0.0)
     config.train.update(num_steps=0, num_epochs=3, eval_every=469, sample_every=469)
-    config.train.checkpoint_every = 469
+    config.train.update(checkpoint_every=469, score_every=0)
     config.sample.update(num_samples=8, columns=8)
     config.show.timesteps = tuple(range(0, 1000, 100))
     config.show.update(sampler="ancestral", num_steps=0)  # all steps, as in the tutorial

@@ -28,5 +28,5 @@ def get_config():
     config.model.update(channels=64, num_res_blocks=2, norm_groups=32)
     config.optim.update(warmup_steps=0, decay="constant", grad_clip=0.0)
     config.train.update(num_steps=0, num_epochs=20, eval_every=469, sample_every=469)
-    config.train.checkpoint_every = 469
+    config.train.update(checkpoint_every=469, score_every=0)
     return config

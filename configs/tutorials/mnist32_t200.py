@@ -33,7 +33,7 @@ def get_config():
     config.diffusion.update(num_timesteps=200, variance="fixed_small")
     config.optim.update(warmup_steps=0, decay="constant", grad_clip=0.0)
     config.train.update(num_steps=0, num_epochs=20, eval_every=469, sample_every=469)
-    config.train.checkpoint_every = 469
+    config.train.update(checkpoint_every=469, score_every=0)
     config.show.update(timesteps=(199, 149, 99, 49, 0), num_images=5)
     config.show.update(sampler="ancestral", num_steps=0)  # all steps, as in the tutorial
     return config
