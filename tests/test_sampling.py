@@ -202,6 +202,30 @@ def test_inpainting_s_way_up_is_the_forward_process():
         assert of_x**2 * (1 - a[t - 1]) + of_eps**2 == pytest.approx(1 - a[t])
 
 
+@pytest.mark.parametrize("variance", diffusion.VARIANCES)
+def test_inpainting_s_steps_are_those_of_its_sampler(variance):
+    """Down: the steps of `ancestral` at the same t; up: Eq. (2). With one ε for all."""
+    _, alpha_bars = shorter(20)
+    plain = solvers.ancestral(alpha_bars, variance)
+    solver, _ = solvers.repaint(plain, alpha_bars, 5, 3)
+    x, eps = jax.random.normal(jax.random.key(0), (2, 2, 3, 3, 1))
+    learned = 0.4 * x if variance in diffusion.LEARNED_VARIANCES else None
+
+    def step_of(solver):
+        predict_fn = lambda x_t, _: diffusion.Prediction(0.3 * x_t, learned)  # noqa: E731
+        step = sampling.make_step(solver, predict_fn, lambda *_: eps)
+        return jax.jit(lambda n: step((x,), n)[0][0])
+
+    down, any_step, level = step_of(plain), step_of(solver), 19
+    assert (solver.steps < 0).any()
+    for n, call in enumerate(solver.steps):
+        level += 1 if call < 0 else -1
+        alpha = alpha_bars[level] / np.append(1.0, alpha_bars)[level]
+        up = np.sqrt(alpha) * x + np.sqrt(1 - alpha) * eps
+        expected = up if call < 0 else down(19 - call)
+        np.testing.assert_allclose(any_step(n), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_inpainting_gaussian_data():
     """Correlated pixels: painting one, given the other, has the conditional's mean and variance.
 

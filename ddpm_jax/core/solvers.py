@@ -351,7 +351,10 @@ def repaint(solver, alpha_bars, jump_length=1, resamplings=1):
                 levels.append(np.nan)
             t += jump_length
         t -= 1
-    return solver._replace(steps=np.array(calls), weights=np.array(rows)), np.array(levels)
+    calls, lines = np.array(calls), solver.log_variance
+    if lines is not None:  # row -1 - t is that of step t; a step up scales its noise by 1
+        lines = np.where(calls[:, None] < 0, 0.0, lines[-1 - calls])
+    return Solver(calls, np.array(rows), lines), np.array(levels)
 
 
 def rows_of_steps(solver):
