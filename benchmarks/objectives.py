@@ -83,7 +83,7 @@ def config_of(choice, seed):
     config.optim.ema_decay = EMA_DECAYS
     config.train.update(num_steps=STEPS[DATA.value], checkpoint_every=100, keep_checkpoints=1)
     config.train.update(eval_every=10**6, sample_every=10**6, log_every=50)
-    config.sample.update(num_samples=2, batch_size=2)
+    config.sample.update(num_samples=2, batch_size=config.train.batch_size)
     return config
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from programs import ROOT
 
 from benchmarks import __main__ as benchmark
@@ -135,6 +136,12 @@ def test_objectives(tmp_path):
 def test_mean_and_spread_of_seeds():
     assert objectives_chart.cell([0.1, 0.2, 0.3]) == "0.200 ± 0.100"
     assert objectives_chart.cell([4.581]) == "4.58" and objectives_chart.cell(None) == ""
+
+
+@flagsaver.as_parsed(data="digits")
+@pytest.mark.parametrize("choice", objectives.CHOICES)
+def test_each_choice_can_be_trained_on_four_devices(choice):
+    configs.check(objectives.config_of(choice, 0))
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])

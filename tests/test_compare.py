@@ -1,6 +1,7 @@
 """Evaluations side by side, and which of their differences are noise."""
 
 import json
+import math
 
 import pytest
 
@@ -119,7 +120,8 @@ def one(fid, **fields):
         ({"precision": 0.5}, {"precision": 0.25}, "precision", "-0.25"),
         ({"sfid": 4.0}, {"sfid": 4.01}, "sfid", "+0.01"),  # its noise is not known
         ({"kid": 0.1, "kid_error": None}, {"kid": 0.2, "kid_error": 0.3}, "kid", "+0.1"),
-        ({"fid": float("nan")}, one(4.0), "fid", "+nan"),
+        ({"kid": 0.1, "kid_error": math.nan}, {"kid": 0.2, "kid_error": 0.3}, "kid", "+0.1"),
+        ({"fid": math.nan}, one(4.0), "fid", "+nan"),
         ({"kid": 0.1}, one(4.0), "fid", ""),
     ],
 )

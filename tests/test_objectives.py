@@ -1,5 +1,7 @@
 """Losses, weights and timesteps besides those of Ho et al."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,18 @@ from ddpm_jax.runs import state as states
 ALPHA_BARS = schedules.make_alpha_bars("linear", 1000)
 # ᾱ / (1 - ᾱ) at t = 0, 99, 499 and 999, in float64 from the products of 1 - β.
 SNR = {0: 9999.0, 99: 8.710448569353932, 499: 0.08528994446263685, 999: 4.0359926511684205e-05}
+
+
+def test_held_out_timesteps_of_large_chains(config, monkeypatch):
+    """Evenly spaced, also where index · T needs more than 32 bits: here up to 3e9."""
+    num_timesteps, count = 10**6, 3000
+    monkeypatch.setattr(objective, "make_loss", lambda *_: lambda params, x0, labels, t, eps: t / 1)
+    images = np.zeros((count, 2, 2, 1), np.uint8)
+    source = data.Source(count, lambda i: data.Batch(images[i], None), (), "")
+    config.train.update(eval_images=count, batch_size=1500)
+    chain = types.SimpleNamespace(num_timesteps=num_timesteps)
+    found = objective.make_eval_loss(config, None, chain, source)(params={})
+    assert found == pytest.approx(np.floor(np.arange(count) * (num_timesteps / count)).mean(), 1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Scores during training: resumed, killed, ranked; the best checkpoint, and choosing one."""
 
+import contextlib
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -76,6 +78,25 @@ def test_a_killed_score_goes_on(scored, tmp_path, monkeypatch):
     assert scores_in(tmp_path / "parts")[2] == scores_in(tmp_path / "whole")[2]
 
 
+def test_a_killed_score_with_another_sampler(scored, tmp_path, monkeypatch):
+    """Is sampled again from the beginning, not finished by other samples."""
+    scored.sample.batch_size, scored.train.num_steps, scored.optim.decay = 4, 2, "constant"
+    collect = features.collect
+
+    def stopped(folder, count, size, rows, name, stop):
+        collect(folder, count, size, rows, name, lambda: 15)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(features, "collect", stopped)
+        train.train(scored, tmp_path / "parts")
+    assert len(list((tmp_path / "parts" / "scores").rglob("rows_*.npy"))) == 1
+    scored.show.num_steps = 3
+    train.train(scored, tmp_path / "parts")
+    train.train(scored, tmp_path / "whole")
+    assert scores_in(tmp_path / "parts") == scores_in(tmp_path / "whole")
+    assert not (tmp_path / "parts" / "scores").exists()
+
+
 def test_the_distance_is_that_of_the_samples(scored, tmp_path):
     """As computed here from all images at once, with scikit-learn's own classifier."""
     train.train(scored, tmp_path)
@@ -90,13 +111,20 @@ def test_the_distance_is_that_of_the_samples(scored, tmp_path):
     assert scores_in(tmp_path)[4] == pytest.approx(expected, rel=1e-6)
 
 
+def relabelled(batch):
+    return batch._replace(labels=batch.labels % 2)
+
+
 def test_the_classifier_is_trained_once(scored, tmp_path, monkeypatch):
-    """And serves other splits of the program; another training split has its own."""
+    """And serves other runs; other labels, and another training split, have their own."""
     sources = [data.open_labelled(scored.data, field) for field in ("split", "eval_split")]
     first = reference.cached_classifier(scored, sources[0], sources)
     monkeypatch.setattr(classifier, "train", None)
     again = reference.cached_classifier(scored, sources[0], sources)
     np.testing.assert_array_equal(first.layer.kernel, again.layer.kernel)
+    others = [s._replace(read=lambda i, s=s: relabelled(s.read(i))) for s in sources]
+    with pytest.raises(TypeError):
+        reference.cached_classifier(scored, sources[0], others)
     scored.data.split = "train[:100]"
     with pytest.raises(TypeError):
         reference.cached_classifier(scored, data.open_labelled(scored.data), sources)
@@ -174,19 +202,25 @@ def test_the_measure_that_fits(scored, monkeypatch):
         scores.choose(scored)
 
 
-def test_fid_and_kid_of_rgb_images(scored, tmp_path, monkeypatch):
-    """With four features in place of Inception's: those of the samples and all training images."""
+@pytest.fixture
+def linear(scored, tmp_path, monkeypatch):
+    """Seven features of RGB images in place of Inception's, of which four are FID's."""
     weights = np.random.default_rng(0).standard_normal((192, 7))
 
-    def linear(images):
+    def extract(images):
         return np.float32(images.reshape(len(images), 192) / 255 @ weights)
 
     monkeypatch.setattr(inception, "FEATURES", 4)
     monkeypatch.setattr(inception, "is_packaged", lambda: True)
     monkeypatch.setattr(inception, "load", lambda path: inception.Weights({}, None, "linear"))
-    monkeypatch.setattr(features, "make_extractor", lambda *_: linear)
+    monkeypatch.setattr(features, "make_extractor", lambda *_: extract)
     scored.data.channels = 3
     scored.evaluate.cache_dir = str(tmp_path / "cache")
+    return extract
+
+
+def test_fid_and_kid_of_rgb_images(scored, tmp_path, linear):
+    """Those of the samples and all training images."""
     train.train(scored, tmp_path / "run")
     last = [line for line in run_files.read_metrics(tmp_path / "run") if "fid" in line][-1]
     images = interface.load(tmp_path / "run").sample(6, sampler="dpmpp_sde", num_steps=2)
@@ -196,6 +230,41 @@ def test_fid_and_kid_of_rgb_images(scored, tmp_path, monkeypatch):
     assert last["step"] == 4 and last["fid"] == pytest.approx(fid, rel=1e-5)
     assert last["kid"] == pytest.approx(distances.kernel_distance(*of_both).value, rel=1e-5)
     assert run_files.best_step(tmp_path / "run", [2, 4]) in (2, 4)
+
+
+def test_a_signal_while_the_training_images_features_are_computed(
+    scored, tmp_path, linear, monkeypatch
+):
+    """Ends the run before its first step; the features go on from there."""
+    calls = []
+
+    def extract(images):
+        calls.append(len(images))
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return linear(images)
+
+    monkeypatch.setattr(features, "make_extractor", lambda *_: extract)
+    monkeypatch.setattr(reference, "IMAGES_PER_FILE", 400)
+    assert train.train(scored, tmp_path / "run") == signal.SIGTERM
+    assert calls == [400, 400] and checkpoint.latest_step(tmp_path / "run") is None
+    assert train.train(scored, tmp_path / "run") == 0
+    assert calls[2:5] == [400, 300, scored.sample.batch_size]  # of 1,500; then the samples
+    with pytest.raises(KeyboardInterrupt):
+        calls.clear()
+        scored.evaluate.cache_dir = str(tmp_path / "another")
+        interface.train(scored, tmp_path / "other")
+
+
+@pytest.mark.parametrize("newest, best", [("fid", 300), ("distance", 100)])
+def test_the_best_of_one_measure(tmp_path, newest, best):
+    """A distance of 3 is not better than a FID of 20; the measure is the newest."""
+    lines = [(100, "distance", 3.0), (200, "fid", 40.0), (300, "fid", 20.0)]
+    lines += [(400, "distance", 9.0)] if newest == "distance" else []
+    with contextlib.closing(run_files.Metrics(tmp_path, 0)) as metrics:
+        for step, name, value in lines:
+            metrics.write(step, **{name: value})
+    assert run_files.best_step(tmp_path, [100, 200, 300, 400]) == best
 
 
 def test_minutes_leave_out_what_is_not_training():

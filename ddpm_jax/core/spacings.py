@@ -8,7 +8,10 @@ import numpy as np
 
 
 def leading(alpha_bars, num_steps):
-    """Evenly spaced steps from 0: every 20th of 1000 for 50 steps."""
+    """Evenly spaced steps from 0: every 20th of 1000 for 50 steps.
+
+    If S does not divide T, ⌊i T / S⌋ spans the whole chain; diffusers takes i ⌊T / S⌋.
+    """
     return np.arange(num_steps) * len(alpha_bars) // num_steps
 
 

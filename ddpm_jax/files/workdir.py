@@ -310,10 +310,15 @@ def read_metrics(workdir):
 
 
 def best_step(workdir, steps):
-    """The step with the lowest score (SCORES) of some steps; None if none of them has a score."""
-    scores = {}
+    """The step with the lowest score of some steps; None if none of them has a score.
+
+    The score is that of SCORES which was measured last: one cannot be compared with another.
+    """
+    scores, last = {name: {} for name in SCORES}, SCORES[0]
     for line in read_metrics(workdir):
-        scores.update((line["step"], line[name]) for name in SCORES if name in line)
+        for name in line.keys() & scores.keys():
+            scores[name][line["step"]], last = line[name], name
+    scores = scores[last]
     scored = [step for step in steps if math.isfinite(scores.get(step, math.nan))]
     return min(scored, key=scores.get, default=None)
 

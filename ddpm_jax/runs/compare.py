@@ -148,6 +148,8 @@ def standard_error(evaluation, score):
     if (spread := evaluation.get(f"{score}_spread")) is not None:
         return spread / np.sqrt(evaluation["num_seeds"])
     error = evaluation.get(f"{score}_error")
+    if error is not None and not np.isfinite(error):  # too few images for one
+        return None
     if error is not None and score == "inception_score":
         return error / np.sqrt(INCEPTION_SPLITS)
     return error

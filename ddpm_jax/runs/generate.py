@@ -443,7 +443,7 @@ def guidance_for_run(config, workdir):
 
 
 def restore_sampler(config, workdir, cycle_labels=True, **options):
-    """make_sampler for a run, with its newest parameters, label and classifier.
+    """make_sampler for the checkpoint that `sample.checkpoint` chooses, its label and classifier.
 
     Args:
       config: the run's config, checked.
@@ -548,7 +548,7 @@ def _in_file_name(text):
 
 
 def sample(config, workdir, stop=signals.never):
-    """Generates `sample.num_samples` images from a run's newest checkpoint.
+    """Generates `sample.num_samples` images from the checkpoint that `sample.checkpoint` chooses.
 
     Writes samples/sample_<step>_n<count>_<settings>.npz (`images`, uint8 [N, H, W, C]) and a .png
     of the first images; see `settings`.

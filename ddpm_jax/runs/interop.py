@@ -180,10 +180,10 @@ def read_fields(config, network, path, overrides):
 
 
 def export_run(config, workdir, weights):
-    """Writes a run's newest checkpoint as a folder for diffusers' DDPMPipeline.
+    """Writes a run's checkpoint as a folder for diffusers' DDPMPipeline.
 
     Args:
-      config: the run's config; `sample.use_ema` chooses the parameters.
+      config: the run's config; `sample.checkpoint` and `sample.use_ema` choose the parameters.
       workdir: the run's folder.
       weights: the folder to write; must not exist, or be empty.
 

@@ -261,21 +261,22 @@ def make_eval_loss(config, model, schedule, source):
     count, size = min(config.train.eval_images, source.size), config.train.batch_size
     num_timesteps = schedule.num_timesteps
 
-    def batch_loss(params, batch, indices):
+    def batch_loss(params, batch, indices, t):
         x0, keys = images.to_float(batch.images), step_keys(EVAL_SEED, 0, indices)
         _, eps, *_ = draw(keys, x0.shape[1:], num_timesteps)
-        t = jnp.minimum(indices, count - 1) * num_timesteps // count
         loss = loss_fn(params, x0, batch.labels, t, eps)
         return jax.lax.psum(jnp.sum(jnp.where(indices < count, loss, 0)), parallel.AXIS)
 
-    batch_loss = parallel.pmap(batch_loss, in_axes=(None, 0, 0), out_axes=None)
+    batch_loss = parallel.pmap(batch_loss, in_axes=(None, 0, 0, 0), out_axes=None)
 
     def eval_loss(params, stop=signals.never):
         total = 0.0
         for first in range(0, count, size):
             indices = parallel.local_shard(first + np.arange(size))  # from `count` on: padding
-            batch = source.read(np.minimum(indices, count - 1))
-            total += float(batch_loss(params, parallel.shard(batch), parallel.shard(indices)))
+            inside = np.minimum(indices, count - 1)
+            t = inside * num_timesteps // count  # in 64 bits: the product may need them
+            batch = parallel.shard((source.read(inside), indices, t))
+            total += float(batch_loss(params, *batch))
             if stop():
                 return None
         return total / count

@@ -121,13 +121,16 @@ def cached_classifier(config, source, labelled):
     Args:
       config: its data and evaluate sections are used.
       source: the training images.
-      labelled: the training and the held-out images, with labels; read only to train.
+      labelled: the training and the held-out images, with labels.
 
     Returns:
       A Classifier.
     """
+    of_train = first_images(labelled[0])
     described = describe(config.data, config.data.split, source)
-    folder = cache_folder(config, {**described, **classifier.PROVENANCE})
+    labels_sha256 = hashlib.sha256(of_train.labels.astype(np.int64).tobytes()).hexdigest()
+    provenance = {**described, "labels_sha256": labels_sha256, **classifier.PROVENANCE}
+    folder = cache_folder(config, provenance)
     paths = folder / "classifier.npz", folder / "statistics.npz"
 
     def is_cached():
@@ -138,7 +141,7 @@ def cached_classifier(config, source, labelled):
             if parallel.is_first() and not is_cached():
                 text = "training a small classifier of %s for the scores, once for this dataset"
                 log.info(text, config.data.name)
-                of_train, held_out = map(first_images, labelled)
+                held_out = first_images(labelled[1])
                 trained = classifier.train(*of_train)
                 x = classifier.pixels(held_out.images)
                 accuracy = trained.score(x, held_out.labels)

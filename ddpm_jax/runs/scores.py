@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 
-from ddpm_jax import parallel, signals
+from ddpm_jax import configs, parallel, signals
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import data
 from ddpm_jax.metrics import classifier, distances, features, inception
@@ -42,7 +42,7 @@ def choose(config, arrays=None):
     return None, labelled
 
 
-def make_score(config, source, chosen, sample, workdir):
+def make_score(config, source, chosen, sample, workdir, stop=signals.never):
     """Builds the score of a run.
 
     Args:
@@ -51,22 +51,27 @@ def make_score(config, source, chosen, sample, workdir):
       chosen: from `choose`.
       sample: from train.make_grid_sampler.
       workdir: the run's folder; a score that is interrupted leaves its features there.
+      stop: from signals.catch; computing the features of the training images may take long.
 
     Returns:
       score(step, params, stop=never) → {name: value}. It raises signals.Stopped when stop() is
-      true, and goes on from there the next time.
+      true, and goes on from there the next time, if the images are sampled in the same way.
     """
     count, size = config.train.score_samples, config.sample.batch_size
     weights, labelled = chosen
     if weights:
         log.info("scores: FID and KID of %d samples against the training images", count)
-        measure, features_of = fid_and_kid(config, source, weights)
+        measure, features_of = fid_and_kid(config, source, weights, stop)
     else:
         log.info("scores: Fréchet distance of %d samples, by a small classifier's features", count)
         measure, features_of = classifier_distance(config, source, labelled)
+    shown = configs.for_show(config)
+    inputs = {name: shown[name].to_dict() for name in ("diffusion", "model", "sample")}
+    inputs["features"] = {"inception": weights and weights.sha256, **config.evaluate.to_dict()}
 
     def score(step, params, stop=signals.never):
-        folder = pathlib.Path(workdir) / "scores" / str(step)
+        parent = pathlib.Path(workdir) / "scores"
+        folder = reference.provenance_folder(parent, {"step": step, **inputs})
 
         def rows(first, last):
             # A smaller last batch would compile again.
@@ -77,18 +82,18 @@ def make_score(config, source, chosen, sample, workdir):
         found = measure(folder)
         parallel.barrier()  # all processes have read the features
         if parallel.is_first():
-            shutil.rmtree(folder.parent)
+            shutil.rmtree(parent)
         return found
 
     return score
 
 
-def fid_and_kid(config, source, weights):
+def fid_and_kid(config, source, weights, stop):
     """(folder of features → scores, uint8 images → features), by Inception."""
     count, resize = config.train.score_samples, config.evaluate.resize
     inputs = {"resize": resize, "weights_sha256": weights.sha256}
     extract = features.make_extractor(weights.params, resize, config.sample.batch_size)
-    of_data = reference.features_of_split(config, "split", source, extract, inputs)
+    of_data = reference.features_of_split(config, "split", source, extract, inputs, stop)
 
     def measure(folder):
         statistics, _ = features.statistics(folder, count)

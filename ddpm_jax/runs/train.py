@@ -77,7 +77,9 @@ def train(config, workdir, arrays=None):
             describe_memory(step_fn, state, source, config.train.batch_size)
         eval_loss = objective.make_eval_loss(config, model, schedule, eval_source)
         sample = make_grid_sampler(config, guidance)
-        score = chosen and scores.make_score(config, source, chosen, sample, workdir)
+        score = None
+        with contextlib.suppress(signals.Stopped):  # the loop below ends before its first step
+            score = chosen and scores.make_score(config, source, chosen, sample, workdir, stop)
         with contextlib.closing(run_files.Metrics(workdir, span.first)) as metrics:
             actions = make_actions(config, workdir, span, metrics, eval_loss, sample, score, stop)
             steps = updates(config, state, step_fn, source)
