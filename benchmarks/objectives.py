@@ -31,7 +31,7 @@ DATA = flags.DEFINE_enum("data", "digits", ["digits", "mnist"], "what to train o
 RUNS = flags.DEFINE_string("runs", "runs/objectives", "the folder for the runs")
 CSV = flags.DEFINE_string("csv", "docs/objectives.csv", "the file to add scores to")
 SEEDS = flags.DEFINE_integer("seeds", 3, "trainings of each choice")
-ONLY = flags.DEFINE_list("only", [], "choices to measure; all by default")
+ONLY = flags.DEFINE_list("only", [], "rows to measure; all by default")
 SCORES = flags.DEFINE_list("scores", "rate mse bits fast sure full".split(), "what to measure")
 COLUMNS = "data choice seed steps score value date".split()
 STEPS = {"digits": 1100, "mnist": 1000}
@@ -166,13 +166,14 @@ def scores_of(config, workdir, kind, distance):
 
 def cases():
     """(choice, seed, EMA decay, kind of score) in the order of measuring: all seeds last."""
-    chosen = ONLY.value or list(CHOICES)
-    decays = EMA_DECAYS
+    rows = [("simple", decay) for decay in EMA_DECAYS]
+    rows += [(choice, EMA_DECAYS[0]) for choice in CHOICES if choice != "simple"]
+    rows = [row for row in rows if not ONLY.value or row_name(*row) in ONLY.value]
     slow = [kind for kind in SCORES.value if kind == "full"]
     for kinds in ([kind for kind in SCORES.value if kind not in slow], slow):
         for seed in range(SEEDS.value):
-            for choice in chosen:
-                for decay in decays if choice == "simple" and kinds != slow else decays[:1]:
+            for choice, decay in rows:
+                if kinds != slow or decay == EMA_DECAYS[0]:
                     yield from ((choice, seed, decay, kind) for kind in kinds)
 
 
