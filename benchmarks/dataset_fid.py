@@ -22,6 +22,7 @@ CONFIG = flags.DEFINE_string("config", "configs/cifar10.py", "whose data section
 def main(_):
     """Prints the FID of split against eval_split."""
     config = runpy.run_path(CONFIG.value)["get_config"]()
+    cpu.prepare(trains=False)
     cpu.use_cores(config.sample.batch_size)
     weights = inception.load(config.evaluate.inception_weights)
     provenance = {"resize": config.evaluate.resize, "weights_sha256": weights.sha256}

@@ -119,6 +119,9 @@ def parse(argv):
     if values.helpshort:
         print(__doc__, values.get_help(include_special_flags=False), sep="\n")
         return None
+    for flag in ("images", "workdirs"):
+        if "" in values[flag].value:
+            raise UserError(f"--{flag}={','.join(values[flag].value)}: has an empty name")
     if values.mode == "compare":
         if len(set(values.workdirs)) < 2 or rest:
             raise UserError("--workdirs: compare needs two or more, as in --workdirs=runs/a,runs/b")

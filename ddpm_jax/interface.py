@@ -53,19 +53,26 @@ class Run(NamedTuple):
           log_variance: of p(x_{t-1} | x_t), [B, 1, 1, 1], or of x0's shape if it is learned.
 
         Raises:
-          UserError: for arrays of other shapes, labels for an unconditional network, or none for a
-            network without a null class; for t or labels out of range, unless they are traced.
+          UserError: for a classifier; for arrays of other shapes or kinds, labels for an
+            unconditional network, or none for a network without a null class; for t or labels out
+            of range, unless they are traced.
         """
         shape, num_classes = configs.image_shape(self.config), self.config.data.num_classes
+        if self.config.model.kind != "unet":
+            raise UserError("model.kind='classifier': a classifier predicts no image")
         if jnp.ndim(x_t) != 4 or jnp.shape(x_t)[1:] != shape:
             raise UserError(f"x_t: has shape {jnp.shape(x_t)}, not [B, {str(shape)[1:-1]}]")
+        if not jnp.issubdtype(jnp.result_type(x_t), jnp.floating):
+            raise UserError(f"x_t: is {jnp.result_type(x_t)}, not float32")
         if labels is not None and not num_classes:
             raise UserError("labels: this model is unconditional (data.num_classes=0)")
         if labels is None and num_classes and not self.config.model.null_class:
             raise UserError("labels: must be given; model.null_class=False, there is no null class")
-        _check_range("t", t, self.config.diffusion.num_timesteps)
+        count = len(x_t)
+        _check_numbers("t", t, self.config.diffusion.num_timesteps, ((), (1,), (count,)))
         if labels is not None:
-            _check_range("labels", labels, num_classes + self.config.model.null_class)
+            stop = num_classes + self.config.model.null_class
+            _check_numbers("labels", labels, stop, ((count,),))
         schedule = configs.make_schedule(self.config)
         net_fn = unet.net_fn(configs.make_model(self.config), self.params)
         predict_fn = generate.unguided_predict(self.config, schedule, net_fn)
@@ -80,8 +87,12 @@ class Run(NamedTuple):
         return p.x0_pred, p.log_variance
 
 
-def _check_range(name, values, stop):
-    """Refuses numbers that are not in [0, stop); those that are traced have no values yet."""
+def _check_numbers(name, values, stop, shapes):
+    """Refuses all but whole numbers in [0, stop); those that are traced have no values yet."""
+    values = values if isinstance(values, jax.Array) else np.asarray(values)
+    kind, shape = values.dtype, values.shape
+    if not jnp.issubdtype(kind, jnp.integer) or shape not in shapes:
+        raise UserError(f"{name}: {kind} {list(shape)}, not whole numbers {list(shapes[-1])}")
     if isinstance(values, jax.core.Tracer):
         return
     values = np.asarray(values)
@@ -170,13 +181,27 @@ def sample(run: Run | str | os.PathLike, num_samples: int, **options) -> np.ndar
     configs.check(config, "sample")
     seed = config.sample.seed
     config.sample.update(num_samples=1, seed=0)  # the compiled sampler does not depend on them
-    sampler = _sampler(config.to_json_best_effort(), run.label_names)
+    trained = _state_of(config.sample.classifier) if config.sample.classifier else None
+    sampler = _sampler(config.to_json_best_effort(), run.label_names, trained)
     return sampler(run.params, np.arange(num_samples), seed=seed).x
 
 
+def _state_of(workdir):
+    """The newest step of a run, and when it was written: it may be trained between two calls."""
+    step = checkpoints.latest_step(workdir)
+    folder = pathlib.Path(workdir) / "checkpoints" / str(step)
+    return step, folder.stat().st_mtime_ns if step is not None else 0
+
+
 @functools.lru_cache(maxsize=8)
-def _sampler(text, label_names):
-    """A config's sampler; it is cached, so that it compiles once."""
+def _sampler(text, label_names, trained):
+    """A config's sampler; it is cached, so that it compiles once.
+
+    Args:
+      text: the config.
+      label_names: of the run.
+      trained: _state_of the classifier.
+    """
     config = configs.from_json(text)
     return generate.make_sampler(config, **generate.guidance_for(config, label_names))
 
@@ -211,6 +236,8 @@ def train(
     compilation.keep_programs()
     workdir, arrays = pathlib.Path(workdir).expanduser(), None
     config = configs.normalize(config)
+    if images is None and labels is not None:
+        raise UserError("labels: need images")
     if images is not None:
         arrays = _as_batch(images, labels)
         config = _config_of_arrays(config, arrays)
@@ -226,13 +253,16 @@ def _as_batch(images, labels):
     if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3, 4):
         kind = f"{images.dtype} {list(images.shape)}"
         raise UserError(f"images: {kind}, not uint8 [N, H, W, C] with C = 1, 3 or 4")
+    if len(images) < 2:
+        raise UserError(f"images: {len(images)}, not 2 or more; some are held out")
     if labels is None:
         return data.Batch(images, None)
     labels = np.asarray(labels)
     whole = labels.shape == images.shape[:1] and np.issubdtype(labels.dtype, np.integer)
-    if not whole or (len(labels) and labels.min() < 0):
+    most = configs.LARGEST["data.num_classes"]
+    if not whole or labels.min() < 0 or labels.max() >= most:
         kind = f"{labels.dtype} {list(labels.shape)}"
-        raise UserError(f"labels: {kind}, not {len(images)} whole numbers from 0")
+        raise UserError(f"labels: {kind}, not {len(images)} whole numbers from 0 to {most - 1}")
     return data.Batch(images, labels.astype(np.int32))
 
 

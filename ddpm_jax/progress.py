@@ -17,8 +17,8 @@ def bar(total, desc, unit, **options):
       **options: other options of tqdm.
     """
     defaults = {"leave": False, "dynamic_ncols": True}
-    if not parallel.is_first():  # in the first process, TQDM_DISABLE decides
+    if sys.stderr is None or not parallel.is_first():  # otherwise TQDM_DISABLE decides
         defaults["disable"] = True
     # Ten lines a second are too many for a log file.
-    defaults["mininterval"] = 0.1 if sys.stderr.isatty() else 10
+    defaults["mininterval"] = 0.1 if sys.stderr and sys.stderr.isatty() else 10
     return tqdm(total=total, desc=desc, unit=unit, **defaults | options)

@@ -14,12 +14,33 @@ import numpy as np
 import pytest
 from programs import DIGITS, ROOT, TINY, finish, start
 
-from ddpm_jax import cli, configs
+from ddpm_jax import cli, configs, progress
 from ddpm_jax.core import unet
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.runs import generate
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--mode=img2img", "--images=a.png,"), ("--mode=compare", "--workdirs=a,,b")]
+)
+def test_a_list_with_an_empty_name(arguments):
+    """Which would be the current folder."""
+    with pytest.raises(UserError, match="has an empty name"):
+        cli.parse(["main.py", "--workdir=run", *arguments])
+
+
+def test_a_folder_whose_name_is_not_utf_8():
+    with pytest.raises(UserError, match="not UTF-8"):
+        checkpoint.check_path(os.fsdecode(b"runs/r\xff"))
+
+
+def test_no_bar_without_a_terminal(monkeypatch):
+    """A program that was started with stderr closed."""
+    monkeypatch.setattr(sys, "stderr", None)
+    with progress.bar(3, "test", "step") as bar:
+        bar.update(3)
 
 
 def test_train_finish_and_sample(tmp_path, monkeypatch, caplog):

@@ -245,6 +245,25 @@ def test_labels_of_tfds(data_dir, max_ram_gib):
     assert labels.dtype == np.int32
 
 
+def test_a_tfds_image_without_a_label(data_dir, monkeypatch):
+    """TFDS's label of it is -1."""
+    fields = dict(name="mnist", data_dir=str(data_dir), channels=1, image_size=(28, 28))
+    fields |= dict(max_ram_gib=0.0, num_classes=10, split="train")
+    as_data_source = tfds.core.DatasetBuilder.as_data_source
+
+    def unlabelled(*args, **options):
+        stored = as_data_source(*args, **options)
+        read = stored.__getitems__
+        stored.__getitems__ = lambda i: [row | {"label": row["label"] - 10} for row in read(i)]
+        return stored
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "as_data_source", unlabelled)
+    with pytest.raises(UserError, match=r"image 5 of train: has the label -\d+, no class"):
+        data.open_source(section(**fields)).read(np.array([5, 4]))
+    fields["num_classes"] = 0
+    assert data.open_source(section(**fields)).read(np.array([5, 4])).labels is None
+
+
 @pytest.mark.parametrize("max_ram_gib", [0.0, 1.0])
 def test_labels_of_a_folder(folder, max_ram_gib):
     """The classes are its folders, by name; image i has red level 20 i and class i mod 2."""

@@ -105,3 +105,10 @@ def test_inception_score():
     by_hand = np.array([[0.9, 0.1], [0.4, 0.6]])
     kl = (by_hand * np.log(by_hand / by_hand.mean(0))).sum(1).mean()
     assert distances.inception_score([np.log(by_hand)], 2, 1).value == pytest.approx(np.exp(kl))
+
+
+def test_more_subsets_of_the_same_features_know_no_more():
+    """200 features have ten disjoint subsets of 20, however many are drawn."""
+    a, b = np.random.default_rng(0).standard_normal((2, 200, 4))
+    few, many = (distances.kernel_distance(a, b, subsets=n, size=20).error for n in (100, 400))
+    assert many == pytest.approx(few, rel=0.2)

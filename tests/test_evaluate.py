@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import pathlib
 import re
+import resource
 import shutil
 import threading
 
@@ -20,7 +22,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, data
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.metrics import distances, features, inception, neighbours
-from ddpm_jax.runs import evaluate, generate, memorisation
+from ddpm_jax.runs import evaluate, generate, memorisation, reference
 
 NAMES = """
     fid fid_test kid precision recall inception_score bits_per_dim rate distortion num_samples
@@ -687,3 +689,40 @@ def test_progressive_images_are_of_whole_steps(config, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="enough"):
         evaluate.draw_progressive(config, tmp_path, {}, {}, None)
     assert asked == [{"x0_at": {0, 2, 4}}]
+
+
+def test_more_files_of_features_than_a_process_may_open(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((120, 3)).astype(np.float32)
+    features.collect(tmp_path, 120, 2, lambda first, last: rows[first:last], "rows")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 30, limits[1]))
+    try:
+        np.testing.assert_array_equal(features.rows(tmp_path, 119), rows[:119])
+        some, read = rng.permutation(120), features.reader(tmp_path)
+        np.testing.assert_array_equal(read.read(some), rows[some])
+        assert read.count == 120
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_no_home_to_keep_features_in(config, monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does without a home
+    with pytest.raises(UserError, match=r"evaluate.cache_dir='': must be set: there is no home"):
+        reference.cache_folder(config, {})
+
+
+def test_the_inception_score_is_of_the_head_without_its_bias(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(inception, "FEATURES", 4)
+    rng = np.random.default_rng(0)
+    rows, kernel = (rng.standard_normal(shape).astype(np.float32) for shape in ((20, 7), (4, 3)))
+    features.collect(tmp_path, 20, 8, lambda first, last: rows[first:last], "rows")
+    config.evaluate.num_samples = 20
+    parts = [distances.statistics([x]) for x in (rows[:, :4], rows[:, 4:])]
+    split = reference.Reference(*parts, rows[:, :4], tmp_path)
+    found = evaluate.sample_scores(config, tmp_path, split, split, (kernel, np.arange(3.0)))
+    p = np.exp(rows[:, :4] @ kernel)
+    p = (p / p.sum(1, keepdims=True)).reshape(10, 2, 3)  # ten splits
+    expected = np.exp((p * np.log(p / p.mean(1, keepdims=True))).sum(2).mean(1))
+    assert found["inception_score"] == pytest.approx(expected.mean(), rel=1e-5)
+    assert found["inception_score_error"] == pytest.approx(expected.std(), rel=1e-4)

@@ -1,6 +1,7 @@
 """One decoder for data, edited images and masks; and which files of a folder are images."""
 
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -139,11 +140,15 @@ def test_a_check_says_why_a_file_cannot_be_read(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     Image.fromarray(noise.astype(np.float32)).save(tmp_path / "float.tif")
     (tmp_path / "nowhere.png").symlink_to("gone")
+    # A texture whose pixels are in a format that Pillow does not know.
+    numbers = (124, 0x1007, 8, 8, 0, 0, 0, *[0] * 11, 32, 4, 0x58585858, *[0] * 10)
+    (tmp_path / "texture.dds").write_bytes(struct.pack("<4s31I", b"DDS ", *numbers) + bytes(64))
     for name, error in (
         ("short.png", "truncated"),
         ("text.png", "not an image"),
         ("float.tif", "no known range"),
         ("nowhere.png", "No such file"),
+        ("texture.dds", "Unimplemented pixel format"),
     ):
         assert error in image_files.check(tmp_path / name, 1).error
 

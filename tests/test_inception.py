@@ -109,14 +109,26 @@ def test_a_batch_that_is_not_full_has_no_more_features(monkeypatch):
 
     class Mean:
         def apply(self, variables, x):
-            return x.mean(axis=(1, 2)), x[:, :1, :1]
+            return x.mean(axis=(1, 2)), x[:, :1, :1] + 10
 
     monkeypatch.setattr(inception, "Inception", lambda convolve: Mean())
     levels = np.arange(0, 60, 10, dtype=np.uint8)
     images = np.broadcast_to(levels.reshape(6, 1, 1, 1), (6, 4, 4, 1))
     found = features.make_extractor({}, "tf1", 4)(images)
-    expected = np.repeat((np.float32(levels)[:, None] - 128) / 128, 6, axis=1)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    pooled = np.repeat((np.float32(levels)[:, None] - 128) / 128, 3, axis=1)
+    np.testing.assert_allclose(found, np.hstack([pooled, pooled + 10]), atol=1e-6)
+
+
+def test_pooling_is_that_of_the_graph(monkeypatch):
+    """Padding is not counted; only the last block takes the maximum."""
+    ones, order = np.ones((1, 4, 4, 1), np.float32), []
+    np.testing.assert_array_equal(inception._average(ones), ones)
+    for name in ("_average", "_maximum"):
+        pool = getattr(inception, name)
+        monkeypatch.setattr(inception, name, lambda x, n=name, f=pool: order.append(n) or f(x))
+    x = jax.ShapeDtypeStruct((1, 299, 299, 3), np.float32)
+    jax.eval_shape(inception.Inception().init, jax.random.key(0), x)
+    assert order == [*["_average"] * 8, "_maximum"]
 
 
 class Evil:

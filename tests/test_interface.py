@@ -1,5 +1,6 @@
 """The Python interface: the same results, and the same errors, as the command line."""
 
+import os
 import pathlib
 
 import jax
@@ -14,6 +15,7 @@ from ddpm_jax import cli, configs
 from ddpm_jax.core import diffusion, sampling
 from ddpm_jax.files import checkpoint
 from ddpm_jax.files import workdir as run_files
+from ddpm_jax.runs import generate
 
 
 def arrays(count=40):
@@ -111,6 +113,24 @@ def test_weights_of_diffusers_need_no_copy(tmp_path):
     assert {path for path in pathlib.Path(FIXTURES).rglob("*")} == before
 
 
+def test_a_classifier_that_is_trained_between_two_calls(run, workdir, monkeypatch):
+    """Is read again; otherwise once. (In its place, another run.)"""
+    read = []
+
+    def guidance_for(config, names):
+        read.append(config.sample.classifier)
+        return {"label": 0, "classifier": None}
+
+    monkeypatch.setattr(generate, "guidance_for", guidance_for)
+    options = {"classifier": str(workdir), "label": "0", "num_steps": 3, "sampler": "ddim"}
+    run.sample(2, **options)
+    run.sample(2, **options)
+    assert read == [str(workdir)]
+    os.utime(workdir / "checkpoints" / "4", (1, 1))
+    run.sample(2, **options)
+    assert len(read) == 2
+
+
 def test_raw_and_averaged_parameters(run, workdir):
     raw = ddpm_jax.load(workdir, use_ema=False)
     leaves = zip(jax.tree.leaves(raw.params), jax.tree.leaves(run.params), strict=True)
@@ -137,10 +157,23 @@ ERRORS = {
     "labels: 11; must be from 0 to 10": lambda run: run.predict(
         jnp.zeros((2, 8, 8, 1)), 1, jnp.array([10, 11])
     ),
+    "x_t: is int32, not float32": lambda run: run.predict(jnp.zeros((2, 8, 8, 1), int), 1),
+    "t: float64 [], not whole": lambda run: run.predict(jnp.zeros((2, 8, 8, 1)), 3.9),
+    "t: int32 [3], not whole numbers [2]": lambda run: run.predict(
+        jnp.zeros((2, 8, 8, 1)), jnp.arange(3)
+    ),
+    "labels: int32 [3], not whole numbers [2]": lambda run: run.predict(
+        jnp.zeros((2, 8, 8, 1)), 1, jnp.arange(3)
+    ),
     "holds no run": lambda run: ddpm_jax.load("nowhere"),
     "--config=nothing: no such file": lambda run: ddpm_jax.config("nothing"),
     "images: float64": lambda run: ddpm_jax.train(run.config, "x", np.zeros((2, 8, 8, 1))),
     "images: uint8 [2, 8, 8]": lambda run: ddpm_jax.train(run.config, "x", arrays(2)[0][..., 0]),
+    "images: 0, not 2 or more": lambda run: ddpm_jax.train(run.config, "x", *arrays(0)),
+    "labels: int64 [2], not 2 whole numbers from 0 to 999999": lambda run: ddpm_jax.train(
+        run.config, "x", arrays(2)[0], np.array([2**32, 0])
+    ),
+    "labels: need images": lambda run: ddpm_jax.train(run.config, "x", labels=arrays(2)[1]),
     "labels: int64 [3], not 2": lambda run: ddpm_jax.train(
         run.config, "x", arrays(2)[0], arrays(3)[1]
     ),

@@ -118,7 +118,7 @@ def test_the_published_networks_are_the_paper_s(name):
     found = networks.network_fields(fields, "f") | schedulers.read_scheduler(scheduler, "f")
     expected = configs.flatten(config)
     assert found == {name: expected[name] for name in found}
-    assert len(found) == 29
+    assert len(found) == 30
 
 
 def test_old_names_flat_folder_and_half_precision(tmp_path, weights):
@@ -186,6 +186,7 @@ def test_a_scheduler_that_says_nothing():
         "diffusion.prediction": "eps",
         "diffusion.variance": "fixed_small",
         "diffusion.clip_x0": True,
+        "sample.spacing": "leading",
     }
     for more in ({}, {"variance_type": "fixed_small_log"}):
         assert schedulers.read_scheduler({"_class_name": "DDPMScheduler", **more}, "f") == expected
@@ -452,6 +453,7 @@ def test_predictions_survive(prediction):
 
 
 SAMPLERS = [
+    ({"sample.spacing": "trailing"}, "DDPMScheduler"),
     ({"sample.sampler": "dpmpp", "sample.order": 1}, "DPMSolverMultistepScheduler"),
     ({"sample.sampler": "dpmpp", "sample.spacing": "logsnr"}, "DPMSolverMultistepScheduler"),
     ({"sample.sampler": "dpmpp", "sample.order": 3}, "DPMSolverMultistepScheduler"),
@@ -483,6 +485,41 @@ def test_samplers_survive(config, changes, kind):
     expected = configs.flatten(config)
     assert fields == {name: expected[name] for name in fields}
     assert {name for name in changes if changes[name] not in (False, 0)} <= fields.keys()
+
+
+@pytest.mark.parametrize("spacing", ["quadratic", "logsnr", "karras"])
+def test_a_spacing_that_a_scheduler_does_not_have(config, spacing):
+    config.sample.spacing = spacing
+    with pytest.raises(UserError, match=f"sample.spacing='{spacing}': DDPMScheduler has only lead"):
+        schedulers.write_scheduler(config)
+
+
+@pytest.mark.parametrize(
+    "theirs, ours", [("epsilon", "eps"), ("sample", "x0"), ("v_prediction", "v")]
+)
+def test_what_a_prediction_type_means(theirs, ours):
+    scheduler = {"_class_name": "DDPMScheduler", "prediction_type": theirs}
+    assert schedulers.read_scheduler(scheduler, "f")["diffusion.prediction"] == ours
+
+
+def test_of_two_spacings_karras_is_taken():
+    """As in diffusers' set_timesteps."""
+    fields = {"use_karras_sigmas": True, "use_lu_lambdas": True}
+    scheduler = {"_class_name": "DPMSolverMultistepScheduler", **fields}
+    assert schedulers.read_scheduler(scheduler, "f")["sample.spacing"] == "karras"
+
+
+def test_an_export_that_does_not_fit_on_the_disk(tmp_path, weights, monkeypatch):
+    run("import", f"--workdir={tmp_path / 'run'}", f"--weights={weights}")
+
+    def fail(*_):
+        raise safetensors.SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"weights=.*: cannot be used .*No space left"):
+        run("export", f"--workdir={tmp_path / 'run'}", f"--weights={tmp_path / 'out'}")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_scheduler_s_own_defaults():
@@ -519,6 +556,8 @@ def test_a_scheduler_s_own_defaults():
         ("UniPCMultistepScheduler", {"solver_type": "bh1"}, 'solver_type="bh1": must be "bh2"'),
         ("UniPCMultistepScheduler", {"solver_order": 1}, "solver_order=1: choose from 2, 3"),
         ("UniPCMultistepScheduler", {"disable_corrector": [0]}, "disable_corrector=[0]"),
+        ("UniPCMultistepScheduler", {"solver_order": 2.0}, "solver_order=2.0: choose from"),
+        ("DDIMScheduler", {"set_alpha_to_one": False}, "set_alpha_to_one=false: must be true"),
         ("PNDMScheduler", {}, "skip_prk_steps=false: must be true"),
         ("PNDMScheduler", {"skip_prk_steps": True}, "set_alpha_to_one=false: must be true"),
         (
@@ -676,10 +715,13 @@ SCHEDULERS = {
     "rescale_betas_zero_snr": (1, "must be true or false"),
     "trained_betas": ([0.1] * 50, "must be those of one of"),
     "use_flow_sigmas": (True, "is not supported for DDPMScheduler"),
+    "timestep_spacing": ("nonsense", "choose from leading, linspace, trailing"),
+    "steps_offset": (1, "must be 0"),
 }
 MISFITS = [
     # Values that a file can hold, and no network has.
     ("unet/config.json", "sample_size", 9),
+    ("unet/config.json", "freq_shift", 0.0),
     ("unet/config.json", "sample_size", 10**20),
     ("unet/config.json", "sample_size", ["8", 8]),
     ("unet/config.json", "norm_num_groups", 3),

@@ -9,7 +9,7 @@ import pytest
 from references import gaussian_predict
 from scipy.stats import norm
 
-from ddpm_jax.core import likelihood, sampling, schedules
+from ddpm_jax.core import diffusion, likelihood, sampling, schedules
 
 HO = schedules.make_schedule("linear", 1000)
 
@@ -100,3 +100,20 @@ def test_progressive_code_by_hand():
     rate, rmse = likelihood.progressive_code([5.0, 2.0, 1.0], [0.01, 0.04, 0.25], 0.5)
     np.testing.assert_allclose(rate, [0.5, 1.5, 3.5])
     np.testing.assert_allclose(rmse, [63.75, 25.5, 12.75])
+
+
+def test_the_last_term_is_the_decoder_s():
+    """At t = 0 the mean is x0_pred and σ² is β̃ of t = 1: -log₂ of the level's probability."""
+    levels = jnp.array([-1.0, 51 / 127.5 - 1, 1.0]).reshape(3, 1, 1, 1)
+    b, b1 = 1e-4, 1e-4 + 0.0199 / 999
+    sigma = np.sqrt(b1 * b / (1 - (1 - b) * (1 - b1)))  # β̃ of t = 1
+    below, above = ((side / 255 - 0.005) / sigma for side in (-1, 1))
+    probability = [norm.cdf(above), norm.cdf(above) - norm.cdf(below), norm.sf(below)]
+    guess, options = levels + 0.005, {"variances": diffusion.FIXED_VARIANCES}
+    found, _ = likelihood.vlb_terms(
+        HO, lambda x, t: diffusion.Prediction(guess, None), levels, jnp.zeros(3, int),
+        jnp.ones_like(levels), **options,
+    )  # fmt: skip
+    assert found.keys() == set(diffusion.FIXED_VARIANCES)
+    for terms in found.values():
+        np.testing.assert_allclose(terms, -np.log2(probability), rtol=2e-3)

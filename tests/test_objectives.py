@@ -278,3 +278,55 @@ def test_objectives_that_do_not_fit(config, changes, message):
     with pytest.raises(UserError) as error:
         configs.check(config)
     assert message in str(error.value)
+
+
+def test_the_classifier_s_loss_is_its_cross_entropy_at_x_t(config, monkeypatch):
+    config.model.kind, config.data.num_classes = "classifier", 3
+
+    def log_p(x_t, t):
+        return jax.nn.log_softmax(jnp.outer(x_t.sum((1, 2, 3)), jnp.arange(3.0)))
+
+    monkeypatch.setattr(unet, "net_fn", lambda *_: log_p)
+    x0, eps = np.random.default_rng(0).standard_normal((2, 4, 8, 8, 1)).astype(np.float32)
+    t, labels = np.array([0, 3, 11, 19]), np.array([2, 0, 1, 2])
+    a = configs.make_alpha_bars(config)[t].reshape(4, 1, 1, 1)
+    logits = np.outer((np.sqrt(a) * x0 + np.sqrt(1 - a) * eps).sum((1, 2, 3)), np.arange(3))
+    expected = np.log(np.exp(logits).sum(1)) - logits[np.arange(4), labels]
+    loss_fn = objective.make_loss(config, None, configs.make_schedule(config))
+    np.testing.assert_allclose(loss_fn({}, x0, labels, t, eps), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_s_timesteps_are_spread_and_others_than_the_last_one_s():
+    """`low_discrepancy` in a step over four devices: one in each eighth of the chain."""
+
+    def t_of(step, batch):
+        options = dict(timesteps_name="low_discrepancy", label_dropout=(0.0, 0), seed=0)
+        state = types.SimpleNamespace(step=step)
+        return objective.draw_examples(state, batch, num_timesteps=1000, **options).t
+
+    run = parallel.pmap(t_of, in_axes=(None, 0))
+    batch = parallel.shard(data.Batch(np.zeros((8, 2, 2, 1), np.uint8), None))
+    first, second = (np.sort(parallel.gather(run(np.int32(step), batch))) for step in (0, 1))
+    for t in (first, second):
+        np.testing.assert_array_equal(t * 8 // 1000, np.arange(8))
+    assert (first != second).all()
+
+
+def test_an_infinite_gradient_of_a_finite_loss_is_skipped(config):
+    """That of √w at w = 0."""
+    optimizer, params = states.make_optimizer(config.optim, 10), {"w": jnp.zeros(())}
+    state = states.TrainState(jnp.zeros((), int), params, (params,), optimizer.init(params))
+    options = dict(num_timesteps=20, optimizer=optimizer, ema_decays=(0.9,), seed=0)
+    options |= dict(timesteps_name="uniform", label_dropout=(0.0, 0))
+
+    def loss_fn(params, x0, *_):
+        return jnp.sqrt(params["w"]) + jnp.zeros(len(x0))
+
+    def step(state, batch):
+        return objective.train_step(state, batch, loss_fn=loss_fn, **options)
+
+    one, batch = jax.devices()[:1], data.Batch(np.zeros((4, 2, 2, 1), np.uint8), None)
+    run = parallel.pmap(step, in_axes=(None, 0), out_axes=(None, None), devices=one)
+    state, values = run(parallel.replicate(state, one), parallel.shard(batch, 1))
+    assert values["loss"] == 0 and not np.isfinite(values["grad_norm"])
+    assert not values["applied"] and int(state.step) == 1 and state.params["w"] == 0

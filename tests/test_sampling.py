@@ -226,6 +226,18 @@ def test_inpainting_s_steps_are_those_of_its_sampler(variance):
         np.testing.assert_allclose(any_step(n), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_known_pixels_are_a_sample_of_q():
+    """√ᾱ x0 + √(1 - ᾱ) ε; x0 itself at the end; NaN leaves x."""
+    x0, mask = jnp.full((1, 1, 2, 1), 0.8), jnp.array([True, False]).reshape(1, 1, 2, 1)
+    step = sampling.keep_known(
+        lambda state, n: (state, None), np.array([0.25, 1.0, np.nan]), x0, mask,
+        lambda n, shape: jnp.full((1, *shape), 2.0),
+    )  # fmt: skip
+    for n, known in ((0, 0.5 * 0.8 + np.sqrt(0.75) * 2), (1, 0.8), (2, 7.0)):
+        (x,), _ = step((jnp.full(x0.shape, 7.0),), n)
+        np.testing.assert_allclose(x.ravel(), [known, 7.0], rtol=1e-6)
+
+
 def test_inpainting_gaussian_data():
     """Correlated pixels: painting one, given the other, has the conditional's mean and variance.
 

@@ -207,6 +207,8 @@ def test_spacings_by_hand():
         return spacings.timesteps(name, HO, steps, **options).tolist()
 
     assert of("leading", 50) == list(range(0, 1000, 20))
+    assert of("leading", 3) == [0, 333, 666]
+    assert of("leading", 600)[-1] == 998  # 599 · 1000 / 600
     assert of("leading", 4, skip_zero=True) == [200, 400, 600, 800]
     assert of("linspace", 4) == [0, 333, 666, 999]
     assert of("linspace", 5) == [0, 250, 500, 749, 999]  # 249.75, 499.5 (to even), 749.25

@@ -1,5 +1,6 @@
 """The optimizer, worked by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -99,3 +100,16 @@ def test_each_ema_has_its_own_decay():
         for params in history[1:, 0]:
             expected = decay * expected + (1 - decay) * params
         np.testing.assert_allclose(history[-1, column], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("applies", [True, False])
+def test_an_update_without_a_branch(monkeypatch, applies):
+    """As on a GPU: the same as on a CPU."""
+    optimizer, params = states.make_optimizer(optim(warmup_steps=0), 20), {"w": jnp.array([1.0, 2])}
+    state = states.TrainState(jnp.int32(0), params, (params,), optimizer.init(params))
+    grads, found = {"w": jnp.array([0.3, -0.4])}, []
+    for on_cpu in (True, False):
+        monkeypatch.setattr(states.cpu, "is_used", lambda used=on_cpu: used)
+        found.append(states.apply_gradients(state, grads, optimizer, (0.9,), applies))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    assert (found[1].params["w"] != params["w"]).all() == applies

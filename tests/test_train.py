@@ -1,7 +1,9 @@
 """The step on one and four devices, resuming bit for bit, and what stops a run."""
 
+import fractions
 import json
 import signal
+import types
 
 import jax
 import jax.numpy as jnp
@@ -619,3 +621,16 @@ def test_held_out_images_may_be_others(config, tmp_path):
     config.data.eval_split = "train[80%:]"
     config.train.num_steps = 5
     assert train.train(config, tmp_path / "run") == 0
+
+
+def test_held_out_losses_of_the_raw_and_of_the_chosen_average(config, tmp_path):
+    config.optim.ema_decay, config.sample.ema_decay = (0.9, 0.5), 0.5
+    written = {}
+    metrics = types.SimpleNamespace(write=lambda step, **values: written.update(values))
+    span = train.Span(0, 4, fractions.Fraction(2))
+    state = states.TrainState(3, "raw", ("of 0.9", "of 0.5"), None)
+    actions = train.make_actions(
+        config, tmp_path, span, metrics, lambda params, stop: params, None, None, lambda: 0
+    )
+    actions["the held-out loss"][1](3, state)
+    assert written == {"eval_loss": "raw", "eval_loss_ema": "of 0.5"}

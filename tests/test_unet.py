@@ -299,3 +299,30 @@ def test_network_dropout():
     np.testing.assert_array_equal(apply(params, x, t), apply(params, x, t))
     assert (apply(params, x, t, None, a) != apply(params, x, t, None, b)).any()
     assert (apply(params, x, t, None, a) != apply(params, x, t)).any()
+
+
+def test_a_classifier_s_output_is_log_probabilities():
+    model = unet.Classifier(**TINY, num_classes=3)
+    shapes = unet.param_shapes(model, (8, 8, 1))
+    params = jax.tree.map(lambda s: 0.5 * jax.random.normal(jax.random.key(0), s.shape), shapes)
+    x = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
+    log_p = jax.jit(unet.net_fn(model, params))(x, jnp.array([1, 5]))
+    assert log_p.shape == (2, 3) and jnp.ptp(log_p) > 0.01
+    np.testing.assert_allclose(jnp.exp(log_p).sum(1), 1, rtol=1e-5)
+
+
+def test_every_block_has_the_network_s_dropout_and_its_own_mask(monkeypatch):
+    seen = []
+
+    def dropout(x, rate, keys, tag):
+        seen.append((rate, tag))
+        return x
+
+    monkeypatch.setattr(unet, "per_example_dropout", dropout)
+    model = unet.UNet(**TINY, dropout=0.1)
+    params, keys = unet.param_shapes(model, (8, 8, 1)), jax.random.split(jax.random.key(0), 1)
+    x, t = jnp.zeros((1, 8, 8, 1)), jnp.zeros(1, int)
+    jax.eval_shape(lambda params: unet.net_fn(model, params, keys)(x, t), params)
+    blocks = [name for name, tree in params.items() if "conv2" in tree]
+    assert {rate for rate, _ in seen} == {0.1}
+    assert len({tag for _, tag in seen}) == len(seen) == len(blocks) == 8

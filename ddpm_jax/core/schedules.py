@@ -1,8 +1,8 @@
 """Noise schedules: the β sequence, and the coefficients computed from it.
 
 Time: code t runs over [0, T) and is the paper's t - 1, so `betas[0]` is the paper's β_1 and t = 0
-is the last denoising step. `alpha_bars_prev` is ᾱ_{t-1}; no code uses `alpha_bars[t - 1]`, which
-would wrap around at t = 0.
+is the last denoising step. ᾱ_{t-1} is 1 there; no code uses `alpha_bars[t - 1]`, which would wrap
+around.
 """
 
 import flax.struct
@@ -54,8 +54,6 @@ class Schedule:
 
     betas: jax.Array
     alpha_bars: jax.Array
-    alpha_bars_prev: jax.Array  # ᾱ_{t-1}, 1 at t = 0
-    one_minus_alpha_bars_prev: jax.Array  # stored: in float32, 1 - ᾱ_{t-1} loses half its digits
     sqrt_alpha_bars: jax.Array
     sqrt_one_minus_alpha_bars: jax.Array
     sqrt_recip_alpha_bars: jax.Array  # √(1 / ᾱ)
@@ -156,8 +154,6 @@ def from_alpha_bars(alpha_bars):
     coefficients = dict(
         betas=betas,
         alpha_bars=alpha_bars,
-        alpha_bars_prev=alpha_bars_prev,
-        one_minus_alpha_bars_prev=1 - alpha_bars_prev,
         sqrt_alpha_bars=np.sqrt(alpha_bars),
         sqrt_one_minus_alpha_bars=np.sqrt(1 - alpha_bars),
         sqrt_recip_alpha_bars=np.sqrt(recip_alpha_bars),

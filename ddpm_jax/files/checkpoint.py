@@ -255,6 +255,11 @@ def check_path(workdir):
             f"workdir={workdir}: no checkpoint can be in {path} because of its {found[0]}; "
             r"allowed are paths without \ and gs:/ that do not begin with /gs, /s3, /az or /hf"
         )
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        text = f"no checkpoint can be in {path}, whose name is not UTF-8"
+        raise UserError(f"workdir={workdir}: {text}") from None
 
 
 @contextlib.contextmanager

@@ -331,7 +331,11 @@ def _open_tfds(data, split):
             text = f"{builder.data_path} cannot be read ({one_line(error)[:200]})"
             raise UserError(f"data.name={data.name!r}: {text}") from None
         labels = np.array([row["label"] for row in rows], np.int32) if names else None
-        origins = (f"data.name={data.name!r}: image {i} of {split}" for i in indices)
+        origins = [f"data.name={data.name!r}: image {i} of {split}" for i in indices]
+        for origin, label in zip(origins, () if labels is None else labels, strict=False):
+            if label < 0:  # TFDS's label of an image without one
+                allowed = "choose another split, or data.num_classes=0"
+                raise UserError(f"{origin}: has the label {label}, no class; {allowed}")
         return [io.BytesIO(row["image"]) for row in rows], origins, labels
 
     digest = _digest([builder.info.full_name, split])

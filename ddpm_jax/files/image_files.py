@@ -28,10 +28,12 @@ warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 # Pillow's errors for a file that is damaged, too large, or not an image.
 ERRORS = (
     ArithmeticError,
+    AttributeError,
     EOFError,
     LookupError,
     MemoryError,
     OSError,
+    RuntimeError,
     SyntaxError,
     TypeError,
     ValueError,

@@ -58,14 +58,14 @@ def collect(folder, count, size, rows_of, description, stop=signals.never):
     Raises:
       signals.Stopped: if a signal interrupts it.
     """
-    if parallel.broadcast_from_first(sum(map(len, _files(folder).values())) >= count):
+    if parallel.broadcast_from_first(sum(_files(folder).values()) >= count):
         return
     with lock(folder, "rows", waits=True):  # another program may compute the same rows
         files = _files(folder)
         if parallel.is_first():
             for path in set(folder.glob("rows_*.npy")) - files.keys():
                 path.unlink()  # files after a missing file
-        done = parallel.broadcast_from_first(sum(map(len, files.values())))
+        done = parallel.broadcast_from_first(sum(files.values()))
         with progress.bar(count, description, "img", initial=min(done, count)) as bar:
             for first in range(done, count, size):
                 last = min(first + size, count)
@@ -79,21 +79,24 @@ def collect(folder, count, size, rows_of, description, stop=signals.never):
 
 
 def _files(folder):
-    """The files of `collect` up to the first gap: {path: rows}, memory-mapped."""
+    """The files of `collect` up to the first gap: {path: number of rows}.
+
+    None stays open: there may be more than a process may open.
+    """
     files, done = {}, 0
     for path in sorted(folder.glob("rows_*.npy")):
         if path.name != f"rows_{done:07d}.npy":
             break
-        files[path] = np.load(path, mmap_mode="r")
-        done += len(files[path])
+        files[path] = len(np.load(path, mmap_mode="r"))
+        done += files[path]
     return files
 
 
 def chunks(folder, count, size=1000):
     """Yields the first `count` rows of `collect`, about `size` at a time."""
     block = []
-    for rows in _files(folder).values():
-        block.append(rows[:count])
+    for path in _files(folder):
+        block.append(np.load(path)[:count])
         count -= len(block[-1])
         if sum(map(len, block)) >= size or count == 0:
             yield np.concatenate(block)
@@ -104,15 +107,17 @@ def chunks(folder, count, size=1000):
 
 def reader(folder):
     """The rows of `collect` as neighbours.Rows: they are read from the files when asked for."""
-    files = list(_files(folder).values())
-    ends = np.cumsum([len(rows) for rows in files])
+    files = _files(folder)
+    paths, ends = list(files), np.cumsum(list(files.values()))
+    like = np.load(paths[0])[:0]
 
     def read(numbers):
-        rows = np.empty((len(numbers), files[0].shape[1]), files[0].dtype)
+        rows = np.empty((len(numbers), like.shape[1]), like.dtype)
         file_of = np.searchsorted(ends, numbers, side="right")
         for i in np.unique(file_of):
             here = file_of == i
-            rows[here] = files[i][numbers[here] - ends[i]]  # from the end of the file
+            # Counted from the end of the file.
+            rows[here] = np.load(paths[i], mmap_mode="r")[numbers[here] - ends[i]]
         return rows
 
     return neighbours.Rows(int(ends[-1]), read)

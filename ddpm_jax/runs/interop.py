@@ -209,8 +209,10 @@ def export_run(config, workdir, weights):
         for name, content in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(run_files.to_json(content, indent=2) + "\n")
-        # PyTorch's readers require this metadata.
-        safetensors.numpy.save_file(tensors, folder / "unet" / TENSORS, metadata={"format": "pt"})
+        try:  # PyTorch's readers require this metadata
+            safetensors.numpy.save_file(tensors, folder / "unet" / TENSORS, {"format": "pt"})
+        except safetensors.SafetensorError as error:  # the disk is full
+            raise UserError(f"weights={weights}: cannot be used ({one_line(error)})") from None
     which = "EMA" if config.sample.use_ema else "raw"
     log.info("wrote %s: the %s parameters of step %d", weights, which, step)
     steps, kind = config.diffusion.num_timesteps, scheduler["_class_name"]

@@ -196,7 +196,7 @@ def _check_network(fields, origin, num_classes):
     require(fits, "norm_num_groups", f"must divide each of block_out_channels, {list(widths)}")
     eps, shift, dropout = fields["norm_eps"], fields["freq_shift"], fields["dropout"]
     require(_is_number(eps) and 0 < eps < 1, "norm_eps", "must lie in (0, 1)")
-    fits = shift == 0 or (is_size(shift) and shift < widths[0] // 2)
+    fits = type(shift) is int and 0 <= shift < widths[0] // 2
     require(fits, "freq_shift", f"must be a whole number from 0 to {widths[0] // 2 - 1}")
     require(_is_number(dropout) and 0 <= dropout < 1, "dropout", "must lie in [0, 1)")
 

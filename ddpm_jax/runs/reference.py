@@ -7,6 +7,7 @@ The name of a folder in the cache is a digest of everything that its files depen
 
 import hashlib
 import logging
+import os
 import pathlib
 from typing import NamedTuple
 
@@ -92,7 +93,11 @@ def _read_statistics(path):
 
 def cache_folder(config, provenance):
     """The folder of what is cached for several runs, `evaluate.cache_dir`."""
-    cache = pathlib.Path(config.evaluate.cache_dir or "~/.cache/ddpm_jax").expanduser()
+    cache = os.path.expanduser(config.evaluate.cache_dir or "~/.cache/ddpm_jax")
+    if cache.startswith("~"):
+        text = "must be set: there is no home folder to keep features in"
+        raise UserError(f"evaluate.cache_dir={config.evaluate.cache_dir!r}: {text}")
+    cache = pathlib.Path(cache)
     with run_files.named_errors("evaluate.cache_dir", cache):
         return provenance_folder(cache, provenance)
 

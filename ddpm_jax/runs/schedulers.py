@@ -64,7 +64,6 @@ FIELDS = {
         "predict_epsilon": True,  # an older name of prediction_type
         "timestep_spacing": "leading",
         "rescale_betas_zero_snr": False,
-        "set_alpha_to_one": True,
     },
     "DPMSolverMultistepScheduler": {
         **THRESHOLD,
@@ -104,6 +103,7 @@ NO_OTHER_SIGMAS = {
 }
 # Fields of each class for which we have one value: (diffusers' default, our value).
 FIXED = {
+    "DDIMScheduler": {"set_alpha_to_one": (True, True)},
     "DPMSolverMultistepScheduler": {
         **NO_OTHER_SIGMAS,
         "solver_type": ("midpoint", "midpoint"),
@@ -232,32 +232,42 @@ def _clipping(fields, require):
 
 
 def _sampler(fields, require):
-    """The fields of our sample section; none for DDPMScheduler and DDIMScheduler."""
+    """The fields of our sample section; only the spacing for DDPMScheduler and DDIMScheduler."""
     kind = fields["_class_name"]
     if kind in PLAIN:
-        return {}
+        return {"sample.spacing": _spacing(fields, require)}
     sampler, order = SAMPLERS[kind], fields.get("solver_order", 2)
     if kind == "DPMSolverMultistepScheduler":
         sampler = _take(fields, require, "algorithm_type", ALGORITHMS)
     orders = {"dpmpp": (1, 2, 3), "unipc": (2, 3)}.get(sampler, (2,))
-    fits = order in orders and not isinstance(order, bool)
-    require(fits, "solver_order", f"choose from {', '.join(map(str, orders))}")
+    require(
+        is_size(order) and order in orders,
+        "solver_order",
+        f"choose from {', '.join(map(str, orders))}",
+    )
     if kind == "PNDMScheduler":
         # It extrapolates v where we extrapolate ε.
         require(fields["prediction_type"] == "epsilon", "prediction_type", 'must be "epsilon"')
-    spacing, choices = fields["timestep_spacing"], _even_spacings(kind)
+    if (sampler, order) == ("dpmpp", 3):
+        log.warning("%s", THIRD_ORDER)
+    spacing = _spacing(fields, require)
+    return {"sample.sampler": sampler, "sample.order": order, "sample.spacing": spacing}
+
+
+def _spacing(fields, require):
+    """Our name of a scheduler's spacing."""
+    spacing, choices = fields["timestep_spacing"], _even_spacings(fields["_class_name"])
     require(spacing in choices, "timestep_spacing", f"choose from {', '.join(choices)}")
-    for name, other in (("use_karras_sigmas", "karras"), ("use_lu_lambdas", "logsnr")):
+    # Of both, diffusers takes Karras'.
+    for name, other in (("use_lu_lambdas", "logsnr"), ("use_karras_sigmas", "karras")):
         allowed = "must be true or false"
         require(fields.get(name, False) in (True, False, None), name, allowed)
         spacing = other if fields.get(name) else spacing
     if spacing == "leading":
         require(fields["steps_offset"] == 0, "steps_offset", "must be 0")
-    if (sampler, order) == ("dpmpp", 3):
-        log.warning("%s", THIRD_ORDER)
     if spacing in ("karras", "logsnr"):
         log.warning("%s", KARRAS)
-    return {"sample.sampler": sampler, "sample.order": order, "sample.spacing": spacing}
+    return spacing
 
 
 def _even_spacings(kind):
@@ -347,6 +357,7 @@ def _written_sampler(config, kind):
     else:
         clips, name = diffusion.clip_x0, "diffusion.clip_x0"
         configs.require(not clips or "thresholding" in has, name, clips, f"{kind} does not clip")
+    fields |= _written_spacing(section.spacing, kind)
     if kind in PLAIN:
         return fields | {"variance_type": diffusion.variance}
     if "solver_order" in has:
@@ -358,7 +369,7 @@ def _written_sampler(config, kind):
         fields["algorithm_type"] = algorithms[section.sampler]
         if section.order == 3:
             log.warning("%s", THIRD_ORDER)
-    return fields | _written_spacing(section.spacing, kind)
+    return fields
 
 
 def _written_spacing(spacing, kind):

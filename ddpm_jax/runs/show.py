@@ -17,6 +17,7 @@ import base64
 import html
 import logging
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -174,6 +175,7 @@ def draw_reverse(config, workdir, folder):
             images.write_animation(folder / f"reverse.{suffix}", pictures)
         except (IndexError, OSError, RuntimeError) as error:  # ffmpeg is missing, or fails
             log.warning("no reverse.%s: %s", suffix, error)
+            (folder / f"reverse.{suffix}").unlink(missing_ok=True)  # of an older checkpoint
     return step
 
 
@@ -261,20 +263,22 @@ def write_report(config, workdir, step, lines):
         parts += [f"<h2>{title}</h2>", *drawn] if drawn else []
     drawn = [workdir / name for name in NEIGHBOURS if (workdir / name).exists()]
     if drawn:
-        parts.append("<h2>Nearest training images</h2>")
+        parts.append("<h2>Nearest training images, of the last evaluation</h2>")
         parts += [embedded(path, NEIGHBOURS[path.name]) for path in drawn]
-    grids = sorted((workdir / "samples").glob("step_*.png"), key=lambda p: int(p.stem[5:]))
+    names = (re.fullmatch(r"step_(\d+)", p.stem) for p in (workdir / "samples").glob("step_*.png"))
+    grids = sorted(int(name[1]) for name in names if name)
     if grids:
         chosen = np.unique(np.linspace(0, len(grids) - 1, min(MAX_GRIDS, len(grids))).round())
-        figures = "".join(
-            embedded(grids[int(i)], f"step {int(grids[int(i)].stem[5:]):,}") for i in chosen
-        )
+        steps = [grids[int(i)] for i in chosen]
+        paths = (workdir / "samples" / f"step_{step:06d}.png" for step in steps)
+        figures = "".join(map(embedded, paths, (f"step {step:,}" for step in steps)))
         parts.append(f'<h2>Samples during training</h2><div class="grids">{figures}</div>')
     settings = rows(configs.flatten(config))
     parts.append(f"<h2>Settings</h2><details><summary>all fields</summary>{settings}</details>")
     title = html.escape(f"{config.data.name or 'imported'}: {workdir.name}")
     with run_files.atomic_write(workdir / "report.html") as path:
-        path.write_text(PAGE.format(title=title, body="\n".join(parts)))
+        text = PAGE.format(title=title, body="\n".join(parts))
+        path.write_text(text, "utf-8", errors="replace")  # a path may not be UTF-8
 
 
 def rows(fields):
