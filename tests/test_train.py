@@ -46,15 +46,16 @@ class Counting:
         return self.model.apply(*args, **kwargs)
 
 
-def run(config, num_devices, num_steps, count_traces=None):
+def run(config, num_devices, num_steps, count_traces=None, name="loss"):
+    """The state after some steps, and the losses (or another metric) of all."""
     step, state = setup(config, num_devices, count_traces)
     source = data.open_source(config.data)
     batches = data.batches(source, batch_size=8, seed=0, first_step=0, random_flip=False)
-    losses = []
+    found = []
     for _ in range(num_steps):
         state, values = step(state, parallel.shard(next(batches), num_devices))
-        losses.append(float(values["loss"]))
-    return jax.tree.map(np.array, state), losses
+        found.append(float(values[name]))
+    return jax.tree.map(np.array, state), found
 
 
 IMPROVED = {
@@ -417,11 +418,11 @@ def test_a_chain_that_does_not_end_in_noise_is_reported(config, caplog):
     ],
 )
 def test_what_saves_memory_changes_no_gradient(config, section, field, value):
-    """Except for rounding; dropout is that of the whole batch. It compares the gradients' norm."""
-    plain, losses = run(config, 4, 4)
+    """Except for rounding; dropout is that of the whole batch."""
+    plain, norms = run(config, 4, 4, name="grad_norm")
     config[section][field] = value
-    saving, same_losses = run(config, 4, 4)
-    np.testing.assert_allclose(same_losses, losses, rtol=1e-5)
+    saving, same_norms = run(config, 4, 4, name="grad_norm")
+    np.testing.assert_allclose(same_norms, norms, rtol=1e-4)
     for a, b in zip(jax.tree.leaves(plain.params), jax.tree.leaves(saving.params), strict=True):
         assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(a) + 1e-3
 
