@@ -273,6 +273,7 @@ def run():
     flags = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"  # the contestants show no progress bars
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the contestants share a GPU's memory
+    contestants.use_one_gpu()  # as the peers do
     on_gpu = jax.default_backend() == "gpu"
     flops = contestants.matrix_rate() if on_gpu else None
     installed = versions()

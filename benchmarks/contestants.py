@@ -9,6 +9,7 @@ if the network is the same as ours.
 import bisect
 import functools
 import importlib
+import os
 import statistics
 import sys
 import time
@@ -79,6 +80,12 @@ def random_images(config, size):
     """uint8 [size, H, W, C]."""
     shape = (size, *configs.image_shape(config))
     return np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+
+
+def use_one_gpu():
+    """Lets this process see the first GPU only; call it before JAX or PyTorch is used."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    os.environ["CUDA_VISIBLE_DEVICES"] = first
 
 
 def ours(cell, bfloat16):

@@ -57,12 +57,13 @@ CANDIDATES = {
     "norms computed again": {"replaces": "norms"},
     "cuDNN's attention": {"replaces": "attention"},
     "latency hiding": {"flags": "--xla_gpu_enable_latency_hiding_scheduler=true"},
-    "exhaustive tiling": {"flags": "--xla_gpu_exhaustive_tiling_search=true"},
     "no Triton products": {"flags": "--xla_gpu_enable_triton_gemm=false"},
     "convolutions in NHWC": {"flags": "--xla_gpu_force_conv_nhwc=true"},
     "convolutions in NCHW": {"flags": "--xla_gpu_force_conv_nchw=true"},
     "deterministic": {"flags": "--xla_gpu_deterministic_ops=true"},
     "float32": {"fields": {"model.dtype": "float32"}},
+    # The last one: it may take longer than a phase.
+    "exhaustive tiling": {"flags": "--xla_gpu_exhaustive_tiling_search=true"},
 }
 
 
@@ -120,7 +121,8 @@ def make_work(config, steps):
 
 
 def measure(case):
-    """Measures one candidate in this process; returns a line's fields."""
+    """Measures one candidate in this process, on one GPU; returns a line's fields."""
+    contestants.use_one_gpu()
     cpu.prepare(trains=True)
     config = configs.named_config(case["config"])
     config.update_from_flattened_dict({"model.dtype": "bfloat16", **case.get("fields", {})})
@@ -168,7 +170,7 @@ def profile(flags):
     """Measures each candidate in a process of its own; yields the lines."""
     deadline = time.monotonic() + 60 * flags.minutes
     known = [{name: line.get(name) for name in ("device", "phase", "name", "config", "size")}
-             for line in read(flags.out)]  # fmt: skip
+             for line in read(flags.out) if "failed" not in line]  # fmt: skip
     for name in tqdm(CANDIDATES, "profile", unit="candidate"):
         asked = {"name": name, "config": flags.config, "size": flags.batch}
         if {"device": flags.device, "phase": "profile", **asked} in known:
@@ -182,8 +184,8 @@ def profile(flags):
         command = [sys.executable, "-m", "benchmarks.gpu", "measure", "--case", json.dumps(case)]
         try:
             done = subprocess.run(
-                command, env={**os.environ, "XLA_FLAGS": xla_flags}, timeout=left,
-                capture_output=True, text=True,
+                command, timeout=left, capture_output=True, text=True,
+                env={**os.environ, "XLA_FLAGS": xla_flags, "JAX_TRACEBACK_FILTERING": "off"},
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             print(f"{name}: no time left; the same command goes on")

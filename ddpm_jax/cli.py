@@ -224,8 +224,10 @@ def run(argv):
         compare.compare(command.workdirs)
         return 0
     cpu.prepare(trains=command.mode == "train")
-    compilation.keep_programs()
     if command.processes is None:
+        # Only the first of several processes would find its programs; the others would compile, and
+        # on GPUs wait for results of its autotuning.
+        compilation.keep_programs()
         cpu.use_cores(*configs.batch_sizes(command.config, command.mode).values())
         processes = nullcontext()
     else:

@@ -5,6 +5,7 @@ import logging
 import os
 import pathlib
 import platform
+import stat
 
 import jax
 
@@ -33,7 +34,6 @@ def keep_programs():
         root = pathlib.Path(FOLDER).expanduser()
         folder = root / name
         folder.mkdir(parents=True, exist_ok=True)
-        delete_oldest(root, MOST_BYTES)
         writable = os.access(folder, os.W_OK | os.X_OK)
     except (OSError, RuntimeError):  # a RuntimeError: there is no home
         writable = False
@@ -41,6 +41,7 @@ def keep_programs():
         log.warning("%s cannot be written, so compiled programs are not kept; %s=… names "
                     "another folder, an empty one turns this off", FOLDER, VARIABLE)  # fmt: skip
         return
+    delete_oldest(root, MOST_BYTES)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORTEST)
 
@@ -49,10 +50,12 @@ def delete_oldest(root, most_bytes):
     """Deletes the files in a folder that were not used for the longest time, until the rest take at
     most this much. Other processes may use the folder at the same time."""
     files = []
-    for path in root.glob("*/*"):
+    for path in root.rglob("*"):  # on GPUs, XLA has folders of its own in JAX's
         try:
             status = path.stat()
         except FileNotFoundError:  # deleted by another process
+            continue
+        if not stat.S_ISREG(status.st_mode):
             continue
         # A file system may note the time of reading once a day, or never.
         files.append((max(status.st_atime, status.st_mtime), status.st_size, path))

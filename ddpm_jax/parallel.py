@@ -12,9 +12,11 @@ single process is the first process.
 import atexit
 import contextlib
 import functools
+import logging
 import os
 import subprocess
 import sys
+from importlib.metadata import entry_points
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ddpm_jax.errors import UserError, one_line
+
+log = logging.getLogger(__name__)
 
 AXIS = "batch"
 LOST = (
@@ -76,6 +80,10 @@ def check_devices():
         platforms = os.environ.get("JAX_PLATFORMS", "")
         text = one_line(error)[:200] or "none is installed"
         raise UserError(f"JAX_PLATFORMS={platforms}: no such device ({text}); unset it") from None
+    plugins = [plugin.name for plugin in entry_points(group="jax_plugins")]
+    if plugins and jax.default_backend() == "cpu" and not jax.config.jax_platforms:
+        text = "JAX has the plugin %s but finds no such device, so this runs on the CPU; "
+        log.warning(text + "JAX_PLATFORMS=cpu says that it shall", plugins[0])
 
 
 def _initialize(coordinator, num_processes, process_id):

@@ -1,8 +1,10 @@
 """`python -m benchmarks` runs, with the peers; no test checks a time."""
 
+import argparse
 import csv
 import functools
 import importlib.util
+import json
 import subprocess
 import sys
 
@@ -162,6 +164,32 @@ def test_held_out_mse_of_a_network_that_predicts_zero(config, prediction):
         v = alpha_bars + (1 - alpha_bars) * np.square(x0).mean()
         expected = (alpha_bars * v).mean(axis=1)
     np.testing.assert_allclose(found, expected, rtol=0.08)
+
+
+def test_a_candidate_that_fails_is_tried_again(tmp_path, monkeypatch):
+    """And the reason is kept; what was measured is not measured again."""
+    started = []
+
+    def run(command, env, **_):
+        name = json.loads(command[-1])["name"]
+        started.append(name)
+        code = int(name == "bad")
+        out = json.dumps({"images_per_second": 1.0})
+        error = "Traceback\nValueError: no such head size\n"
+        return subprocess.CompletedProcess(command, code, out, error)
+
+    monkeypatch.setattr(gpu, "CANDIDATES", {"good": {}, "bad": {"flags": "--x"}})
+    monkeypatch.setattr(subprocess, "run", run)
+    path = tmp_path / "gpu.jsonl"
+    flags = argparse.Namespace(minutes=1, out=path, config="digits", batch=2, device="a GPU")
+    for _ in range(2):
+        for line in gpu.profile(flags):
+            assert (line.get("failed") == "ValueError: no such head size") == (
+                line["name"] == "bad"
+            )
+            with open(path, "a") as file:
+                file.write(json.dumps({"device": "a GPU", "phase": "profile", **line}) + "\n")
+    assert started == ["good", "bad", "bad"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """What several processes divide and say, seen from one; tests/test_hosts.py starts several."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -41,3 +43,16 @@ def test_what_an_error_of_jax_means(monkeypatch):
         assert "use a smaller batch_size" in parallel.explain(memory)
         assert ("a process was lost" in parallel.explain(lost)) == several
         assert not parallel.explain(other)
+
+
+@pytest.mark.parametrize("platforms, plugins, warns", [
+    (None, ["xla_cuda12"], True), ("cpu", ["xla_cuda12"], False), (None, [], False),
+])  # fmt: skip
+def test_a_gpu_that_is_not_found_is_no_secret(monkeypatch, caplog, platforms, plugins, warns):
+    config = types.SimpleNamespace(jax_platforms=platforms)
+    fake = types.SimpleNamespace(devices=lambda: [0], default_backend=lambda: "cpu", config=config)
+    monkeypatch.setattr(parallel, "jax", fake)
+    found = [types.SimpleNamespace(name=name) for name in plugins]
+    monkeypatch.setattr(parallel, "entry_points", lambda group: found)
+    parallel.check_devices()
+    assert ("plugin xla_cuda12 but finds no such device" in caplog.text) == warns

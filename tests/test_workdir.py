@@ -7,6 +7,7 @@ import types
 
 import pytest
 
+from ddpm_jax.errors import UserError
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.runs import train
 
@@ -76,3 +77,12 @@ def test_json_of_anything():
     value = {"a": [1.5, -math.inf, {"b": (math.nan, "nan", None, True)}], "c": 2}
     expected = {"a": [1.5, None, {"b": [None, "nan", None, True]}], "c": 2}
     assert strict(run_files.to_json(value, indent=2)) == expected
+
+
+def test_files_of_another_process_may_come_late(tmp_path, monkeypatch):
+    answers = [True, False, False]
+    run_files.wait_for_files(answers.pop, tmp_path)
+    assert not answers
+    monkeypatch.setattr(run_files, "SECONDS_FOR_FILES", 0.3)
+    with pytest.raises(UserError, match="does not see its files there; all must share workdir"):
+        run_files.wait_for_files(lambda: False, tmp_path)

@@ -33,6 +33,7 @@ from ddpm_jax.errors import UserError, one_line
 log = logging.getLogger(__name__)
 
 SCORES = ("fid", "distance")  # of metrics.jsonl, each from a measure of its own; lower is better
+SECONDS_FOR_FILES = 90
 START_ANEW = "use the same data, or start a new run with another --workdir"
 
 
@@ -152,6 +153,25 @@ def named_errors(flag, folder):
         yield
     except OSError as error:
         raise UserError(f"{flag}={folder}: cannot be used ({error.strerror})") from None
+
+
+def wait_for_files(are_there, folder):
+    """Waits until this process sees what the first process wrote; a network's file system may need
+    a minute.
+
+    Args:
+      are_there: () to whether it does.
+      folder: for the error.
+
+    Raises:
+      UserError: if it does not see the files in time.
+    """
+    deadline = time.monotonic() + SECONDS_FOR_FILES
+    while not are_there():
+        if time.monotonic() > deadline:
+            text = f"{folder}: another process than the first does not see its files there"
+            raise UserError(f"{text}; all must share workdir and evaluate.cache_dir")
+        time.sleep(0.2)
 
 
 def load_config(workdir):

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import cpu, parallel, progress, signals
-from ddpm_jax.files.workdir import atomic_write, lock
+from ddpm_jax.files.workdir import atomic_write, lock, wait_for_files
 from ddpm_jax.metrics import distances, inception, neighbours
 
 
@@ -58,7 +58,12 @@ def collect(folder, count, size, rows_of, description, stop=signals.never):
     Raises:
       signals.Stopped: if a signal interrupts it.
     """
-    if parallel.broadcast_from_first(sum(_files(folder).values()) >= count):
+
+    def is_complete():
+        return sum(_files(folder).values()) >= count
+
+    if parallel.broadcast_from_first(is_complete()):
+        wait_for_files(is_complete, folder)
         return
     with lock(folder, "rows", waits=True):  # another program may compute the same rows
         files = _files(folder)
@@ -76,6 +81,7 @@ def collect(folder, count, size, rows_of, description, stop=signals.never):
                 if last < count:
                     signals.check(stop)
         parallel.barrier()  # all processes read the files afterwards
+    wait_for_files(is_complete, folder)
 
 
 def _files(folder):

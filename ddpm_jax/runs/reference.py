@@ -156,6 +156,7 @@ def cached_classifier(config, source, labelled):
                 run_files.write_npz(paths[0], **layer._asdict(), accuracy=accuracy)
                 run_files.write_npz(paths[1], **statistics._asdict())
         parallel.barrier()
+    run_files.wait_for_files(is_cached, folder)
     with np.load(paths[0]) as arrays:
         layer = classifier.Layer(arrays["kernel"], arrays["bias"])
     return Classifier(layer, _read_statistics(paths[1]))

@@ -254,6 +254,7 @@ def run_loop(config, workdir, span, steps, metrics, save, actions, stop):
             saves = span.due(step, section.checkpoint_every) or "the score" in due
             saves = saves and not ends
             if pending and (ends or due or saves or span.due(step, section.log_every)):
+                pending = jax.device_get(pending)  # all at once, not one number after another
                 skipped = count_skipped(pending, step, skipped, config.optim.max_skipped)
                 speed = (step - mark[0]) * section.batch_size / (time.monotonic() - mark[1])
                 metrics.write(
