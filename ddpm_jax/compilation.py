@@ -34,6 +34,7 @@ def keep_programs():
         root = pathlib.Path(FOLDER).expanduser()
         folder = root / name
         folder.mkdir(parents=True, exist_ok=True)
+        delete_oldest(root, MOST_BYTES)
         writable = os.access(folder, os.W_OK | os.X_OK)
     except (OSError, RuntimeError):  # a RuntimeError: there is no home
         writable = False
@@ -41,7 +42,6 @@ def keep_programs():
         log.warning("%s cannot be written, so compiled programs are not kept; %s=… names "
                     "another folder, an empty one turns this off", FOLDER, VARIABLE)  # fmt: skip
         return
-    delete_oldest(root, MOST_BYTES)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORTEST)
 
