@@ -83,7 +83,13 @@ def draw_score(axes, name, choices):
             axes.scatter(values, [y] * len(values), color=color, s=12, zorder=3)
     axes.axvline(sign * np.mean(baseline), color="black", linewidth=0.8)
     axes.set_title(title, fontsize=9)
-    axes.set_xscale("log" if name == "fast" else "linear")
+    measured = [value for scores in choices.values() for value in scores.get(name, [])]
+    if not measured:
+        axes.set_axis_off()
+    elif name == "fast" and max(measured) > 10 * min(measured):
+        axes.set_xscale("log")
+    else:
+        axes.locator_params(axis="x", nbins=3)
     axes.tick_params(labelsize=8)
     axes.set_ylim(len(choices) - 0.5, -0.5)
     axes.grid(axis="x", linewidth=0.4)
