@@ -153,11 +153,12 @@ def test_what_the_config_says_is_text_in_the_report(tmp_path, config):
 
 def test_the_report_has_the_grids_of_training(tmp_path, config):
     """And no other files beside them."""
-    for name in ("step_000010", "step_000010 copy", "step_x", "step_1000000"):
+    for name in ("step_000010", "step_000010 copy", "step_x", "step_1000000", "step_30"):
         images.write_png(tmp_path / "samples" / f"{name}.png", np.zeros((4, 4, 3), np.uint8))
     show.write_report(config, tmp_path, None, [])
     page = (tmp_path / "report.html").read_text()
-    assert len(Page(page).sources) == 2 and "step 10<" in page and "step 1,000,000<" in page
+    assert len(Page(page).sources) == 3
+    assert all(f"step {step}<" in page for step in ("10", "30", "1,000,000"))
 
 
 def test_nearest_training_images_are_in_the_report(tmp_path, config):

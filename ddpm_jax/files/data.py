@@ -332,10 +332,9 @@ def _open_tfds(data, split):
             raise UserError(f"data.name={data.name!r}: {text}") from None
         labels = np.array([row["label"] for row in rows], np.int32) if names else None
         origins = [f"data.name={data.name!r}: image {i} of {split}" for i in indices]
-        for origin, label in zip(origins, () if labels is None else labels, strict=False):
-            if label < 0:  # TFDS's label of an image without one
-                allowed = "choose another split, or data.num_classes=0"
-                raise UserError(f"{origin}: has the label {label}, no class; {allowed}")
+        if names and (labels < 0).any():  # TFDS's label of an image without one is -1
+            i, allowed = np.argmax(labels < 0), "choose another split, or data.num_classes=0"
+            raise UserError(f"{origins[i]}: has the label {labels[i]}, no class; {allowed}")
         return [io.BytesIO(row["image"]) for row in rows], origins, labels
 
     digest = _digest([builder.info.full_name, split])

@@ -10,7 +10,7 @@ import logging
 import numpy as np
 
 from ddpm_jax import configs
-from ddpm_jax.core import schedules
+from ddpm_jax.core import schedules, solvers
 from ddpm_jax.core.diffusion import FIXED_VARIANCES
 from ddpm_jax.errors import UserError
 
@@ -239,12 +239,9 @@ def _sampler(fields, require):
     sampler, order = SAMPLERS[kind], fields.get("solver_order", 2)
     if kind == "DPMSolverMultistepScheduler":
         sampler = _take(fields, require, "algorithm_type", ALGORITHMS)
-    orders = {"dpmpp": (1, 2, 3), "unipc": (2, 3)}.get(sampler, (2,))
-    require(
-        is_size(order) and order in orders,
-        "solver_order",
-        f"choose from {', '.join(map(str, orders))}",
-    )
+    orders = solvers.ORDERS.get(sampler, (2,))
+    allowed = f"choose from {', '.join(map(str, orders))}"
+    require(is_size(order) and order in orders, "solver_order", allowed)
     if kind == "PNDMScheduler":
         # It extrapolates v where we extrapolate ε.
         require(fields["prediction_type"] == "epsilon", "prediction_type", 'must be "epsilon"')

@@ -265,13 +265,12 @@ def write_report(config, workdir, step, lines):
     if drawn:
         parts.append("<h2>Nearest training images, of the last evaluation</h2>")
         parts += [embedded(path, NEIGHBOURS[path.name]) for path in drawn]
-    names = (re.fullmatch(r"step_(\d+)", p.stem) for p in (workdir / "samples").glob("step_*.png"))
-    grids = sorted(int(name[1]) for name in names if name)
+    names = {p: re.fullmatch(r"step_(\d+)", p.stem) for p in (workdir / "samples").glob("*.png")}
+    grids = sorted((int(name[1]), path) for path, name in names.items() if name)
     if grids:
         chosen = np.unique(np.linspace(0, len(grids) - 1, min(MAX_GRIDS, len(grids))).round())
-        steps = [grids[int(i)] for i in chosen]
-        paths = (workdir / "samples" / f"step_{step:06d}.png" for step in steps)
-        figures = "".join(map(embedded, paths, (f"step {step:,}" for step in steps)))
+        shown = (grids[int(i)] for i in chosen)
+        figures = "".join(embedded(path, f"step {step:,}") for step, path in shown)
         parts.append(f'<h2>Samples during training</h2><div class="grids">{figures}</div>')
     settings = rows(configs.flatten(config))
     parts.append(f"<h2>Settings</h2><details><summary>all fields</summary>{settings}</details>")
