@@ -4,6 +4,7 @@ import getpass
 import importlib
 import os
 import pathlib
+import re
 import sys
 import tempfile
 
@@ -58,6 +59,60 @@ def reference():
     torch.set_num_threads(threads)
 
 
+# What the programs of a config depend on.
+OF_ALL = "seed", "model.", "diffusion.", "data.image_size", "data.channels", "data.num_classes"
+SECTIONS = {
+    "make_train_step": (*OF_ALL, "optim.", "train."),
+    "make_eval_loss": (*OF_ALL, "data.", "train."),
+    "make_sampler": (*OF_ALL, "sample."),
+}
+NO_DEPENDENCE = re.compile(r"train\.((num|keep|score)_.*|.*_every)")
+PROGRAMS = {}
+
+
+def once(make, rest):
+    """`make` of a config; equal configs get the same program, if `rest` tells what else counts."""
+    from ddpm_jax import configs
+
+    def made(config, *args, **options):
+        more = rest(config, *args, **options)
+        if more is None:
+            return make(config, *args, **options)
+        fields = [x for x in configs.flatten(config).items() if not NO_DEPENDENCE.fullmatch(x[0])]
+        fields = [x for x in fields if x[0].startswith(SECTIONS[make.__name__])]
+        key = make.__name__, repr(fields), repr(more)
+        if key not in PROGRAMS:
+            own = config.copy_and_resolve_references()  # the test may change its config
+            PROGRAMS[key] = make(own, *args, **options)
+        return PROGRAMS[key]
+
+    return made
+
+
+@pytest.fixture(autouse=True)
+def each_program_once(monkeypatch):
+    """Runs of equal configs share their programs: tracing them is most of a short run's time."""
+    from ddpm_jax.core import unet
+    from ddpm_jax.runs import generate, objective
+
+    def step(config, model, schedule, optimizer, devices=None):
+        shared = type(model).__module__ == unet.__name__ and config.optim.decay == "constant"
+        return len(devices or jax.devices()) if shared else None
+
+    def eval_loss(config, model, schedule, source):
+        return () if config.data.name == "digits" else None
+
+    def sampler(config, label=None, frames_at=(), x0_at=(), **more):
+        return None if any(more.values()) else (label, frames_at, x0_at)
+
+    for module, make, rest in (
+        (objective, objective.make_train_step, step),
+        (objective, objective.make_eval_loss, eval_loss),
+        (generate, generate.make_sampler, sampler),
+    ):
+        monkeypatch.setattr(module, make.__name__, once(make, rest))
+
+
 @pytest.fixture
 def no_report(monkeypatch):
     """Training does not draw its report, which test_show.py tests."""
@@ -82,7 +137,7 @@ def config():
     )
     config.model.norm_groups = 4
     config.diffusion.num_timesteps = 20
-    config.optim.update(learning_rate=1e-3, warmup_steps=2)
+    config.optim.update(learning_rate=1e-3, warmup_steps=2, decay="constant")
     config.train.update(
         batch_size=8,
         num_steps=4,

@@ -45,7 +45,6 @@ TRAINED = []  # once for all tests
 def run(config, tmp_path, tmp_path_factory):
     """A finished run of 4 steps with checkpoints of steps 2 and 4."""
     config.train.update(checkpoint_every=2, keep_checkpoints=5)
-    config.optim.decay = "constant"  # which does not depend on the number of steps
     if not TRAINED:
         TRAINED.append(tmp_path_factory.mktemp("trained") / "run")
         train.train(config, TRAINED[0])

@@ -31,7 +31,6 @@ TRAINED = []  # once for all tests
 def run(config, tmp_path_factory):
     """A conditional run of four steps on a user's own arrays."""
     config.train.checkpoint_every = 2
-    config.optim.decay = "constant"
     if not TRAINED:
         folder = tmp_path_factory.mktemp("trained") / "run"
         TRAINED.append((folder, ddpm_jax.train(config, folder, *arrays())))

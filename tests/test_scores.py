@@ -38,7 +38,6 @@ def scores_in(workdir):
 
 def test_scores_of_a_resumed_run(scored, tmp_path):
     """Bit for bit those of a run that was not interrupted; nothing else is left in the folder."""
-    scored.optim.decay = "constant"
     train.train(scored, tmp_path / "whole")
     scored.train.num_steps = 2
     train.train(scored, tmp_path / "parts")
@@ -53,7 +52,6 @@ def test_scores_of_a_resumed_run(scored, tmp_path):
 def test_a_killed_score_goes_on(scored, tmp_path, monkeypatch):
     """The step is saved before; images that were sampled are not sampled again."""
     scored.sample.batch_size = 4
-    scored.optim.decay = "constant"
     train.train(scored, tmp_path / "whole")
     make, sampled = generate.make_sampler, []
 

@@ -153,7 +153,6 @@ def test_resuming_changes_no_bit(config, tmp_path, objective):
     """4 steps equal 2, a new process's worth of setup, and 2 more; flips and dropout included."""
     config.update_from_flattened_dict(objective)
     config.data.random_flip = True
-    config.optim.decay = "constant"
     assert train.train(config, tmp_path / "whole") == 0
     config.train.num_steps = 2
     assert train.train(config, tmp_path / "parts") == 0
@@ -177,7 +176,6 @@ def test_resuming_changes_no_bit(config, tmp_path, objective):
 def test_epochs(config, tmp_path, capfd):
     """20 images in batches of 8: an epoch ends after 2.5 steps, the second one after 5."""
     config.data.split = "train[:20]"
-    config.optim.decay = "constant"
     config.train.update(num_steps=0, num_epochs=2)
     train.train(config, tmp_path / "whole")
     of_steps = {x["step"]: x["loss"] for x in lines(tmp_path / "whole") if "loss" in x}
@@ -202,7 +200,6 @@ def test_epochs(config, tmp_path, capfd):
 def test_a_signal_at_the_end_of_an_epoch_loses_no_line(config, tmp_path, monkeypatch):
     """Actions due at the step of the signal run once, when the run is resumed."""
     config.data.split = "train[:24]"  # three steps
-    config.optim.decay = "constant"
     config.train.update(num_steps=0, num_epochs=2, eval_every=3, sample_every=3)
     updates = train.updates
 
