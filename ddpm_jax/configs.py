@@ -308,7 +308,7 @@ def _show_fields():
     show.spacing = "leading"  # of these steps
     show.timesteps = ()  # columns of the strips; empty: ten, evenly spaced
     show.num_images = 8  # rows of the strips
-    show.num_frames = 100  # frames of the animation
+    show.num_frames = 100  # frames of the animation, at most the number of steps
     return show
 
 
