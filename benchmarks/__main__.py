@@ -219,10 +219,10 @@ def ratio(compared, results):
 
 
 def gpu_note(cell, results, flops):
-    """The FLOP/s or hours of the paper's CIFAR-10 model (6.222 GMAC per forward pass) on a GPU."""
+    """The FLOP/s or hours of the paper's CIFAR-10 model on a GPU."""
     rate = statistics.median(results["ours"]["rates"])
     if cell.task == "train":
-        share = 3 * 2 * 6.222e9 * rate / flops
+        share = contestants.TRAIN_FLOPS * rate / flops
         hours = 800_000 * 128 / rate / 3600
         return f"{share:.1%} of {flops / 1e12:.0f} TFLOP/s; 800,000 steps of 128: {hours:.1f} hours"
     return f"50,000 samples: {50_000 / rate / 60:.1f} minutes"

@@ -24,12 +24,13 @@ from benchmarks.memory import peak
 from ddpm_jax import configs, cpu, parallel
 from ddpm_jax.core import solvers, unet
 from ddpm_jax.files import data
-from ddpm_jax.runs import generate, networks, objective, schedulers, train
+from ddpm_jax.runs import generate, networks, objective, schedulers
 from ddpm_jax.runs import state as states
 
 DIFFUSERS = ("eager", "channels_last", "compile")  # modes of diffusers
 OTHER = "denoising-diffusion-pytorch"
 BFLOAT16 = ", bfloat16"  # suffix of those that compute in it on a CPU; on a GPU all do
+TRAIN_FLOPS = 3 * 2 * 6.222e9  # an image, of CIFAR-10's network: forward and twice as much backward
 TURN = 1.0  # seconds; after a pause, steps of 20 ms take up to twice as long at first
 
 
@@ -61,7 +62,7 @@ class Cell(NamedTuple):
 
 def get_config(cell):
     """The network's config, without dropout, with the cell's steps and sampler."""
-    config = importlib.import_module(f"configs.{cell.network}").get_config()
+    config = configs.named_config(cell.network)
     config.model.dropout = 0.0
     config.train.batch_size = cell.size
     config.sample.update(batch_size=cell.size, num_samples=cell.size, num_steps=cell.steps)
@@ -99,7 +100,7 @@ def ours(cell, bfloat16):
     if bfloat16 or jax.default_backend() == "gpu":
         config.model.dtype = "bfloat16"
     model, optimizer = configs.make_model(config), states.make_optimizer(config.optim, 100)
-    state = train.create_state(config, model, optimizer)
+    state = states.create_state(config, model, optimizer)
     parameters = sum(p.size for p in jax.tree.leaves(state.params))
     images = random_images(config, cell.size)
     if cell.task == "train":

@@ -7,11 +7,9 @@ It caches features in files, as `--mode=evaluate` does. So an interrupted run re
 evaluation reuses the features.
 """
 
-import runpy
-
 from absl import app, flags
 
-from ddpm_jax import cpu
+from ddpm_jax import configs, cpu
 from ddpm_jax.files import data
 from ddpm_jax.metrics import distances, features, inception
 from ddpm_jax.runs import reference
@@ -21,7 +19,7 @@ CONFIG = flags.DEFINE_string("config", "configs/cifar10.py", "whose data section
 
 def main(_):
     """Prints the FID of split against eval_split."""
-    config = runpy.run_path(CONFIG.value)["get_config"]()
+    config = configs.named_config(CONFIG.value)
     cpu.prepare(trains=False)
     cpu.use_cores(config.sample.batch_size)
     weights = inception.load(config.evaluate.inception_weights)

@@ -6,7 +6,6 @@
 The network is untrained, which does not affect its speed. A few steps are timed, and extrapolated.
 """
 
-import runpy
 import time
 
 import jax
@@ -33,7 +32,7 @@ def seconds(run):
 
 def main(_):
     """Prints the time of sampling and of Inception for one batch."""
-    config = runpy.run_path(CONFIG.value)["get_config"]()
+    config = configs.named_config(CONFIG.value)
     num_timesteps, size = config.diffusion.num_timesteps, BATCH_SIZE.value
     config.diffusion.update(num_timesteps=STEPS, schedule="cosine")
     config.sample.batch_size = size

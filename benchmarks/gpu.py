@@ -40,10 +40,8 @@ from ddpm_jax.files import data
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.runs import objective
 from ddpm_jax.runs import state as states
-from ddpm_jax.runs import train as training
 
 MAIN = pathlib.Path(__file__).resolve().parent.parent / "main.py"
-GMAC = 6.222  # of a forward pass of CIFAR-10's network
 SECONDS = 3  # of each measurement
 # What each candidate changes: fields of the config, XLA_FLAGS, a function of REPLACED, or the
 # number of images or steps.
@@ -98,7 +96,7 @@ def make_work(config, steps):
     With several steps, the images of all are on the device before, as those of a dataset would be.
     """
     model, optimizer = configs.make_model(config), states.make_optimizer(config.optim, 10**6)
-    state = training.create_state(config, model, optimizer)
+    state = states.create_state(config, model, optimizer)
     size = config.train.batch_size
     one = objective.make_step(config, model, configs.make_schedule(config), optimizer)
 
@@ -144,7 +142,7 @@ def measure(case):
     found = {"images_per_second": rate, "batch_size": config.train.batch_size, "warm": warm}
     if case["config"] == "cifar10" and not cpu.is_used():
         flops = contestants.matrix_rate()
-        found |= {"matrix_flops": flops, "share": 3 * 2 * GMAC * 1e9 * rate / flops}
+        found |= {"matrix_flops": flops, "share": contestants.TRAIN_FLOPS * rate / flops}
     if case["name"] == "as it is":
         found["trace"] = trace(lambda: jax.block_until_ready(work(state)))
     return found

@@ -51,7 +51,7 @@ WRITES = {
     "train": ("",),
     "sample": ("samples",),
     "evaluate": ("", "evaluation"),
-    "show": ("show",),
+    "show": ("", "show"),
     **dict.fromkeys(EDITS, ("samples",)),
 }
 DISTRIBUTED = ("train", "sample", "evaluate")  # modes for several processes
@@ -314,7 +314,3 @@ def main():
     else:
         sys.exit(code)
     parallel.exit_process(code)
-
-
-if __name__ == "__main__":
-    main()

@@ -35,7 +35,6 @@ NOT_NEGATIVE = """
     sample.seed sample.num_steps sample.columns sample.guidance show.num_steps evaluate.num_samples
     evaluate.bits_per_dim_images evaluate.nearest_images evaluate.steps
 """.split()
-BELOW_ONE = ("model.dropout", "sample.ema_decay")  # in [0, 1)
 # The largest values, far above sensible ones; a mistyped number must not take all memory. Other
 # whole numbers may have up to 31 bits.
 LARGEST = {
@@ -66,6 +65,8 @@ MAX_LEVELS = LARGEST["data.image_size"].bit_length()
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 MAX_VALUES = 2**34  # in the images of a batch
 MAX_STEPS = 1_000_000  # of inpainting, including resampling
+# Of the diffusion section: what β depends on.
+SCHEDULE_FIELDS = ("schedule", "num_timesteps", "beta_start", "beta_end", "zero_terminal_snr")
 SMALLEST_BETA = 1e-8  # below this, 1 - ᾱ is dominated by rounding
 CHOICES = {
     "data.resize": ("crop", "squash"),
@@ -385,8 +386,8 @@ def complete(config, origin):
         several = name == "optim.ema_decay" and isinstance(fields[name], tuple)
         for value in fields[name] if several else (fields[name],):
             check_kind(f"{origin}: {name}", value, type(default))
-    with config.unlocked():  # a later value may be a tuple, too
-        config.optim.ema_decay = FieldReference(config.optim.ema_decay, object)
+    # A later value may be a tuple, too.
+    config.optim.ema_decay = FieldReference(config.optim.ema_decay, object)
     return config
 
 
@@ -477,8 +478,7 @@ def normalize(config):
     """Returns a copy with ~ expanded in PATHS (no shell does it) and old values renamed."""
     fields = {name: os.path.expanduser(flatten(config)[name]) for name in PATHS}
     config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.update_from_flattened_dict(fields)
+    config.update_from_flattened_dict(fields)
     return rename_old_values(config)
 
 
@@ -489,9 +489,8 @@ def make_alpha_bars(config):
       UserError: for β outside (0, 1), or coefficients that overflow in float32.
     """
     section = config.diffusion
-    names = ("schedule", "num_timesteps", "beta_start", "beta_end", "zero_terminal_snr")
     try:
-        return schedules.make_alpha_bars(*(section[name] for name in names))
+        return schedules.make_alpha_bars(*(section[name] for name in SCHEDULE_FIELDS))
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -564,8 +563,8 @@ def check(config, mode="train"):
         require(_all(lambda v: v > 0, fields[name]), name, fields[name], allowed)
     for name in NOT_NEGATIVE:
         require(_all(lambda v: v >= 0, fields[name]), name, fields[name], "must be 0 or more")
-    for name in BELOW_ONE:
-        require(0 <= fields[name] < 1, name, fields[name], "must lie in [0, 1)")
+    dropout = config.model.dropout
+    require(0 <= dropout < 1, "model.dropout", dropout, "must lie in [0, 1)")
     for name, choices in CHOICES.items():
         allowed = f"choose from {', '.join(map(str, choices))}"
         require(fields[name] in choices, name, fields[name], allowed)
@@ -574,7 +573,7 @@ def check(config, mode="train"):
     check_parameters(config)
     _check_sizes(fields)
     _check_scores(config)
-    _check_evaluation(config)
+    _check_evaluation(config, mode)
     name, steps, epochs = "train.num_epochs", config.train.num_steps, config.train.num_epochs
     allowed = f"train.num_steps={steps}; one of them must be 0, and the other above 0"
     require((steps > 0) != (epochs > 0), name, epochs, allowed)
@@ -587,17 +586,9 @@ def check(config, mode="train"):
     _check_sampling(config, mode)
     if mode in ("train", "show"):
         _check_sampler(for_show(config), mode, "show")
-    count = config.evaluate.num_samples
-    for name in ("evaluate.num_samples", "evaluate.nearest_images"):
-        require(fields[name] != 1, name, fields[name], "must be 0, or 2 or more")
     if mode in ("train", "evaluate"):
         allowed = "must be the name of a dataset, as --config.data.name=cifar10"
         require(config.data.name != "", "data.name", "", allowed)
-    name, features = "evaluate.max_features", config.evaluate.max_features
-    require(features > 1, name, features, "must be 2 or more")
-    if mode == "evaluate" and count:
-        name, allowed = "data.channels", "Inception takes 1 or 3 (or evaluate.num_samples=0)"
-        require(config.data.channels != 4, name, 4, allowed)
     for name in PATHS:
         require(not fields[name].startswith("~"), name, fields[name], UNKNOWN_USER)
     for name, value in batch_sizes(config, mode).items():
@@ -632,8 +623,16 @@ def _check_scores(config):
     require(not train.keep_best or train.score_every > 0, "train.keep_best", True, allowed)
 
 
-def _check_evaluation(config):
-    """Steps need samples, and each seed must be one."""
+def _check_evaluation(config, mode):
+    """Scores need two samples, steps need samples, and each seed must be one."""
+    for name in ("num_samples", "nearest_images"):
+        value = config.evaluate[name]
+        require(value != 1, f"evaluate.{name}", value, "must be 0, or 2 or more")
+    features = config.evaluate.max_features
+    require(features > 1, "evaluate.max_features", features, "must be 2 or more")
+    if mode == "evaluate" and config.evaluate.num_samples:
+        allowed = "Inception takes 1 or 3 (or evaluate.num_samples=0)"
+        require(config.data.channels != 4, "data.channels", 4, allowed)
     section, most = config.evaluate, LARGEST["sample.seed"] - config.sample.seed + 1
     allowed = f"must be at most {most}, with sample.seed={config.sample.seed}"
     require(section.num_seeds <= most, "evaluate.num_seeds", section.num_seeds, allowed)
@@ -710,7 +709,7 @@ def _check_task(config, mode):
     """The variance must fit the loss, and the kind of network the mode."""
     name, prediction = "diffusion.zero_terminal_snr", config.diffusion.prediction
     fits = not config.diffusion.zero_terminal_snr or prediction in ("x0", "v")
-    allowed = f"needs diffusion.prediction='x0' or 'v'; {prediction!r} says nothing of x0 at ᾱ = 0"
+    allowed = f"needs diffusion.prediction='x0' or 'v'; {prediction!r} hardly tells x0 at ᾱ = 0"
     require(fits, name, True, allowed)
     _check_loss(config.diffusion)
     kind = config.model.kind

@@ -20,6 +20,12 @@ def is_disk_full(error):
     return getattr(error, "errno", None) in full or any(os.strerror(n) in str(error) for n in full)
 
 
+def listed(names, most=5):
+    """The first few names, and the number of the others."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def printable(error):
     """An error's text in one line, with unprintable characters (of file names) escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import compilation, configs, cpu, parallel
-from ddpm_jax.core import diffusion, unet
+from ddpm_jax.core import diffusion
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint as checkpoints
 from ddpm_jax.files import data
@@ -74,14 +74,10 @@ class Run(NamedTuple):
             stop = num_classes + self.config.model.null_class
             _check_numbers("labels", labels, stop, ((count,),))
         schedule = configs.make_schedule(self.config)
-        net_fn = unet.net_fn(configs.make_model(self.config), self.params)
-        predict_fn = generate.unguided_predict(self.config, schedule, net_fn)
         t = jnp.broadcast_to(jnp.asarray(t, jnp.int32), jnp.shape(x_t)[:1])
         if num_classes:
             labels = jnp.full(t.shape, num_classes) if labels is None else jnp.asarray(labels)
-            predict_fn = generate.with_labels(predict_fn, labels)
-        if self.config.diffusion.clip_x0:
-            predict_fn = diffusion.clipped(predict_fn)
+        predict_fn = generate.predict_for(self.config, schedule, self.params, labels)
         variance = self.config.diffusion.variance
         p = diffusion.p_mean_variance(schedule, predict_fn, x_t, t, variance=variance)
         return p.x0_pred, p.log_variance
@@ -144,9 +140,8 @@ def load(
         config, params = interop.read_run(configs.without_data(), path)
         return Run(config, 0, parallel.replicate(params), generate.class_names(config, path))
     config = run_files.saved_config(path)
-    with config.unlocked():
-        config.sample.update(use_ema=use_ema, ema_decay=float(ema_decay))
-        config.sample.checkpoint = str(checkpoint)
+    choice = dict(use_ema=use_ema, ema_decay=float(ema_decay), checkpoint=str(checkpoint))
+    config.sample.update(choice)
     configs.check_parameters(config)
     step, params = checkpoints.restore_params(config, path)
     return Run(config, step, params, generate.class_names(config, path))

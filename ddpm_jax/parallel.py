@@ -54,7 +54,7 @@ def connected(coordinator=None, num_processes=None, process_id=None):
     Raises:
       UserError: if they cannot be reached.
     """
-    jax.config.update("jax_enable_preemption_service", False)  # train.py catches SIGTERM itself
+    jax.config.update("jax_enable_preemption_service", False)  # signals.py catches SIGTERM itself
     # When another process is lost, JAX's own thread ends this process with a stack trace, before
     # Python can print a message. So a child process prints it, unless it reads "all is well".
     code = "import sys; sys.stdin.read() or print('error:', sys.argv[1], file=sys.stderr)"
@@ -162,7 +162,7 @@ def max_over_processes(number):
     return _pmax(np.full(jax.local_device_count(), number, np.int32))
 
 
-def check_batch_size(field, batch_size, microbatches=1):
+def check_batch_size(field, batch_size, microbatches):
     """Raises a UserError unless the global batch divides evenly over the devices.
 
     Args:
@@ -205,27 +205,25 @@ def replicate(tree, devices=None):
 
 def as_global(tree):
     """Converts arrays replicated in each process to arrays replicated over all, for Orbax."""
-    if jax.process_count() == 1:
-        return tree
-    everywhere = replicated(jax.devices())
-
-    def to_global(array):
-        copies = [shard.data for shard in array.addressable_shards]
-        return jax.make_array_from_single_device_arrays(array.shape, everywhere, copies)
-
-    return jax.tree.map(to_global, tree)
+    return _replicated_over(jax.devices(), tree)
 
 
 def as_local(tree):
     """The inverse of as_global, for pmap."""
+    return _replicated_over(jax.local_devices(), tree)
+
+
+def _replicated_over(devices, tree):
+    """The same copies as arrays that are replicated over other devices."""
     if jax.process_count() == 1:
         return tree
+    sharding = replicated(devices)
 
-    def to_local(array):
+    def convert(array):
         copies = [shard.data for shard in array.addressable_shards]
-        return jax.make_array_from_single_device_arrays(array.shape, replicated(), copies)
+        return jax.make_array_from_single_device_arrays(array.shape, sharding, copies)
 
-    return jax.tree.map(to_local, tree)
+    return jax.tree.map(convert, tree)
 
 
 def local_shard(tree):

@@ -7,6 +7,7 @@ import pathlib
 import re
 import sys
 import tempfile
+import types
 
 import jax
 import pytest
@@ -70,6 +71,14 @@ NO_DEPENDENCE = re.compile(r"train\.((num|keep|score)_.*|.*_every)")
 PROGRAMS = {}
 
 
+def functions():
+    """Those that a program may call; a test that replaces one of them gets programs of its own."""
+    names = ("ddpm_jax.core.", "ddpm_jax.runs.objective", "ddpm_jax.runs.generate")
+    modules = [module for name, module in sorted(sys.modules.items()) if name.startswith(names)]
+    items = (item for module in modules for item in sorted(vars(module).items()))
+    return tuple(v for k, v in items if isinstance(v, types.FunctionType) and k not in SECTIONS)
+
+
 def once(make, rest):
     """`make` of a config; equal configs get the same program, if `rest` tells what else counts."""
     from ddpm_jax import configs
@@ -80,7 +89,7 @@ def once(make, rest):
             return make(config, *args, **options)
         fields = [x for x in configs.flatten(config).items() if not NO_DEPENDENCE.fullmatch(x[0])]
         fields = [x for x in fields if x[0].startswith(SECTIONS[make.__name__])]
-        key = make.__name__, repr(fields), repr(more)
+        key = make.__name__, repr(fields), repr(more), functions()
         if key not in PROGRAMS:
             own = config.copy_and_resolve_references()  # the test may change its config
             PROGRAMS[key] = make(own, *args, **options)

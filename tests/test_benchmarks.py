@@ -22,7 +22,6 @@ from ddpm_jax import configs, cpu
 from ddpm_jax.core import unet
 from ddpm_jax.files import data
 from ddpm_jax.runs import state as states
-from ddpm_jax.runs import train
 
 
 def rate_of(text):
@@ -154,7 +153,7 @@ def test_held_out_mse_of_a_network_that_predicts_zero(config, prediction):
     config.train.eval_images = 100
     model = configs.make_model(config)
     optimizer = states.make_optimizer(config.optim, 1)
-    params = train.create_state(config, model, optimizer).params
+    params = states.create_state(config, model, optimizer).params
     source = data.open_source(config.data, "eval_split")
     found = objectives.held_out_mse(config, params, source)
     alpha_bars = configs.make_alpha_bars(config).reshape(4, 5)

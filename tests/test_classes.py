@@ -48,6 +48,7 @@ def test_the_network_is_told_the_class(conditional):
 
 def test_labels_are_dropped_at_the_rate_that_is_asked_for(conditional):
     """Over 4,096 examples; labels that are not dropped do not change."""
+    conditional.train.label_dropout = 0.25
     optimizer = states.make_optimizer(conditional.optim, 10)
     labels = np.arange(4096) % 10
     seen = []
@@ -57,9 +58,7 @@ def test_labels_are_dropped_at_the_rate_that_is_asked_for(conditional):
         return jnp.zeros(len(x0)) * params["w"]
 
     def step(state, batch):
-        settings = dict(num_timesteps=20, timesteps_name="uniform", ema_decays=(0.5,))
-        settings |= dict(label_dropout=(0.25, 10), seed=0)
-        return objective.train_step(state, batch, loss_fn=loss_fn, optimizer=optimizer, **settings)
+        return objective.train_step(conditional, loss_fn, optimizer, state, batch)
 
     params = {"w": jnp.zeros(())}
     state = states.TrainState(jnp.zeros((), int), params, (params,), optimizer.init(params))
@@ -242,10 +241,16 @@ def test_every_sampler_is_guided(conditional, monkeypatch, sampler, task):
 
 
 @pytest.mark.parametrize(
-    "label, in_turn, expected", [("", True, None), ("", False, 10), ("3", True, 3), ("3", False, 3)]
+    "label, task, expected",
+    [
+        ("", generate.from_noise, None),
+        ("", edit.img2img_task, 10),
+        ("3", generate.from_noise, 3),
+        ("3", edit.img2img_task, 3),
+    ],
 )
 def test_images_to_edit_are_of_no_class_unless_one_is_given(
-    conditional, tmp_path, monkeypatch, label, in_turn, expected
+    conditional, tmp_path, monkeypatch, label, task, expected
 ):
     asked = []
     monkeypatch.setattr(checkpoint, "restore_params", lambda *_: (5, {}))
@@ -253,8 +258,8 @@ def test_images_to_edit_are_of_no_class_unless_one_is_given(
         generate, "make_sampler", lambda config, **options: asked.append(options) or max
     )
     conditional.sample.label = label
-    generate.restore_sampler(conditional, tmp_path, cycle_labels=in_turn)
-    assert asked == [{"label": expected, "classifier": None}]
+    generate.restore_sampler(conditional, tmp_path, task)
+    assert asked == [{"task": task, "label": expected, "classifier": None}]
 
 
 @pytest.mark.parametrize(

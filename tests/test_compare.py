@@ -110,12 +110,12 @@ def one(fid, **fields):
             "kid",
             "+0.0101 ± 0.005",
         ),
-        # The error is the standard deviation of ten: √(2 · 0.3² / 10) = 0.134.
+        # The error is the standard deviation of ten, with ddof = 0: √(2 · 0.3² / 9) = 0.141.
         (
             {"inception_score": 9.0, "inception_score_error": 0.3},
             {"inception_score": 9.3, "inception_score_error": 0.3},
             "inception_score",
-            "+0.3 ± 0.13",
+            "+0.3 ± 0.14",
         ),
         ({"precision": 0.5}, {"precision": 0.25}, "precision", "-0.25"),
         ({"sfid": 4.0}, {"sfid": 4.01}, "sfid", "+0.01"),  # its noise is not known

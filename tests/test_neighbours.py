@@ -157,10 +157,20 @@ def test_ratios_by_hand():
     train, held_out = np.array([0, 0.0, 1, 2, 3]), np.array([0, 1.0, 1, 1, 1])
     zeros = np.zeros(5, int)
     pair = neighbours.Pair(train, zeros, held_out, zeros)
-    np.testing.assert_allclose(
-        neighbours.ratio_deciles(pair), np.quantile([1, 0, 1, 2, 3], np.arange(0.1, 1, 0.1))
-    )
+    np.testing.assert_allclose(neighbours.ratio_deciles(pair), [0, 0, 1, 1, 1, 1, 2, 2, 3])
     assert neighbours.closer_to_train(pair, 1).value == 0.4  # one is closer, two are equal
+    # Three of ten samples are held-out images.
+    pair = neighbours.Pair(np.ones(10), np.zeros(10, int), np.repeat([1.0, 0], [7, 3]), zeros)
+    np.testing.assert_array_equal(neighbours.ratio_deciles(pair), [1] * 7 + [np.inf] * 2)
+
+
+def test_samples_that_are_all_images_once():
+    """Each of 2n images is the nearest of one sample: 0.5 for every split, so the error is 0."""
+    for n in range(2, 60):
+        near, far, each = np.zeros(n), np.ones(n), np.arange(n)
+        distances = np.append(near, far), np.append(far, near)
+        pair = neighbours.Pair(distances[0], np.tile(each, 2), distances[1], np.tile(each, 2))
+        assert neighbours.closer_to_train(pair, n) == (0.5, pytest.approx(0, abs=1e-7))
 
 
 def scores_of(samples, train, held_out):

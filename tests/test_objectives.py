@@ -1,5 +1,7 @@
 """Losses, weights and timesteps besides those of Ho et al."""
 
+import functools
+import itertools
 import types
 
 import jax
@@ -29,7 +31,23 @@ def test_held_out_timesteps_of_large_chains(config, monkeypatch):
     config.train.update(eval_images=count, batch_size=1500)
     chain = types.SimpleNamespace(num_timesteps=num_timesteps)
     found = objective.make_eval_loss(config, None, chain, source)(params={})
-    assert found == pytest.approx(np.floor(np.arange(count) * (num_timesteps / count)).mean(), 1e-4)
+    middles = np.floor((np.arange(count) + 0.5) * (num_timesteps / count))
+    assert found == pytest.approx(middles.mean(), 1e-5)
+
+
+def test_held_out_timesteps_of_few_images(config, monkeypatch):
+    """The mean over 50 images is near that over all t, as of the best prediction for N(0, 1/4)."""
+    config.diffusion.num_timesteps = 1000
+    mse = 0.25 * ALPHA_BARS / (0.25 * ALPHA_BARS + 1 - ALPHA_BARS)
+
+    def loss(params, x0, labels, t, eps):
+        return jnp.asarray(mse, jnp.float32)[t]
+
+    monkeypatch.setattr(objective, "make_loss", lambda *_: loss)
+    source = data.Source(50, lambda i: data.Batch(np.zeros((len(i), 2, 2, 1)), None), (), "")
+    config.train.update(eval_images=50, batch_size=52)
+    found = objective.make_eval_loss(config, None, configs.make_schedule(config), source)({})
+    assert found == pytest.approx(0.173053, rel=0.005)  # fidelity.md; t = i T / n: 5 % more
 
 
 @pytest.mark.parametrize(
@@ -60,8 +78,9 @@ def test_the_constants_of_weights():
     found = weights.loss_weights(ALPHA_BARS, "eps", "p2", p2_gamma=0.5, p2_k=2.0)
     assert found[99] == pytest.approx((2 + SNR[99]) ** -0.5, rel=1e-8)
     zero_snr = schedules.make_alpha_bars("linear", 1000, zero_terminal_snr=True)
-    for name in weights.WEIGHTS:
-        assert np.isfinite(weights.loss_weights(zero_snr, "v", name)).all()
+    for name, prediction in itertools.product(weights.WEIGHTS, weights.PREDICTIONS):
+        found = weights.loss_weights(zero_snr, prediction, name)
+        assert np.isfinite(found).all() and found[-1] == 1  # where sampling begins
 
 
 def pieces(config):
@@ -205,6 +224,18 @@ def test_the_loss_with_importance_is_unbiased():
     np.testing.assert_array_equal(t, [0, 1, 2, 3])
 
 
+@pytest.mark.parametrize("rare", [1e-6, 1e-9, 0.0])
+def test_rare_timesteps_are_drawn_as_often_as_their_weights_say(rare):
+    """Of all 2²³ uniform numbers, with probabilities that float32 cannot add up exactly."""
+    p = np.full(4000, rare, np.float32)
+    p[[0, 700, 1500, 2200, 3100]] = (1 - rare * 3995) / 5
+    t, weights = jax.jit(timesteps.draw)(p, np.arange(2**23, dtype=np.float32) / 2**23)
+    share = np.bincount(t, minlength=4000) / 2**23
+    assert share.min() > 0
+    np.testing.assert_allclose(share[t[::997]] * weights[::997], 1 / 4000, rtol=1e-6)
+    np.testing.assert_allclose(share, p, atol=2000 / 2**23)  # 1,798 rare ones beside another
+
+
 def test_the_step_weights_loss_and_gradient(config):
     """4,096 draws by importance; the loss w · c_t has the mean of all c_t, and so has its gradient.
 
@@ -219,19 +250,12 @@ def test_the_step_weights_loss_and_gradient(config):
         jnp.zeros((), int), params, (params,), optimizer.init(params), history
     )
 
-    def step(state, batch):
-        return objective.train_step(
-            state,
-            batch,
-            loss_fn=lambda params, x0, labels, t, eps, dropout_keys: params["w"] * c[t],
-            num_timesteps=20,
-            optimizer=optimizer,
-            ema_decays=(0.9,),
-            timesteps_name="importance",
-            label_dropout=(0.0, 0),
-            seed=0,
-        )
+    config.train.timesteps = "importance"
 
+    def loss_fn(params, x0, labels, t, eps, dropout_keys):
+        return params["w"] * c[t]
+
+    step = functools.partial(objective.train_step, config, loss_fn, optimizer)
     one = jax.devices()[:1]
     run = parallel.pmap(step, in_axes=(None, 0), out_axes=(None, None), devices=one)
     batch = data.Batch(np.zeros((4096, 2, 2, 1), np.uint8), None)
@@ -296,13 +320,12 @@ def test_the_classifier_s_loss_is_its_cross_entropy_at_x_t(config, monkeypatch):
     np.testing.assert_allclose(loss_fn({}, x0, labels, t, eps), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_step_s_timesteps_are_spread_and_others_than_the_last_one_s():
+def test_a_step_s_timesteps_are_spread_and_others_than_the_last_one_s(config):
     """`low_discrepancy` in a step over four devices: one in each eighth of the chain."""
+    config.diffusion.num_timesteps, config.train.timesteps = 1000, "low_discrepancy"
 
     def t_of(step, batch):
-        options = dict(timesteps_name="low_discrepancy", label_dropout=(0.0, 0), seed=0)
-        state = types.SimpleNamespace(step=step)
-        return objective.draw_examples(state, batch, num_timesteps=1000, **options).t
+        return objective.draw_examples(config, types.SimpleNamespace(step=step), batch).t
 
     run = parallel.pmap(t_of, in_axes=(None, 0))
     batch = parallel.shard(data.Batch(np.zeros((8, 2, 2, 1), np.uint8), None))
@@ -316,15 +339,11 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped(config):
     """That of √w at w = 0."""
     optimizer, params = states.make_optimizer(config.optim, 10), {"w": jnp.zeros(())}
     state = states.TrainState(jnp.zeros((), int), params, (params,), optimizer.init(params))
-    options = dict(num_timesteps=20, optimizer=optimizer, ema_decays=(0.9,), seed=0)
-    options |= dict(timesteps_name="uniform", label_dropout=(0.0, 0))
 
     def loss_fn(params, x0, *_):
         return jnp.sqrt(params["w"]) + jnp.zeros(len(x0))
 
-    def step(state, batch):
-        return objective.train_step(state, batch, loss_fn=loss_fn, **options)
-
+    step = functools.partial(objective.train_step, config, loss_fn, optimizer)
     one, batch = jax.devices()[:1], data.Batch(np.zeros((4, 2, 2, 1), np.uint8), None)
     run = parallel.pmap(step, in_axes=(None, 0), out_axes=(None, None), devices=one)
     state, values = run(parallel.replicate(state, one), parallel.shard(batch, 1))

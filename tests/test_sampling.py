@@ -297,7 +297,7 @@ def some_params(config):
     """Parameters that make the network's output depend on its input."""
     optimizer = state.make_optimizer(config.optim, 10)
     model = configs.make_model(config)
-    params = state.create_state(model, optimizer, configs.image_shape(config), 0).params
+    params = state.create_state(config, model, optimizer).params
     return parallel.replicate(jax.tree.map(lambda p: p + 0.02, params))
 
 

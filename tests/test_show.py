@@ -210,7 +210,7 @@ def test_grids_and_report_share_a_program(config, tmp_path, monkeypatch):
     asked = []
 
     def make_sampler(config, **options):
-        asked.append((config.to_json(), options))
+        asked.append((config.to_json(), {"task": generate.from_noise} | options))
         raise UserError("enough")
 
     monkeypatch.setattr(generate, "make_sampler", make_sampler)

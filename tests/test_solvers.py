@@ -107,10 +107,15 @@ def test_few_steps(name, options, num_steps, zero_terminal_snr):
 
 @pytest.mark.parametrize("name, options", ALL)
 @pytest.mark.parametrize("num_steps", [1, 2, 12])
-def test_calls_of_the_network(name, options, num_steps):
-    """NFE: S; for Heun 2 S - 1, for PLMS S + 1 if it has more than one step."""
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_calls_of_the_network(name, options, num_steps, zero_snr):
+    """NFE: S; for Heun 2 S - 1, for PLMS S + 1 if it has more than one step.
+
+    With zero terminal SNR one less for these: the first step is an Euler step.
+    """
     calls = []
-    alpha_bars = HO[spacings.timesteps("linspace", HO, num_steps)]
+    alpha_bars = schedules.make_alpha_bars("linear", 1000, zero_terminal_snr=zero_snr)
+    alpha_bars = alpha_bars[spacings.timesteps("linspace", HO, num_steps)]
     solver = solvers.SOLVERS[name](alpha_bars, **options)
     x = jnp.ones((1, 2, 2, 1))
 
@@ -122,8 +127,9 @@ def test_calls_of_the_network(name, options, num_steps):
     state = sampling.init_state(solver, x)
     for n in range(len(solver.steps)):
         state, _ = step(state, n)
-    nfe = {"heun": 2 * num_steps - 1, "plms": num_steps + (num_steps > 1)}.get(name, num_steps)
-    assert len(calls) == solvers.num_calls(solver) == nfe
+    twice = num_steps > 1 and not zero_snr  # whether the first step calls the network twice
+    more = {"heun": max(num_steps - 2, 0) + twice, "plms": twice}.get(name, 0)
+    assert len(calls) == solvers.num_calls(solver) == num_steps + more
     assert calls[0] == num_steps - 1 and calls[-1] == 0 and set(calls) == set(range(num_steps))
 
 
@@ -210,6 +216,10 @@ def test_spacings_by_hand():
     assert of("leading", 3) == [0, 333, 666]
     assert of("leading", 600)[-1] == 998  # 599 · 1000 / 600
     assert of("leading", 4, skip_zero=True) == [200, 400, 600, 800]
+    assert of("leading", 400, skip_zero=True)[-1] == 800
+    assert of("leading", 900, skip_zero=True)[-1] == 900
+    for name in ("linspace", "trailing", "logsnr", "karras"):
+        assert of(name, 1) == [999]
     assert of("linspace", 4) == [0, 333, 666, 999]
     assert of("linspace", 5) == [0, 250, 500, 749, 999]  # 249.75, 499.5 (to even), 749.25
     assert of("linspace", 3, skip_zero=True) == [333, 666, 999]

@@ -27,7 +27,7 @@ def setup(config, num_devices, count_traces=None):
     devices = jax.devices()[:num_devices]
     optimizer = states.make_optimizer(config.optim, config.train.num_steps)
     model = configs.make_model(config)
-    state = train.create_state(config, model, optimizer)
+    state = states.create_state(config, model, optimizer)
     if count_traces is not None:
         model = Counting(model, count_traces)
     schedule = configs.make_schedule(config)
@@ -444,6 +444,7 @@ def test_one_copy_of_the_state_a_device(config):
 
 def test_the_step_is_compiled_once(config, caplog):
     """For the estimate of its memory, and for all steps."""
+    config.seed = 1234  # of no other test: a program that is not compiled yet
     step, state = setup(config, 4)
     source = data.open_source(config.data)
     batch = parallel.shard(source.read(np.arange(8)))

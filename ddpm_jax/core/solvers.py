@@ -204,7 +204,7 @@ def unipc(alpha_bars, order=2):
       A Solver, NFE = S.
     """
     # x is where the network was called; the corrected x is what the next step starts from.
-    _, corrected, m1, m2, m3, m0, _ = np.eye(7)
+    x, corrected, m1, m2, m3, m0, _ = np.eye(7)
     nodes = _nodes(alpha_bars)
     rows, steps, last_order = [], range(len(alpha_bars))[::-1], 0
     for i in steps:
@@ -212,7 +212,7 @@ def unipc(alpha_bars, order=2):
             earlier = (m1, m2, m3)[:last_order]
             corrected_x = _unipc_step(nodes, i + 1, corrected, earlier, new=m0)
         else:
-            corrected_x = np.eye(7)[0]  # the start
+            corrected_x = x  # the start
         last_order = min(order, i + 1, _known(alpha_bars, i))
         x_t = _unipc_step(nodes, i, corrected_x, (m0, m1, m2)[:last_order])
         rows.append([x_t, corrected_x, m0, m1, m2])
@@ -267,7 +267,7 @@ def heun(alpha_bars):
       alpha_bars: ᾱ, [S] float64, descending.
 
     Returns:
-      A Solver, NFE = 2 S - 1.
+      A Solver, NFE = 2 S - 1; one less if ᾱ_T = 0, where the first step is an Euler step.
     """
     alpha, sigma, _ = _nodes(alpha_bars)
     x, start, m1, m0, _ = np.eye(5)
@@ -296,7 +296,7 @@ def plms(alpha_bars):
       alpha_bars: ᾱ, [S] float64, descending.
 
     Returns:
-      A Solver, NFE = S + 1 (or 1, if S = 1).
+      A Solver, NFE = S + 1; one less if ᾱ_T = 0, and 1 if S = 1.
     """
     alpha, sigma, _ = _nodes(alpha_bars)
     x, start, e1, e2, e3, m0, _ = np.eye(7)

@@ -35,15 +35,18 @@ def quadratic(alpha_bars, num_steps):
 
 
 def logsnr(alpha_bars, num_steps):
-    """Evenly spaced in log-SNR, with both ends (Lu et al. 2022)."""
-    return _interpolate(alpha_bars, lambda low, high: np.linspace(low, high, num_steps))
+    """Evenly spaced in log-SNR, with both ends (Lu et al. 2022); a single step is T - 1."""
+    return _interpolate(alpha_bars, lambda low, high: np.linspace(high, low, num_steps)[::-1])
 
 
 def karras(alpha_bars, num_steps, rho=7):
-    """Evenly spaced in (σ / α)^(1/ρ), with both ends (Karras et al. 2022, Eq. 5)."""
+    """Evenly spaced in (σ / α)^(1/ρ), with both ends (Karras et al. 2022, Eq. 5).
+
+    A single step is T - 1.
+    """
 
     def spaced(low, high):
-        roots = np.linspace(np.exp(low / rho), np.exp(high / rho), num_steps)
+        roots = np.linspace(np.exp(high / rho), np.exp(low / rho), num_steps)[::-1]
         return rho * np.log(roots)
 
     return _interpolate(alpha_bars, spaced)
@@ -68,7 +71,7 @@ def timesteps(name, alpha_bars, num_steps, skip_zero=False):
       num_steps: S, from 1 to T; with T, all steps.
       skip_zero: for leading and linspace, leave out t = 0, as diffusers' schedulers of the
         solvers.SKIP_ZERO do: leading is i (T // (S + 1)), and linspace has S + 1 steps, i > 0. So
-        leading starts near T / 2 if S is above T / 2.
+        leading starts at S (T // (S + 1)), which is S itself from S = T / 2 on.
 
     Returns:
       τ, [S] ints in [0, T), ascending.

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 HISTORY = 10  # losses of each timestep that are remembered
-UNIFORM_SHARE = 0.001  # of the draws of importance sampling, so that no weight is above 1000
+UNIFORM_SHARE = 0.001  # of the draws of importance sampling, which bounds the weights
+GRID = 2**23  # numbers that jax.random.uniform draws
 
 
 class LossHistory(NamedTuple):
@@ -67,17 +68,21 @@ def draw(probabilities, uniforms):
     """Draws timesteps with given probabilities.
 
     Args:
-      probabilities: [T], with sum 1.
-      uniforms: [B], in [0, 1).
+      probabilities: [T], with sum 1 up to rounding.
+      uniforms: [B], in [0, 1), multiples of 2⁻²³ as jax.random.uniform's.
 
     Returns:
       t: [B] int32; the smallest t whose cumulative probability is above the uniform number.
-      weights: [B], 1 / (T · p_t).
+      weights: [B], 1 / (T · p_t), for the p_t that t is drawn with: a multiple of 2⁻²³, at least
+        one. With p_t itself, the expectation would be wrong for t that float32 hardly draws.
     """
-    last = len(probabilities) - 1
-    t = jnp.searchsorted(jnp.cumsum(probabilities), uniforms, side="right")
-    t = jnp.minimum(t, last).astype(jnp.int32)  # the sum is 1 up to rounding
-    return t, 1 / (len(probabilities) * probabilities[t])
+    i, cumulative = jnp.arange(len(probabilities)), jnp.cumsum(probabilities)
+    edges = jnp.round(cumulative / cumulative[-1] * GRID).astype(jnp.int32)
+    edges = jax.lax.cummax(jnp.maximum(edges, i + 1) - i) + i  # at least one apart
+    edges = jnp.minimum(edges, GRID - i[::-1])  # the last one is GRID
+    t = jnp.searchsorted(edges, (uniforms * GRID).astype(jnp.int32), side="right")
+    counts = jnp.diff(edges, prepend=0)
+    return t.astype(jnp.int32), GRID / len(probabilities) / counts[t]
 
 
 def record(history, t, losses):

@@ -106,7 +106,7 @@ class ResBlock(nn.Module):
       layers: Layers.
       dropout: rate, in [0, 1).
       scale_shift: whether the time embedding scales and shifts the second norm's output, instead
-        of being added before it (Nichol & Dhariwal 2021; Dhariwal & Nichol 2021, Eq. 2).
+        of being added before it (Nichol & Dhariwal 2021; Dhariwal & Nichol 2021, Sec. 3.1).
       resample: what happens to both branches before their convolutions: nothing, `upsample` or
         `downsample` (BigGAN's blocks; Dhariwal & Nichol 2021).
     """

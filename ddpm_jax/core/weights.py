@@ -17,6 +17,9 @@ def loss_weights(alpha_bars, prediction, name, *, min_snr_gamma=5.0, p2_gamma=1.
       p2             w = SNR / (k + SNR)^γ    Choi et al. 2022
       truncated_snr  w = max(SNR, 1)          Salimans & Ho 2022
 
+    Where SNR = 0 (zero terminal SNR), the weight is 1, as in Hang et al.'s code: a sampler begins
+    there, so it must be trained.
+
     Args:
       alpha_bars: ᾱ, [T] float64.
       prediction: one of PREDICTIONS.
@@ -33,7 +36,9 @@ def loss_weights(alpha_bars, prediction, name, *, min_snr_gamma=5.0, p2_gamma=1.
     if name == "none":
         return np.ones_like(snr)
     if name == "min_snr":
-        return np.minimum(snr, min_snr_gamma) / mse
-    if name == "p2":
-        return snr / (p2_k + snr) ** p2_gamma / mse
-    return np.maximum(snr, 1) / mse
+        weights = np.minimum(snr, min_snr_gamma)
+    elif name == "p2":
+        weights = snr / (p2_k + snr) ** p2_gamma
+    else:
+        weights = np.maximum(snr, 1)
+    return np.divide(weights, mse, out=np.ones_like(snr), where=snr > 0)

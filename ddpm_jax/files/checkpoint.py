@@ -24,7 +24,6 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from ddpm_jax import configs, parallel
-from ddpm_jax.configs import image_shape
 from ddpm_jax.core import unet
 from ddpm_jax.errors import UserError, is_disk_full
 from ddpm_jax.files import workdir as run_files
@@ -174,8 +173,7 @@ def save_imported(workdir, params):
 
 def latest_step(workdir):
     """The step of the newest checkpoint, or None."""
-    folder = _folder(workdir)
-    return max(ocp.utils.checkpoint_steps(folder), default=None) if folder.exists() else None
+    return max(_steps(_folder(workdir)), default=None)
 
 
 def chosen_step(config, workdir):
@@ -190,7 +188,7 @@ def chosen_step(config, workdir):
         raise UserError(f"workdir={workdir}: has no checkpoint yet; train it first")
     if chosen == "newest":
         return newest
-    steps = sorted(ocp.utils.checkpoint_steps(folder))
+    steps = _steps(folder)
     found = run_files.best_step(workdir, steps) if chosen == "best" else int(chosen)
     if found is None:
         text = "no checkpoint has a score; train with train.score_every"
@@ -207,11 +205,11 @@ def check_steps(steps, workdir):
 
 def _check_step(field, step, workdir):
     folder = pathlib.Path(_folder(workdir))
-    steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
+    steps = _steps(folder)
     if step not in steps:
         text = f"the checkpoints of {workdir} are {', '.join(map(str, steps)) or 'not there yet'}"
         raise UserError(f"{field}: step {step} is not there; {text}")
-    if damage := _damage(folder / str(step), (folder / str(step) / DIGESTS).exists()):
+    if damage := _damage(folder / str(step)):
         raise UserError(f"{field}: step {step} is damaged: {damage}")
 
 
@@ -225,7 +223,7 @@ def restore_params(config, workdir):
       UserError: if there is no such checkpoint, or it has another network.
     """
     step = chosen_step(config, workdir)
-    params = unet.param_shapes(configs.make_model(config), image_shape(config))
+    params = unet.param_shapes(configs.make_model(config), configs.image_shape(config))
     sharding = parallel.replicated(jax.devices())  # the devices of the training may not exist
     params = jax.tree.map(
         lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=sharding), params
@@ -299,19 +297,20 @@ def _manager(workdir, **options):
     return ocp.CheckpointManager(_folder(workdir), options=options)
 
 
-def _items(step):
-    """What a checkpoint holds: of step 0, which was imported, only the parameters."""
-    return ITEMS if step > 0 else ITEMS[:1]
+def _steps(folder):
+    """The steps of all checkpoints, ascending."""
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
 
 
 def _files(folder):
-    """The names of an item's files, from the checkpoint's folder."""
+    """The names of all items' files, from the checkpoint's folder."""
     return [str(p.relative_to(folder)) for p in folder.glob("*/**/*") if p.is_file()]
 
 
 def _missing(step, files):
     """What a checkpoint with these files would need to be restored; empty if nothing."""
-    for needed in (f"{item}/{name}" for item in _items(step) for name in NEEDED):
+    items = ITEMS if step > 0 else ITEMS[:1]  # one of step 0 was imported, and has no more
+    for needed in (f"{item}/{name}" for item in items for name in NEEDED):
         if not any(name == needed or name.startswith(f"{needed}/") for name in files):
             return f"{needed} is missing"
     return ""
@@ -350,11 +349,11 @@ def _newest_undamaged(folder):
 def _search(folder):
     """The newest undamaged step, or NONE, or ALL_DAMAGED."""
     while True:
-        steps = ocp.utils.checkpoint_steps(folder) if folder.exists() else []
+        steps = _steps(folder)
         with_digests = [step for step in steps if (folder / str(step) / DIGESTS).exists()]
         deleted = False
-        for step in sorted(steps, reverse=True):
-            damage = _damage(folder / str(step), step in with_digests)
+        for step in reversed(steps):
+            damage = _damage(folder / str(step))
             if any(step > other for other in with_digests) and step not in with_digests:
                 damage = f"{DIGESTS} is missing"  # runs of old versions have no digests at all
             if not (folder / str(step)).exists():
@@ -367,11 +366,11 @@ def _search(folder):
             return ALL_DAMAGED if steps else NONE
 
 
-def _damage(folder, has_digests):
+def _damage(folder):
     """Describes the damage of a checkpoint; empty if there is none."""
     step = int(folder.name)
     try:
-        if not has_digests:
+        if not (folder / DIGESTS).exists():
             return _missing(step, _files(folder))
         digests = json.loads((folder / DIGESTS).read_text())
         for name, digest in digests.items():

@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from tensorflow_datasets.core.download import download_manager, downloader, extractor
 
 from ddpm_jax import parallel, progress
-from ddpm_jax.errors import UserError, one_line, printable
+from ddpm_jax.errors import UserError, listed, one_line, printable
 from ddpm_jax.files import image_files
 
 log = logging.getLogger(__name__)
@@ -120,12 +120,10 @@ def batches(source, *, batch_size, seed, first_step, random_flip):
     """
 
     def read(indices, rng):
-        # Drawn for the global batch, so that it does not depend on the number of processes.
-        flip = parallel.local_shard(rng.random(len(indices)) < 0.5)
         batch = source.read(parallel.local_shard(indices))
-        if random_flip:
-            x = batch.images
-            x[flip] = x[flip, :, ::-1]  # x is this batch's own copy
+        if random_flip:  # drawn for the global batch, whatever the number of processes
+            flip = parallel.local_shard(rng.random(len(indices)) < 0.5)
+            batch.images[flip] = batch.images[flip, :, ::-1]  # they are this batch's own copy
         return batch
 
     indices = grain.MapDataset.range(source.size).seed(seed).shuffle().repeat().batch(batch_size)
@@ -266,9 +264,8 @@ def _readable_files(data):
         if check.error
     ]
     if unreadable:
-        more = f" and {len(unreadable) - 5} more" if unreadable[5:] else ""
-        names = ", ".join(unreadable[:5]) + more
-        message = f"data.path={folder!r}: {len(unreadable)} of {len(files)} unreadable: {names}"
+        counts = f"{len(unreadable)} of {len(files)} unreadable"
+        message = f"data.path={folder!r}: {counts}: {listed(unreadable)}"
         if len(unreadable) == len(files):
             raise UserError(message)
         if not data.skip_unreadable:

@@ -138,6 +138,12 @@ def _write_mp4(path, pictures, seconds):
         raise RuntimeError("ffmpeg wrote nothing")
 
 
+def write_figure(path, figure):
+    """Writes a figure of matplotlib as PNG, whole or not at all."""
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
 def write_png(path, image):
     """Writes uint8 [H, W, C] to path, whole or not at all."""
     image = image[..., 0] if image.shape[-1] == 1 else image

@@ -7,6 +7,7 @@ runs/cifar10/
   data.json            digest of the training images, and the names of the classes
   samples/             grids and arrays of images
   show/, report.html   visualizations, see show.py
+  evaluation.json      and others, see evaluate.py; evaluation/ and scores/ have their parts
 """
 
 import contextlib
@@ -256,10 +257,15 @@ def to_json(value, **options):
     return json.dumps(finite(value), allow_nan=False, **options)
 
 
+def write_json(path, value):
+    """Writes nested dicts and lists, whole or not at all; see to_json."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(to_json(value, indent=2) + "\n")
+
+
 def save_config(config, workdir):
     """Writes config.json."""
-    with atomic_write(pathlib.Path(workdir) / "config.json") as path:
-        path.write_text(to_json(config.to_dict(), indent=2) + "\n")
+    write_json(pathlib.Path(workdir) / "config.json", config.to_dict())
 
 
 def save_data(source, workdir):
@@ -270,8 +276,7 @@ def save_data(source, workdir):
       workdir: the run's folder.
     """
     fields = {"images": source.size, "sha256": source.sha256, "label_names": source.label_names}
-    with atomic_write(pathlib.Path(workdir) / "data.json") as path:
-        path.write_text(to_json(fields, indent=2) + "\n")
+    write_json(pathlib.Path(workdir) / "data.json", fields)
 
 
 def check_same_data(source, workdir, moved):

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import scipy.linalg
 
+INCEPTION_SPLITS = 10
+
 
 class Statistics(NamedTuple):
     """Statistics of a set of features, for FID."""
@@ -70,7 +72,7 @@ def frechet_distance(a, b):
     return float(np.sum(np.square(a.mean - b.mean)) + trace)
 
 
-def kernel_distance(a, b, subsets=100, size=1000, seed=0):
+def kernel_distance(a, b, subsets=100, size=1000):
     """KID: the unbiased squared MMD with the kernel (x·y / D + 1)³, a mean over random subsets.
 
     Args:
@@ -78,14 +80,13 @@ def kernel_distance(a, b, subsets=100, size=1000, seed=0):
       b: [M, D] features.
       subsets: number of subsets.
       size: features per subset, drawn without replacement; at most N and M.
-      seed: of the draws.
 
     Returns:
       An Estimate. For the error, the number of independent subsets is that of disjoint subsets in
       the smaller set.
     """
     smaller = min(len(a), len(b))
-    rng, size = np.random.default_rng(seed), min(size, smaller)
+    rng, size = np.random.default_rng(0), min(size, smaller)
     values = []
     for _ in range(subsets):
         x, y = (np.float64(f[rng.choice(len(f), size, replace=False)]) for f in (a, b))
@@ -142,7 +143,7 @@ def _covered(points, centres, neighbours, block):
     return float(np.concatenate(inside).mean())
 
 
-def inception_score(chunks, count, splits=10):
+def inception_score(chunks, count, splits=INCEPTION_SPLITS):
     """exp(E[KL(p(y | x) ‖ p(y))]), averaged over splits of the samples.
 
     Args:

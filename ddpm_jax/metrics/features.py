@@ -33,8 +33,7 @@ def make_extractor(params, resize, batch_size):
         batches = []
         for first in range(0, len(images), batch_size):
             batch = images[first : first + batch_size]
-            padding = np.zeros((batch_size - len(batch), *batch.shape[1:]), np.uint8)
-            padded = np.concatenate([batch, padding])
+            padded = neighbours.padded(batch, batch_size)
             out = parallel.gather(features(params, parallel.shard(parallel.local_shard(padded))))
             batches.append(out[: len(batch)])
         return np.concatenate(batches)

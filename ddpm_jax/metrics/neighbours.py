@@ -82,11 +82,11 @@ def block_rows(dimension):
 
 def _nearest(queries, size, references, blocks, k, bar):
     """Squared distances and numbers of the k nearest, for a block of queries, padded to `size`."""
-    padded = parallel.shard(parallel.local_shard(_padded(queries, size)))
-    found = _no_candidates(padded.shape[:2], min(k + MORE, references.count))
+    here = parallel.shard(parallel.local_shard(padded(queries, size)))
+    found = _no_candidates(here.shape[:2], min(k + MORE, references.count))
     for block in blocks:
-        rows = _padded(references.read(block), len(blocks[0]))
-        found = _merge(padded, found, rows, block[0], block[-1])
+        rows = padded(references.read(block), len(blocks[0]))
+        found = _merge(here, found, rows, block[0], block[-1])
         jax.block_until_ready(found)  # otherwise blocks wait in memory
         bar.update()
     found = parallel.gather(found)
@@ -118,7 +118,8 @@ def rounding_bound(query, norm):
     return terms / (1 - terms) ** 2 * (np.linalg.norm(np.float64(query)) + np.sqrt(norm)) ** 2
 
 
-def _padded(rows, size):
+def padded(rows, size):
+    """The rows [N, …] with zeros behind them: [size, …]."""
     padding = np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)
     return np.concatenate([rows, padding]) if len(padding) else rows
 
@@ -250,7 +251,8 @@ def closer_to_train(pair, size):
     counts = np.append(counts, np.bincount(pair.held_out_numbers, 1 - of_train, size))
     weights = np.square(counts / counts.sum()).sum()
     variance = (2 * size * weights - 1) / (4 * (2 * size - 1))
-    return Estimate(float(of_train.mean()), float(np.sqrt(variance)))
+    # Rounding may make it negative where all images are the nearest of equally many samples.
+    return Estimate(float(of_train.mean()), float(np.sqrt(max(variance, 0))))
 
 
 def ratio_deciles(pair):
@@ -267,4 +269,5 @@ def ratio_deciles(pair):
     both_zero = (pair.train == 0) & (pair.held_out == 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.where(both_zero, 1, pair.train / pair.held_out)
-    return np.quantile(ratios, np.arange(1, 10) / 10)
+    # Without interpolation, which fails between infinities (samples that are held-out images).
+    return np.quantile(ratios, np.arange(1, 10) / 10, method="inverted_cdf")

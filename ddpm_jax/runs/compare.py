@@ -6,6 +6,7 @@ import numpy as np
 
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import workdir as run_files
+from ddpm_jax.metrics import distances
 
 # Evaluations cannot be compared by a score if they differ in one of its fields.
 COMPARABLE = {
@@ -23,7 +24,6 @@ SCORES = """
     fid fid_test sfid sfid_test kid precision recall inception_score bits_per_dim rate distortion
 """.split()
 NOT_IN_TABLE = ("progressive", "warnings", "per_seed")
-INCEPTION_SPLITS = 10  # inception_score_error is the standard deviation over them
 FID_NOISE = 0.013  # relative
 FID_NOTE = (
     "FIDs of repeated trainings, with other seeds, spread by 1 to 2 % in the literature; "
@@ -151,7 +151,8 @@ def standard_error(evaluation, score):
     if error is not None and not np.isfinite(error):  # too few images for one
         return None
     if error is not None and score == "inception_score":
-        return error / np.sqrt(INCEPTION_SPLITS)
+        # That of the mean over splits; the error is their standard deviation, with ddof = 0.
+        return error / np.sqrt(distances.INCEPTION_SPLITS - 1)
     return error
 
 

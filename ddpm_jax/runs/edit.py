@@ -5,6 +5,7 @@ steps. Images and masks are files of exactly the model's size.
 """
 
 import contextlib
+import functools
 import hashlib
 import logging
 import lzma
@@ -142,9 +143,7 @@ def ddim_inversion_task(config, chain):
     def start(keys, inputs):
         return images.to_float(inputs["image"])
 
-    def step_of(predict_fn, keys, inputs):
-        return generate.make_step(solver, chain, predict_fn, keys)
-
+    step_of = functools.partial(generate.make_step, solver, chain)
     return generate.Task(solver, start, step_of)
 
 
@@ -169,7 +168,7 @@ def img2img(config, workdir, paths):
       UserError: for images that do not fit the run; nothing is written then.
     """
     x, name = read_images(config, paths), f"img2img_t{start_t(config)}"
-    step, sampler = generate.restore_sampler(config, workdir, task=img2img_task, cycle_labels=False)
+    step, sampler = generate.restore_sampler(config, workdir, img2img_task)
     out = sampler(np.arange(len(x)), {"image": x}).x
     write(config, workdir, step, name, x, np.stack([x, out], axis=1), images=out)
 
@@ -179,8 +178,7 @@ def interpolate(config, workdir, paths):
     x, name = read_images(config, paths), f"interpolate_t{start_t(config)}"
     if len(x) % 2:
         raise UserError(f"--images: holds {len(x)} images; interpolate needs pairs")
-    options = {"task": interpolate_task, "cycle_labels": False}
-    step, sampler = generate.restore_sampler(config, workdir, **options)
+    step, sampler = generate.restore_sampler(config, workdir, interpolate_task)
     pairs, count = len(x) // 2, len(WEIGHTS)
     inputs = {
         "image": x[::2].repeat(count, axis=0),
@@ -200,7 +198,7 @@ def inpaint(config, workdir, paths, mask):
     jump, steps = config.sample.jump_length, len(generate.make_chain(config).timesteps)
     if config.sample.resamplings > 1 and jump >= steps:
         raise UserError(f"sample.jump_length={jump}: must be below the {steps} sampling steps")
-    step, sampler = generate.restore_sampler(config, workdir, task=inpaint_task, cycle_labels=False)
+    step, sampler = generate.restore_sampler(config, workdir, inpaint_task)
     out = sampler(np.arange(len(x)), {"image": x, "known_mask": known_mask}).x
     section, masked = config.sample, np.where(known_mask, x, 128).astype(np.uint8)
     repeats = f"_r{section.resamplings}j{section.jump_length}" if section.resamplings > 1 else ""
@@ -216,10 +214,9 @@ def invert(config, workdir, paths):
     config = config.copy_and_resolve_references()
     config.sample.update(sampler="ddim", eta=0.0)  # only the deterministic sampler is invertible
     x = read_images(config, paths)
-    options = {"task": ddim_inversion_task, "cycle_labels": False, "finish": lambda x: x}
-    step, encode = generate.restore_sampler(config, workdir, **options)
-    options = {"task": ddim_sampling_task, "cycle_labels": False}
-    _, decode = generate.restore_sampler(config, workdir, **options)
+    to_noise = {"task": ddim_inversion_task, "finish": lambda x: x}
+    step, encode = generate.restore_sampler(config, workdir, **to_noise)
+    _, decode = generate.restore_sampler(config, workdir, ddim_sampling_task)
     indices = np.arange(len(x))
     noise = encode(indices, {"image": x}).x
     out = decode(indices, {"noise": noise}).x

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogFormatter
 
 from ddpm_jax import configs, parallel, signals
-from ddpm_jax.core import diffusion, likelihood, sampling, solvers, unet
+from ddpm_jax.core import diffusion, likelihood, sampling, solvers
 from ddpm_jax.files import checkpoint, data, images
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.metrics import distances, features, inception, neighbours
@@ -103,8 +103,7 @@ def evaluate(config, workdir, stop=signals.never):
     if section.bits_per_dim_images:
         results |= bits_per_dim(config, workdir, provenance, params, test, stop)
         draw_progressive(config, workdir, params, guidance, stop)
-    with run_files.atomic_write(workdir / "evaluation.json") as path:
-        path.write_text(run_files.to_json(results, indent=2) + "\n")
+    run_files.write_json(workdir / "evaluation.json", results)
     if parallel.is_first():
         published = PUBLISHED if is_papers(config) else {}
         print("\n".join(compare.table({str(workdir): results}, published)))
@@ -144,8 +143,7 @@ def evaluate_steps(config, workdir, weights, train, test, stop):
         provenance = sampling_provenance(config, step, params, guidance["classifier"])
         results = {**provenance, "images_seen": step * size, **of_data}
         evaluations.append(results | score(provenance, params))
-        with run_files.atomic_write(workdir / "evaluation_steps.json") as path:
-            path.write_text(run_files.to_json(evaluations, indent=2) + "\n")
+        run_files.write_json(workdir / "evaluation_steps.json", evaluations)
         draw_steps(workdir / "evaluation_steps.png", evaluations, size, published)
     if parallel.is_first():
         print("\n".join(compare.table_of_steps(evaluations, published)))
@@ -244,12 +242,10 @@ def nearest_in_features(workdir, of_samples, of_train, of_test, samples, train, 
       train: the images of data.split.
       stop: from signals.catch.
     """
-    splits = [features.reader(split.folder) for split in (of_train, of_test)]
+    stored = [features.reader(split.folder) for split in (of_train, of_test)]
     pooled = [
-        neighbours.Rows(
-            split.count, lambda numbers, split=split: features.pooled(split.read(numbers))
-        )
-        for split in splits
+        neighbours.Rows(r.count, lambda numbers, r=r: features.pooled(r.read(numbers)))
+        for r in stored
     ]
     names = {"neighbours_in": [of_train.folder.name, of_test.folder.name]}
     inside = reference.provenance_folder(of_samples, names)
@@ -442,17 +438,13 @@ def vlb_variances(config):
 def make_vlb_rows(config, params, source):
     """Builds (first, last) → [N, 1 + (V + 1) T]: for each image L_T, the VLB's terms for each of V
     variances, and the MSE of x0. A conditional network gets the labels."""
-    schedule, model = configs.make_schedule(config), configs.make_model(config)
-    size = config.sample.batch_size
+    schedule, size = configs.make_schedule(config), config.sample.batch_size
 
     def rows(params, batch, indices):
         x0, keys = images.to_float(batch.images), sampling.image_keys(config.sample.seed, indices)
-        predict_fn = generate.unguided_predict(config, schedule, unet.net_fn(model, params))
-        if batch.labels is not None:
-            predict_fn = generate.with_labels(predict_fn, batch.labels)
         vlb = likelihood.vlb(
             schedule,
-            diffusion.clipped(predict_fn) if config.diffusion.clip_x0 else predict_fn,
+            generate.predict_for(config, schedule, params, batch.labels),
             x0,
             lambda t: sampling.noise(keys, t, x0.shape[1:]),
             variances=vlb_variances(config),
@@ -482,8 +474,7 @@ def draw_curves(path, curves):
     trade.plot(curves["rate"], curves["rmse"])
     title = "progressive lossy compression"
     trade.set(xlabel="rate (bits/dim)", ylabel="RMSE of x0 (0 to 255)", title=title)
-    with run_files.atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    images.write_figure(path, figure)
 
 
 def draw_steps(path, evaluations, batch_size, published):
@@ -513,8 +504,7 @@ def draw_steps(path, evaluations, batch_size, published):
             axis.set_major_formatter(EngFormatter(sep=""))
         axes.yaxis.set_minor_formatter(LogFormatter())  # without powers of ten
         axes.legend()
-    with run_files.atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    images.write_figure(path, figure)
 
 
 def draw_progressive(config, workdir, params, guidance, stop):

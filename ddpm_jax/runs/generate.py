@@ -14,7 +14,7 @@ import numpy as np
 
 from ddpm_jax import configs, cpu, parallel, progress, signals
 from ddpm_jax.core import diffusion, likelihood, sampling, schedules, solvers, spacings, unet
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import UserError, listed
 from ddpm_jax.files import checkpoint, images
 from ddpm_jax.files import workdir as run_files
 
@@ -146,13 +146,25 @@ def unguided_predict(config, schedule, net_fn):
     return diffusion.predictor(schedule, net_fn, prediction=section.prediction, learned=learned)
 
 
+def predict_for(config, schedule, params, labels=None):
+    """The predict_fn of parameters on all steps of the chain: clipped if the config says so, for
+    these labels, without guidance."""
+    net_fn = unet.net_fn(configs.make_model(config), params)
+    predict_fn = unguided_predict(config, schedule, net_fn)
+    if labels is not None:
+        predict_fn = with_labels(predict_fn, labels)
+    return diffusion.clipped(predict_fn) if config.diffusion.clip_x0 else predict_fn
+
+
 def with_labels(predict_fn, labels):
     """The predict_fn of a conditional network for given labels."""
     return lambda x_t, t: predict_fn(x_t, t, labels)
 
 
-def make_step(solver, chain, predict_fn, keys):
+def make_step(solver, chain, predict_fn, keys, inputs=None):
     """A solver's step for images with these keys; the noise depends on the network's t.
+
+    The first two arguments make it the `step_of` of a Task, whose inputs it does not need.
 
     Returns:
       (state, n) to (state, x0_pred), see sampling.make_step.
@@ -173,10 +185,7 @@ def from_noise(config, chain):
     def start(keys, inputs):
         return sampling.prior(keys, total, shape)
 
-    def step_of(predict_fn, keys, inputs):
-        return make_step(solver, chain, predict_fn, keys)
-
-    return Task(solver, start, step_of)
+    return Task(solver, start, functools.partial(make_step, solver, chain))
 
 
 class Segment(NamedTuple):
@@ -216,24 +225,23 @@ def make_sampler(
     """
     chain = make_chain(config)
     task = task(config, chain)
-    num_rows, frames_at, x0_at = len(task.solver.steps), set(frames_at), set(x0_at)
+    num_rows, kept = len(task.solver.steps), (sorted({*frames_at}), sorted({*x0_at}))
     model, classifier_params = classifier or (None, None)
     classes = model.num_classes if model else config.data.num_classes
-    segments = split_rows(num_rows, frames_at | x0_at, one_by_one=model and cpu.is_used())
+    segments = split_rows(num_rows, {*kept[0], *kept[1]}, one_by_one=model and cpu.is_used())
     begin, run, end = pmapped_task(config, chain, task, model, finish)
 
     def sample_batch(params, seed, indices, inputs, bar, stop):
         keys, labels = sampling.image_keys(seed, indices), labels_of(indices, label, classes)
         arrays = parallel.shard(parallel.local_shard((keys, labels, inputs)))
         state, shape = begin(arrays[0], arrays[2]), (len(indices), *configs.image_shape(config))
-        stacks = [np.empty((len(rows), *shape), np.uint8) for rows in (frames_at, x0_at)]
-        empty_frames = [iter(stack) for stack in stacks]
+        stacks = [np.empty((len(rows), *shape), np.uint8) for rows in kept]
         for segment in segments:
             scan = segment.rows, segment.padded_frames_at
             state, frames = run(params, classifier_params, state, *arrays, *scan)
             if segment.frames_at:  # frames leave the device after each segment
                 frames = parallel.gather(frames)
-                store_frames(empty_frames, (frames_at, x0_at), segment.frames_at, frames)
+                store_frames(stacks, kept, segment.frames_at, frames)
             jax.block_until_ready(state)
             bar.update(len(segment.rows))
             signals.check(stop)
@@ -332,19 +340,19 @@ def pmapped_task(config, chain, task, model, finish):
     return parallel.pmap(begin), run, parallel.pmap(end)
 
 
-def store_frames(empty_frames, frames_at, rows, frames):
-    """Copies the frames of a segment to the next empty arrays.
+def store_frames(stacks, kept, rows, frames):
+    """Copies the frames of a segment to their places.
 
     Args:
-      empty_frames: for x and for x0, an iterator over the arrays that are still empty.
-      frames_at: for x and for x0, the set of rows to keep.
+      stacks: of x and of x0, [the rows to keep, B, …] each.
+      kept: the rows to keep of x and of x0.
       rows: the segment's rows that have frames.
-      frames: of x and of x0, [B, K, …] each.
+      frames: of x and of x0, [B, K, …] each, K at least the number of these rows.
     """
-    for empty, stack, chosen in zip(empty_frames, frames, frames_at, strict=True):
-        for n, frame in zip(rows, np.moveaxis(stack, 1, 0), strict=False):
+    for stack, chosen, new in zip(stacks, kept, frames, strict=True):
+        for n, frame in zip(rows, np.moveaxis(new, 1, 0), strict=False):
             if n in chosen:
-                next(empty)[:] = frame
+                stack[chosen.index(n)] = frame
 
 
 def check_finite(indices, finite):
@@ -356,9 +364,8 @@ def check_finite(indices, finite):
     """
     bad = sorted({*np.asarray(indices)[~np.asarray(finite)].tolist()})
     if bad:
-        more = f" and {len(bad) - 5} more" if bad[5:] else ""
         raise UserError(
-            f"images {', '.join(map(str, bad[:5]))}{more} of a batch are not finite, so none is "
+            f"images {listed([*map(str, bad)])} of a batch are not finite, so none is "
             "written: training has diverged (a smaller optim.learning_rate may help), or "
             "sample.guidance is too large"
         )
@@ -399,8 +406,8 @@ def load_classifier(config):
         if name not in theirs:
             raise UserError(f"{field}: its config.json lacks {name}")
         configs.check_kind(f"{field}: its {name}", theirs[name], type(fields[name]))
-    schedule = ("schedule", "num_timesteps", "beta_start", "beta_end", "zero_terminal_snr")
-    for name in ("data.image_size", "data.channels", *(f"diffusion.{name}" for name in schedule)):
+    schedule = (f"diffusion.{name}" for name in configs.SCHEDULE_FIELDS)
+    for name in ("data.image_size", "data.channels", *schedule):
         if fields[name] != theirs[name]:
             raise UserError(f"{field}: its {name} is {theirs[name]!r}, this run's {fields[name]!r}")
     saved = configs.with_added(saved)
@@ -442,14 +449,15 @@ def guidance_for_run(config, workdir):
     return guidance_for(config, class_names(config, workdir))
 
 
-def restore_sampler(config, workdir, cycle_labels=True, **options):
+def restore_sampler(config, workdir, task=from_noise, **options):
     """make_sampler for the checkpoint that `sample.checkpoint` chooses, its label and classifier.
+
+    Without a `sample.label`, sampling from noise has all classes in turn; editing has none.
 
     Args:
       config: the run's config, checked.
       workdir: the run's folder.
-      cycle_labels: without a `sample.label`, whether to sample all classes in turn, or
-        unconditionally.
+      task: see make_sampler.
       **options: other arguments of make_sampler.
 
     Returns:
@@ -459,7 +467,7 @@ def restore_sampler(config, workdir, cycle_labels=True, **options):
       UserError: for a missing checkpoint, an unknown label, or a missing classifier.
     """
     num_classes, guidance = config.data.num_classes, guidance_for_run(config, workdir)
-    if guidance["label"] is None and not cycle_labels:
+    if guidance["label"] is None and task is not from_noise:
         field = "sample.label='': is missing"
         if guidance["classifier"]:
             raise UserError(f"{field}; sample.classifier guides to one class")
@@ -469,7 +477,7 @@ def restore_sampler(config, workdir, cycle_labels=True, **options):
     warn_of_chain(config)
     step, params = checkpoint.restore_params(config, workdir)
     warn_of_young_ema(config, step)
-    return step, functools.partial(make_sampler(config, **guidance, **options), params)
+    return step, functools.partial(make_sampler(config, task=task, **guidance, **options), params)
 
 
 def warn_of_chain(config, mean_square=1 / 3):

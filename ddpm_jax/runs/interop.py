@@ -27,7 +27,7 @@ from flax import traverse_util
 
 from ddpm_jax import configs
 from ddpm_jax.core import diffusion, unet
-from ddpm_jax.errors import UserError, one_line
+from ddpm_jax.errors import UserError, listed, one_line
 from ddpm_jax.files import checkpoint
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.runs import networks, schedulers
@@ -207,8 +207,7 @@ def export_run(config, workdir, weights):
     tensors = diffusers_tensors(params, len(configs.widths(config.model)))
     with run_files.new_folder("weights", weights) as folder:
         for name, content in files.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_text(run_files.to_json(content, indent=2) + "\n")
+            run_files.write_json(folder / name, content)
         try:  # PyTorch's readers require this metadata
             safetensors.numpy.save_file(tensors, folder / "unet" / TENSORS, {"format": "pt"})
         except safetensors.SafetensorError as error:  # the disk is full
@@ -311,7 +310,7 @@ def read_params(path, config, flip_sin_to_cos=False):
         files = _open_tensors(path, stack)
         stored = {_new_name(name): name for name in files}
         if len(stored) < len(files):
-            duplicates = _listed(set(files) - set(stored.values()))
+            duplicates = listed(sorted(set(files) - set(stored.values())))
             raise UserError(f"{path}: has tensors under an old and a new name: {duplicates}")
         # A network that is far from the file could take minutes to trace.
         last = f"up_blocks.{levels - 1}.resnets.{config.model.num_res_blocks}.conv1.weight"
@@ -348,15 +347,9 @@ def _check_tensors(path, slices, expected):
         if shape != expected[name] or kind not in ("F32", "F16", "BF16"):
             text = f"{name} {kind} {list(shape)}, not F32 {list(expected[name])}"
             problems["has of another shape or type"].add(text)
-    texts = [f"{what} {_listed(names)}" for what, names in problems.items() if names]
+    texts = [f"{what} {listed(sorted(names))}" for what, names in problems.items() if names]
     if texts:
         raise UserError(f"{path}: {'; '.join(texts)}")
-
-
-def _listed(names, most=4):
-    """The first few names, and the number of the others."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(sorted(names)[:most]) + more
 
 
 def _new_name(name):
@@ -387,8 +380,8 @@ def _open_tensors(path, stack):
     for name, file in files.items():
         keys, indexed = set(file.keys()), {t for t, part in weight_map.items() if part == name}
         if keys != indexed:
-            text = f"its tensors are not those that the index has there: {_listed(keys ^ indexed)}"
-            raise UserError(f"{parts[name]}: {text}")
+            text = "its tensors are not those that the index has there"
+            raise UserError(f"{parts[name]}: {text}: {listed(sorted(keys ^ indexed))}")
     return {tensor: files[name] for tensor, name in weight_map.items()}
 
 

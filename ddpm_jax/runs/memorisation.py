@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from ddpm_jax import signals
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import images
 from ddpm_jax.files import workdir as run_files
@@ -38,7 +37,7 @@ class Nearest(NamedTuple):
     size: int  # how many
 
 
-def keep_samples(config, folder, draw, train, held_out, stop=signals.never):
+def keep_samples(config, folder, draw, train, held_out, stop):
     """The samples whose nearest images are searched; from files, or sampled and kept there.
 
     Args:
@@ -66,7 +65,7 @@ def keep_samples(config, folder, draw, train, held_out, stop=signals.never):
     return features.rows(folder, count)
 
 
-def in_pixels(config, workdir, folder, samples, train, held_out, stop=signals.never):
+def in_pixels(config, workdir, folder, samples, train, held_out, stop):
     """Scores of the distances between images; also writes the .png and the .npz.
 
     Distances are the root of the mean squared difference of two images' values, from 0 to 255. If
@@ -160,7 +159,7 @@ def search(folder, samples, train, held_out, stop):
     parts = part(train, order[:size]), part(held_out, held_out_order[:size])
     others = held_out.rows.read(held_out_order[: len(samples)])
 
-    def found(name, queries, split, k=1):
+    def cached_nearest(name, queries, split, k=1):
         def rows_of(first, last):
             rows = neighbours.nearest(queries[first:last], split.rows, k, f"neighbours, {name}")
             return np.concatenate(rows, axis=1)
@@ -172,10 +171,10 @@ def search(folder, samples, train, held_out, stop):
         return rows[:, :k], rows[:, k:].astype(int)
 
     k = min(NEAREST, train.rows.count)
-    distances, numbers = found("samples in train", samples, train, k)
-    d_others, _ = found("held-out in train", others, train)
-    d_train, of_train = found("samples in part of train", samples, parts[0])
-    d_held_out, of_held_out = found("samples in held-out", samples, parts[1])
+    distances, numbers = cached_nearest("samples in train", samples, train, k)
+    d_others, _ = cached_nearest("held-out in train", others, train)
+    d_train, of_train = cached_nearest("samples in part of train", samples, parts[0])
+    d_held_out, of_held_out = cached_nearest("samples in held-out", samples, parts[1])
     pair = neighbours.Pair(
         d_train[:, 0], of_train[:, 0] % size, d_held_out[:, 0], of_held_out[:, 0] % size
     )
@@ -220,5 +219,4 @@ def write(workdir, suffix, samples, nearest, train, unit=1.0):
             place.imshow(images.to_rgb(picture), interpolation="nearest")
             place.set(xticks=[], yticks=[])
             place.set_xlabel(label, fontsize=9)
-    with run_files.atomic_write(path.with_suffix(".png")) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+    images.write_figure(path.with_suffix(".png"), figure)

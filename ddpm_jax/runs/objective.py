@@ -73,7 +73,7 @@ def make_loss(config, model, schedule):
 
     def simple(net_fn, x0, labels, t, eps):
         mse = diffusion.simple_loss(schedule, net_fn, x0, t, eps, section.prediction)
-        return mse if section.loss_weight == "none" else of_t[t] * mse
+        return of_t[t] * mse
 
     def hybrid(net_fn, x0, labels, t, eps):
         # L_simple + λ L_vlb (Nichol & Dhariwal 2021, Eq. 16). The bound is T times its term at a
@@ -116,23 +116,24 @@ class Examples(NamedTuple):
     dropout_keys: jax.Array  # [B] PRNG keys
 
 
-def draw_examples(state, batch, *, num_timesteps, timesteps_name, label_dropout, seed):
+def draw_examples(config, state, batch):
     """This device's Examples, under parallel.pmap; `train_step` explains the arguments."""
+    num_timesteps, seed = config.diffusion.num_timesteps, config.seed
     x0, labels = images.to_float(batch.images), batch.labels
     indices = parallel.example_indices(len(x0))
     keys = step_keys(seed, state.step, indices)
     t, eps, dropout_keys, label_uniforms, t_uniforms = draw(keys, x0.shape[1:], num_timesteps)
     weight = jnp.ones(len(x0))
-    if timesteps_name == "importance":
+    if config.train.timesteps == "importance":
         t, weight = timesteps.draw(timesteps.importance(state.loss_history), t_uniforms)
-    elif timesteps_name == "low_discrepancy":
+    elif config.train.timesteps == "low_discrepancy":
         batch_size = len(x0) * jax.lax.axis_size(parallel.AXIS)
         (key,) = step_keys(seed, state.step, jnp.array([batch_size]))  # of no example
         u = jax.random.uniform(key)
         t = timesteps.low_discrepancy(u, batch_size, num_timesteps)[indices]
-    if labels is not None:
-        rate, null_label = label_dropout
-        labels = jnp.where(label_uniforms < rate, null_label, labels)
+    if labels is not None and config.model.kind != "classifier":  # for classifier-free guidance
+        is_dropped = label_uniforms < config.train.label_dropout
+        labels = jnp.where(is_dropped, config.data.num_classes, labels)
     return Examples(weight, x0, labels, t, eps, dropout_keys)
 
 
@@ -165,28 +166,22 @@ def over_microbatches(function, batch, count):
     return jax.tree.map(lambda x: x / count, total), each.reshape(-1)
 
 
-def train_step(
-    state, batch, *, loss_fn, num_timesteps, optimizer, ema_decays, accumulate=1, **random
-):
+def train_step(config, loss_fn, optimizer, state, batch):
     """One update of Algorithm 1, under parallel.pmap; a non-finite gradient changes the step only.
 
     Args:
+      config: T, the seed, how t and the labels are drawn, microbatches and EMAs are used.
+      loss_fn: from make_loss.
+      optimizer: an optax transformation; it clips the gradient after the mean over devices.
       state: a TrainState.
       batch: a data.Batch, this device's shard of the global batch.
-      loss_fn: from make_loss.
-      num_timesteps: T.
-      optimizer: an optax transformation; it clips the gradient after the mean over devices.
-      ema_decays: of the parameters' moving averages, each in [0, 1).
-      accumulate: microbatches of the shard, for gradient accumulation.
-      **random: the rest of draw_examples' arguments: timesteps_name, a value of train.timesteps;
-        label_dropout, (rate, the label for "no class"), for classifier-free guidance; seed.
 
     Returns:
       (state, metrics), means over the global batch, with the weights of the timesteps: the loss;
       the gradient's norm before clipping; for each quarter of the timesteps [4] the share of
       examples, and their loss times this share; and whether the update was applied.
     """
-    examples = draw_examples(state, batch, num_timesteps=num_timesteps, **random)
+    examples, num_timesteps = draw_examples(config, state, batch), config.diffusion.num_timesteps
 
     def mean_loss(params, weight, x0, labels, t, *noise):
         losses = loss_fn(params, x0, labels, t, *noise)
@@ -200,7 +195,7 @@ def train_step(
         (loss, (quarters, losses)), grads = gradient(state.params, *examples)
         return (loss, quarters, grads), losses
 
-    means, losses = over_microbatches(loss_and_gradient, examples, accumulate)
+    means, losses = over_microbatches(loss_and_gradient, examples, config.optim.accumulate)
     loss, quarters, grads = jax.lax.pmean(means, parallel.AXIS)
     norm = optax.tree.norm(grads)
     applied = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -209,6 +204,7 @@ def train_step(
         of_all = jax.lax.all_gather((examples.t, losses), parallel.AXIS, tiled=True)
         recorded = timesteps.record(history, *of_all)
         history = jax.tree.map(functools.partial(jnp.where, applied), recorded, history)
+    ema_decays = configs.ema_decays(config.optim)
     state = states.apply_gradients(state, grads, optimizer, ema_decays, applied)
     state = state.replace(loss_history=history)
     return state, {"loss": loss, "grad_norm": norm, **quarters, "applied": applied}
@@ -216,23 +212,7 @@ def train_step(
 
 def make_step(config, model, schedule, optimizer):
     """train_step of a config, for parallel.pmap: (state, a device's Batch) → (state, metrics)."""
-    rate = 0.0 if config.model.kind == "classifier" else config.train.label_dropout
-
-    def step(state, batch):
-        return train_step(
-            state,
-            batch,
-            loss_fn=make_loss(config, model, schedule),
-            num_timesteps=schedule.num_timesteps,
-            optimizer=optimizer,
-            ema_decays=configs.ema_decays(config.optim),
-            label_dropout=(rate, config.data.num_classes),
-            seed=config.seed,
-            accumulate=config.optim.accumulate,
-            timesteps_name=config.train.timesteps,
-        )
-
-    return step
+    return functools.partial(train_step, config, make_loss(config, model, schedule), optimizer)
 
 
 def make_train_step(config, model, schedule, optimizer, devices=None):
@@ -274,7 +254,8 @@ def make_eval_loss(config, model, schedule, source):
         for first in range(0, count, size):
             indices = parallel.local_shard(first + np.arange(size))  # from `count` on: padding
             inside = np.minimum(indices, count - 1)
-            t = inside * num_timesteps // count  # in 64 bits: the product may need them
+            # The middles of `count` equal parts of the chain. The product may need 64 bits.
+            t = (2 * inside + 1) * num_timesteps // (2 * count)
             batch = parallel.shard((source.read(inside), indices, t))
             total += float(batch_loss(params, *batch))
             if stop():

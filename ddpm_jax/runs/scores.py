@@ -42,7 +42,7 @@ def choose(config, arrays=None):
     return None, labelled
 
 
-def make_score(config, source, chosen, sample, workdir, stop=signals.never):
+def make_score(config, source, chosen, sample, workdir, stop):
     """Builds the score of a run.
 
     Args:

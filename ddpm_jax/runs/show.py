@@ -81,13 +81,12 @@ td {{ border-bottom: 1px solid #ddd; padding: 0.1rem 1rem 0.1rem 0; overflow-wra
 """
 
 
-def show(config, workdir, source=None):
+def show(config, workdir):
     """Visualizes a config, and its run if there is one; writes the pictures and report.html.
 
     Args:
       config: checked; its `show` section is used.
       workdir: the run's folder; without a run, only the schedule and the data are drawn.
-      source: the training images, if they are open already.
 
     Raises:
       UserError: for a dataset that cannot be opened.
@@ -95,7 +94,8 @@ def show(config, workdir, source=None):
     workdir = pathlib.Path(workdir)
     folder = workdir / "show"
     step = checkpoint.latest_step(workdir)
-    if config.data.name and source is None:  # imported runs have no dataset
+    source = None
+    if config.data.name:  # imported runs have no dataset
         try:
             source = data.open_source(config.data, in_memory=False)
         except UserError as error:
@@ -131,7 +131,7 @@ def draw_schedule(path, schedule):
     for axes, (title, values, scale) in zip(figure.subplots(1, 4), panels, strict=True):
         axes.plot(np.asarray(values))
         axes.set(title=title, xlabel="t", yscale=scale)
-    save(figure, path)
+    images.write_figure(path, figure)
 
 
 def draw_data(config, folder, source):
@@ -181,26 +181,23 @@ def draw_reverse(config, workdir, folder):
 
 def draw_losses(path, lines):
     """Plots the loss over steps, and by quarter of t."""
+    losses = {
+        "loss": "training",
+        "epoch_loss": "training, mean of an epoch",
+        "eval_loss": "held out",
+        "eval_loss_ema": "held out, EMA",
+    }
+    quarters = {f"loss_q{i + 1}": f"{i / 4:g} T ≤ t < {(i + 1) / 4:g} T" for i in range(4)}
+    panels = {"loss": losses, "loss by quarter of t": quarters}
     figure = Figure(figsize=(10, 4), layout="constrained")
-    over_steps, over_t = figure.subplots(1, 2)
-    for name, label in (
-        ("loss", "training"),
-        ("epoch_loss", "training, mean of an epoch"),
-        ("eval_loss", "held out"),
-        ("eval_loss_ema", "held out, EMA"),
-    ):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        if points:
-            over_steps.plot(*zip(*points, strict=True), label=label)
-    for i in range(1, 5):
-        name, label = f"loss_q{i}", f"{(i - 1) / 4:g} T ≤ t < {i / 4:g} T"
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        if points:
-            over_t.plot(*zip(*points, strict=True), label=label)
-    for axes, title in ((over_steps, "loss"), (over_t, "loss by quarter of t")):
+    for axes, (title, labels) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for name, label in labels.items():
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label)
         axes.set(title=title, xlabel="step", yscale="log")
         axes.legend()
-    save(figure, path)
+    images.write_figure(path, figure)
 
 
 def draw_scores(path, lines, batch_size):
@@ -215,7 +212,7 @@ def draw_scores(path, lines, batch_size):
                 x = np.array([minutes[step] for step in steps]) if of_time else steps * batch_size
                 label = {"fid": "FID", "distance": "Fréchet distance"}[name]
                 (line,) = axes.plot(x, values, marker=".", label=label)
-                best = values.argmin()
+                best = np.where(np.isfinite(values), values, np.inf).argmin()
                 axes.plot(
                     x[best],
                     values[best],
@@ -226,7 +223,7 @@ def draw_scores(path, lines, batch_size):
                 )
         axes.set(xlabel="minutes of training" if of_time else "images seen", yscale="log")
         axes.legend()
-    save(figure, path)
+    images.write_figure(path, figure)
 
 
 def minutes_at(lines, batch_size):
@@ -239,12 +236,6 @@ def minutes_at(lines, batch_size):
             before = line["step"]
         minutes[line["step"]] = done
     return minutes
-
-
-def save(figure, path):
-    """Writes a figure as PNG, whole or not at all."""
-    with run_files.atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
 
 
 def write_report(config, workdir, step, lines):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ddpm_jax import cpu
+from ddpm_jax import configs, cpu
 from ddpm_jax.core import timesteps
 
 
@@ -60,21 +60,19 @@ def make_optimizer(optim, num_steps):
     return optax.chain(clip, optax.adamw(rate, weight_decay=optim.weight_decay))
 
 
-def create_state(model, optimizer, image_shape, seed, *, num_averages=1, num_timesteps=0):
-    """An initial state: parameters from `seed`, and EMAs equal to them.
+def create_state(config, model, optimizer):
+    """The state before the first step: parameters from the seed, and EMAs equal to them.
 
     Args:
+      config: its seed, the images' shape, the number of EMAs and train.timesteps are used.
       model: a linen module, called as model(x_t, t).
       optimizer: an optax transformation.
-      image_shape: (H, W, C).
-      seed: int.
-      num_averages: EMAs.
-      num_timesteps: T of the loss history; 0: there is none.
 
     Returns:
       A TrainState at step 0.
     """
-
+    image_shape, num_averages = configs.image_shape(config), len(configs.ema_decays(config.optim))
+    of_importance = config.train.timesteps == "importance"  # nothing else needs the losses
     # It runs once: on a CPU a third of the compilation time, for the same bits.
     options = {"xla_backend_optimization_level": 0} if cpu.is_used() else {}
 
@@ -82,13 +80,14 @@ def create_state(model, optimizer, image_shape, seed, *, num_averages=1, num_tim
     def create(key):
         x, t = jnp.zeros((1, *image_shape)), jnp.zeros((1,), jnp.int32)
         params = model.init(key, x, t)["params"]
-        history = timesteps.empty_history(num_timesteps) if num_timesteps else None
+        total = config.diffusion.num_timesteps
+        history = timesteps.empty_history(total) if of_importance else None
         step, opt_state = jnp.zeros((), jnp.int32), optimizer.init(params)
         # Copies, not aliases: all are donated to the train step.
         ema_params = tuple(jax.tree.map(jnp.copy, params) for _ in range(num_averages))
         return TrainState(step, params, ema_params, opt_state, history)
 
-    return create(jax.random.key(seed))
+    return create(jax.random.key(config.seed))
 
 
 def apply_gradients(state, grads, optimizer, ema_decays, applies=True):

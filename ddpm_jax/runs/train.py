@@ -65,7 +65,7 @@ def train(config, workdir, arrays=None):
         run_files.save_data(source, workdir)
         stop = stack.enter_context(signals.catch())
         manager = stack.enter_context(checkpoint.open_manager(workdir, config.train))
-        state = create_state(config, model, optimizer)
+        state = states.create_state(config, model, optimizer)
         state = checkpoint.restore(manager, parallel.replicate(state))
         epoch = fractions.Fraction(source.size, config.train.batch_size)
         span = Span(int(state.step), last, epoch)
@@ -95,19 +95,6 @@ def train(config, workdir, arrays=None):
             saved = "no step was trained" if step is None else f"step {step} is saved"
             log.info("stopped by %s; %s", signal.Signals(caught).name, saved)
     return caught
-
-
-def create_state(config, model, optimizer):
-    """The state before the first step; only sampling t by importance needs a history of losses."""
-    shape, of_importance = configs.image_shape(config), config.train.timesteps == "importance"
-    return states.create_state(
-        model,
-        optimizer,
-        shape,
-        config.seed,
-        num_averages=len(configs.ema_decays(config.optim)),
-        num_timesteps=config.diffusion.num_timesteps if of_importance else 0,
-    )
 
 
 def open_data(config, workdir, arrays):
