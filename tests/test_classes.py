@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import types
 
 import imageio.v3 as imageio
 import jax
@@ -72,6 +73,19 @@ def test_labels_are_dropped_at_the_rate_that_is_asked_for(conditional):
     assert dropped.mean() == pytest.approx(0.25, abs=0.03)  # 4.4 standard deviations
     np.testing.assert_array_equal(found[~dropped], labels[~dropped])
     assert abs(dropped[::2].mean() - dropped[1::2].mean()) < 0.06
+
+
+def test_a_classifier_is_told_every_label(conditional):
+    """Whatever the rate for classifier-free guidance is: it has no label for "no class"."""
+    conditional.model.kind, conditional.train.label_dropout = "classifier", 1.0
+    batch, step = data.Batch(np.zeros((8, 8, 8, 1), np.uint8), np.arange(8)), np.int32(0)
+
+    def labels_of(step, batch):
+        state = types.SimpleNamespace(step=step)
+        return objective.draw_examples(conditional, state, batch).labels
+
+    run = parallel.pmap(labels_of, in_axes=(None, 0))
+    np.testing.assert_array_equal(parallel.gather(run(step, parallel.shard(batch))), np.arange(8))
 
 
 def test_train_and_sample_a_class(conditional, tmp_path, monkeypatch):

@@ -332,6 +332,9 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(mode, config, monkey
     with tempfile.TemporaryDirectory() as folder:  # pytest's own can only be entered by root
         run_files.save_config(config, folder)
         monkeypatch.setattr(checkpoint, "restore_params", lambda *_: pytest.fail("too late"))
+        if mode == "show":  # the report is not in this folder
+            os.mkdir(f"{folder}/show")
+            os.chmod(f"{folder}/show", 0o777)
         os.chmod(folder, 0o555)
         images = [f"--images={folder}"] if mode == "img2img" else []
         command = ["main.py", f"--mode={mode}", f"--workdir={folder}", *images]

@@ -9,7 +9,7 @@ import pytest
 
 from ddpm_jax import configs, interface, signals
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import checkpoint, data
+from ddpm_jax.files import checkpoint, data, images
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.metrics import classifier, distances, features, inception
 from ddpm_jax.runs import generate, reference, scores, show, train
@@ -149,6 +149,16 @@ def test_the_best_checkpoint_is_kept(scored, tmp_path, monkeypatch, values, kept
         interface.load(tmp_path, checkpoint=3)
     with pytest.raises(UserError, match="must be newest, best, or a step"):
         interface.load(tmp_path, checkpoint="latest")
+
+
+def test_a_ring_marks_the_best_score(tmp_path, monkeypatch):
+    """Also where a score is not a number, as of samples that are not finite."""
+    drawn, scored = [], {10: 5.0, 20: math.nan, 30: 2.0, 40: 3.0}
+    monkeypatch.setattr(images, "write_figure", lambda path, figure: drawn.append(figure))
+    lines = [{"step": step, "distance": value} for step, value in scored.items()]
+    show.draw_scores(tmp_path / "scores.png", lines, 8)
+    rings = [line for line in drawn[0].axes[0].lines if line.get_fillstyle() == "none"]
+    assert [ring.get_xydata().tolist() for ring in rings] == [[[30 * 8, 2.0]]]
 
 
 def test_no_best_without_scores(config, tmp_path):
