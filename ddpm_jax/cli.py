@@ -15,6 +15,7 @@
 """
 
 import difflib
+import functools
 import logging
 import os
 import pathlib
@@ -125,7 +126,7 @@ def parse(argv):
     if values.mode == "compare":
         if len(set(values.workdirs)) < 2 or rest:
             raise UserError("--workdirs: compare needs two or more, as in --workdirs=runs/a,runs/b")
-        workdirs = at_home("workdirs", values.workdirs)
+        workdirs = [configs.at_home("--workdirs", path) for path in values.workdirs]
         return Command(values.mode, None, (), None, None, workdirs)
     if not (values.config or values.workdir):
         raise UserError("--config: is missing, as in --config=configs/digits.py")
@@ -135,7 +136,8 @@ def parse(argv):
             raise UserError(f"--{flag}: {text} --mode={', '.join(modes)}")
     processes = check_processes(values)
     for flag in PATHS:
-        values[flag].value = at_home(flag, values[flag].value)
+        value, home = values[flag].value, functools.partial(configs.at_home, f"--{flag}")
+        values[flag].value = [*map(home, value)] if flag == "images" else home(value or "")
     workdir = pathlib.Path(values.workdir or f"runs/{pathlib.Path(values.config).stem}")
     if os.path.exists(workdir) and not os.path.isdir(workdir):  # no error for a long name
         raise UserError(f"workdir={workdir}: is not a folder")
@@ -156,16 +158,6 @@ def parse(argv):
         mask=values.mask or None,
         processes=processes,
     )
-
-
-def at_home(flag, value):
-    """Expands ~ in a flag's path, or in each path of a list."""
-    if isinstance(value, list):
-        return [at_home(flag, path) for path in value]
-    path = os.path.expanduser(value or "")
-    if path.startswith("~"):
-        raise UserError(f"--{flag}={value}: {configs.UNKNOWN_USER}")
-    return path
 
 
 def check_processes(values):

@@ -98,7 +98,6 @@ PATHS = (
     "evaluate.inception_weights",
     "evaluate.cache_dir",
 )
-UNKNOWN_USER = "the home of an unknown user (or write ./~…)"
 KINDS = {
     bool: "true or false",
     int: "a whole number",
@@ -476,10 +475,21 @@ def with_tuples(value):
 
 def normalize(config):
     """Returns a copy with ~ expanded in PATHS (no shell does it) and old values renamed."""
-    fields = {name: os.path.expanduser(flatten(config)[name]) for name in PATHS}
+    fields = {name: at_home(name, flatten(config)[name]) for name in PATHS}
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(fields)
     return rename_old_values(config)
+
+
+def at_home(name, path):
+    """Expands ~ in a path.
+
+    Raises:
+      UserError: that names the field or flag, if there is no such home.
+    """
+    expanded = os.path.expanduser(path)
+    require(not expanded.startswith("~"), name, str(path), "there is no such home (or write ./~…)")
+    return expanded
 
 
 def make_alpha_bars(config):
@@ -589,8 +599,6 @@ def check(config, mode="train"):
     if mode in ("train", "evaluate"):
         allowed = "must be the name of a dataset, as --config.data.name=cifar10"
         require(config.data.name != "", "data.name", "", allowed)
-    for name in PATHS:
-        require(not fields[name].startswith("~"), name, fields[name], UNKNOWN_USER)
     for name, value in batch_sizes(config, mode).items():
         most = MAX_VALUES // math.prod(image_shape(config))
         require(value <= most, name, value, f"must be at most {most} for images of this size")

@@ -135,7 +135,7 @@ def load(
     """
     cpu.prepare(trains=False)
     compilation.keep_programs()
-    path = pathlib.Path(path).expanduser()
+    path = pathlib.Path(configs.at_home("path", path))
     if not (path / "checkpoints").is_dir() and interop.is_diffusers(path):
         config, params = interop.read_run(configs.without_data(), path)
         return Run(config, 0, parallel.replicate(params), generate.class_names(config, path))
@@ -229,7 +229,7 @@ def train(
     """
     cpu.prepare(trains=True)
     compilation.keep_programs()
-    workdir, arrays = pathlib.Path(workdir).expanduser(), None
+    workdir, arrays = pathlib.Path(configs.at_home("workdir", workdir)), None
     config = configs.normalize(config)
     if images is None and labels is not None:
         raise UserError("labels: need images")

@@ -308,7 +308,7 @@ def test_home_in_every_path(tmp_path, monkeypatch):
     assert cli.parse(["main.py", "--mode=compare", "--workdirs=~/a,b"]).workdirs[0].startswith("/")
     for argument in ("--workdir=~nobody_here/x", "--config.data.path=~nobody_here/x"):
         with pytest.raises(
-            UserError, match=r"(--workdir|data\.path)='?~nobody_here/x'?: the home of"
+            UserError, match=r"(--workdir|data\.path)='?~nobody_here/x'?: there is no such home"
         ):
             cli.run(["main.py", DIGITS, argument])
 

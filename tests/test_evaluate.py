@@ -708,7 +708,7 @@ def test_more_files_of_features_than_a_process_may_open(tmp_path):
 
 def test_no_home_to_keep_features_in(config, monkeypatch):
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does without a home
-    with pytest.raises(UserError, match=r"evaluate.cache_dir='': must be set: there is no home"):
+    with pytest.raises(UserError, match=r"evaluate.cache_dir='~.*': there is no such home"):
         reference.cache_folder(config, {})
 
 

@@ -209,3 +209,13 @@ def test_a_signal_is_an_interruption(config, tmp_path, monkeypatch):
         ddpm_jax.train(config, tmp_path)
     assert checkpoint.latest_step(tmp_path) == 3
     assert run_files.load_config(tmp_path).data.name == "digits"
+
+
+def test_a_home_that_does_not_exist():
+    """One line, not the error of pathlib."""
+    for use in (
+        lambda: ddpm_jax.load("~nosuchuser/run"),
+        lambda: ddpm_jax.train(ddpm_jax.config("digits"), "~nosuchuser/run"),
+    ):
+        with pytest.raises(ddpm_jax.UserError, match=r"='~nosuchuser/run': there is no such home"):
+            use()

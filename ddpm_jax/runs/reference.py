@@ -7,13 +7,12 @@ The name of a folder in the cache is a digest of everything that its files depen
 
 import hashlib
 import logging
-import os
 import pathlib
 from typing import NamedTuple
 
 import numpy as np
 
-from ddpm_jax import parallel, signals
+from ddpm_jax import configs, parallel, signals
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.metrics import classifier, distances, features
@@ -93,12 +92,9 @@ def _read_statistics(path):
 
 def cache_folder(config, provenance):
     """The folder of what is cached for several runs, `evaluate.cache_dir`."""
-    cache = os.path.expanduser(config.evaluate.cache_dir or "~/.cache/ddpm_jax")
-    if cache.startswith("~"):
-        text = "must be set: there is no home folder to keep features in"
-        raise UserError(f"evaluate.cache_dir={config.evaluate.cache_dir!r}: {text}")
-    cache = pathlib.Path(cache)
-    with run_files.named_errors("evaluate.cache_dir", cache):
+    name, chosen = "evaluate.cache_dir", config.evaluate.cache_dir
+    cache = pathlib.Path(configs.at_home(name, chosen or "~/.cache/ddpm_jax"))
+    with run_files.named_errors(name, cache):
         return provenance_folder(cache, provenance)
 
 
