@@ -63,24 +63,28 @@ def reference():
 # What the programs of a config depend on.
 OF_ALL = "seed", "model.", "diffusion.", "data.image_size", "data.channels", "data.num_classes"
 SECTIONS = {
+    "create_state": (*OF_ALL, "optim.", "train.timesteps"),
     "make_train_step": (*OF_ALL, "optim.", "train."),
     "make_eval_loss": (*OF_ALL, "data.", "train."),
     "make_sampler": (*OF_ALL, "sample."),
 }
 NO_DEPENDENCE = re.compile(r"train\.((num|keep|score)_.*|.*_every)")
-PROGRAMS = {}
+MADE = {}
 
 
 def functions():
     """Those that a program may call; a test that replaces one of them gets programs of its own."""
-    names = ("ddpm_jax.core.", "ddpm_jax.runs.objective", "ddpm_jax.runs.generate")
+    names = (
+        "ddpm_jax.core.",
+        *(f"ddpm_jax.runs.{name}" for name in ("generate", "objective", "state")),
+    )
     modules = [module for name, module in sorted(sys.modules.items()) if name.startswith(names)]
     items = (item for module in modules for item in sorted(vars(module).items()))
     return tuple(v for k, v in items if isinstance(v, types.FunctionType) and k not in SECTIONS)
 
 
-def once(make, rest):
-    """`make` of a config; equal configs get the same program, if `rest` tells what else counts."""
+def once(make, sections, rest):
+    """`make` of a config; equal configs get the same result, if `rest` tells what else counts."""
     from ddpm_jax import configs
 
     def made(config, *args, **options):
@@ -88,12 +92,12 @@ def once(make, rest):
         if more is None:
             return make(config, *args, **options)
         fields = [x for x in configs.flatten(config).items() if not NO_DEPENDENCE.fullmatch(x[0])]
-        fields = [x for x in fields if x[0].startswith(SECTIONS[make.__name__])]
-        key = make.__name__, repr(fields), repr(more), functions()
-        if key not in PROGRAMS:
+        fields = [x for x in fields if x[0].startswith(sections)]
+        key = make, repr(fields), repr(more), functions()
+        if key not in MADE:
             own = config.copy_and_resolve_references()  # the test may change its config
-            PROGRAMS[key] = make(own, *args, **options)
-        return PROGRAMS[key]
+            MADE[key] = make(own, *args, **options)
+        return MADE[key]
 
     return made
 
@@ -103,23 +107,38 @@ def each_program_once(monkeypatch):
     """Runs of equal configs share their programs: tracing them is most of a short run's time."""
     from ddpm_jax.core import unet
     from ddpm_jax.runs import generate, objective
+    from ddpm_jax.runs import state as states
+
+    def is_network(model):
+        return type(model).__module__ == unet.__name__
 
     def step(config, model, schedule, optimizer, devices=None):
-        shared = type(model).__module__ == unet.__name__ and config.optim.decay == "constant"
+        shared = is_network(model) and config.optim.decay == "constant"
         return len(devices or jax.devices()) if shared else None
 
     def eval_loss(config, model, schedule, source):
         return () if config.data.name == "digits" else None
 
-    def sampler(config, label=None, frames_at=(), x0_at=(), **more):
-        return None if any(more.values()) else (label, frames_at, x0_at)
+    def sampler(config, label=None, frames_at=(), x0_at=(), task=generate.from_noise, **more):
+        other = task is not generate.from_noise or any(more.values())
+        return None if other else (label, frames_at, x0_at)
 
-    for module, make, rest in (
-        (objective, objective.make_train_step, step),
-        (objective, objective.make_eval_loss, eval_loss),
-        (generate, generate.make_sampler, sampler),
+    def state(config, model, optimizer):
+        return () if is_network(model) else None
+
+    for module, name, rest in (
+        (objective, "make_train_step", step),
+        (objective, "make_eval_loss", eval_loss),
+        (generate, "make_sampler", sampler),
+        (states, "create_state", state),
     ):
-        monkeypatch.setattr(module, make.__name__, once(make, rest))
+        monkeypatch.setattr(module, name, once(getattr(module, name), SECTIONS[name], rest))
+    shared = states.create_state
+
+    def create_state(config, model, optimizer):
+        return jax.tree.map(jax.numpy.copy, shared(config, model, optimizer))  # steps donate theirs
+
+    monkeypatch.setattr(states, "create_state", create_state)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ TINY = (
     "--config.model.attention_down=()",
     "--config.model.attention_up=()",
     "--config.diffusion.num_timesteps=20",
+    "--config.optim.decay=constant",
     "--config.train.batch_size=32",
     "--config.train.log_every=2",
     "--config.train.eval_every=10",

@@ -94,15 +94,14 @@ def gaussian_predict(data_variance, schedule, clip=False):
     return diffusion.clipped(predict_fn) if clip else predict_fn
 
 
-def run_solver(solver, predict_fn, x, noise_fn=None):
-    """x_0 by a solver, in one scan; noise_fn as in sampling.make_step."""
+def run_solver(solver, predict_fn, x, noise_fn=None, **options):
+    """x_0 by a solver, in one scan; noise_fn as in sampling.make_step, options of jax.jit."""
     step, rows = sampling.make_step(solver, predict_fn, noise_fn), jnp.arange(len(solver.steps))
 
-    @jax.jit
     def run(x):
         return sampling.reverse_process(step, sampling.init_state(solver, x), rows)[0][0]
 
-    return run(x)
+    return jax.jit(run, **options)(x)
 
 
 def gaussian_outcome(data_variance, solver, alpha_bars):

@@ -16,7 +16,7 @@ needs_onednn = pytest.mark.skipif(not IS_THERE, reason="JAX's wheels have it for
 NUMBERS = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def a_new_trial():
     onednn._trial.cache_clear()
     jax.clear_caches()  # of the traced trial
@@ -127,6 +127,7 @@ def is_not_used_but_computes():
 
 
 @needs_onednn
+@pytest.mark.usefixtures("a_new_trial")
 def test_a_name_that_xla_does_not_have(monkeypatch, caplog):
     monkeypatch.setattr(onednn, "TARGET", "__onednn$another")
     assert is_not_used_but_computes()
@@ -134,6 +135,7 @@ def test_a_name_that_xla_does_not_have(monkeypatch, caplog):
 
 
 @needs_onednn
+@pytest.mark.usefixtures("a_new_trial")
 def test_another_result_than_xla_s(monkeypatch, caplog):
     monkeypatch.setattr(onednn, "by_xla", lambda *a, f=onednn.by_xla: f(*a) + 1)
     assert is_not_used_but_computes()
@@ -141,6 +143,7 @@ def test_another_result_than_xla_s(monkeypatch, caplog):
 
 
 @needs_onednn
+@pytest.mark.usefixtures("a_new_trial")
 def test_a_newer_jax(monkeypatch, caplog):
     monkeypatch.setattr(jax, "__version_info__", (99, 0, 0))
     with caplog.at_level(logging.INFO):
@@ -148,6 +151,7 @@ def test_a_newer_jax(monkeypatch, caplog):
     assert "is newer than what oneDNN was tested with" in caplog.text
 
 
+@pytest.mark.usefixtures("a_new_trial")
 def test_another_processor(monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
     assert is_not_used_but_computes()

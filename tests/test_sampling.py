@@ -35,7 +35,8 @@ def test_samples_of_gaussian_data(variance, expected):
     """What tests/references.py asserts exactly, through the sampler itself and its noise."""
     keys = sampling.image_keys(3, jnp.arange(8))
     solver, predict_fn = solvers.ancestral(ALPHA_BARS, variance), gaussian_predict(0.25, HO)
-    out = run_solver(solver, predict_fn, sampling.prior(keys, 1000, (64, 64, 1)), keyed_noise(keys))
+    x, fast = sampling.prior(keys, 1000, (64, 64, 1)), {"xla_backend_optimization_level": 3}
+    out = run_solver(solver, predict_fn, x, keyed_noise(keys), compiler_options=fast)
     assert float(out.mean()) == pytest.approx(0, abs=0.01)
     # The standard error of a variance from 32,768 values is 0.8 %.
     assert float(out.var()) == pytest.approx(expected, rel=0.025)

@@ -36,23 +36,32 @@ def scores_in(workdir):
     return {line["step"]: line["distance"] for line in lines if "distance" in line}
 
 
-def test_scores_of_a_resumed_run(scored, tmp_path):
+WHOLE = []  # once for all tests
+
+
+@pytest.fixture
+def whole(scored, tmp_path_factory):
+    """A run that was not interrupted, only to be read."""
+    if not WHOLE:
+        WHOLE.append(tmp_path_factory.mktemp("trained") / "whole")
+        train.train(scored, WHOLE[0])
+    return WHOLE[0]
+
+
+def test_scores_of_a_resumed_run(scored, whole, tmp_path):
     """Bit for bit those of a run that was not interrupted; nothing else is left in the folder."""
-    train.train(scored, tmp_path / "whole")
     scored.train.num_steps = 2
-    train.train(scored, tmp_path / "parts")
+    train.train(scored, tmp_path)
     scored.train.num_steps = 4
-    train.train(scored, tmp_path / "parts")
-    assert scores_in(tmp_path / "whole") == scores_in(tmp_path / "parts")
-    assert sorted(scores_in(tmp_path / "whole")) == [2, 4]
-    assert not (tmp_path / "whole" / "scores").exists()
-    assert checkpoint.latest_step(tmp_path / "whole") == 4
+    train.train(scored, tmp_path)
+    assert scores_in(whole) == scores_in(tmp_path)
+    assert sorted(scores_in(whole)) == [2, 4]
+    assert not (tmp_path / "scores").exists()
+    assert checkpoint.latest_step(tmp_path) == 4
 
 
-def test_a_killed_score_goes_on(scored, tmp_path, monkeypatch):
+def test_a_killed_score_goes_on(scored, whole, tmp_path, monkeypatch):
     """The step is saved before; images that were sampled are not sampled again."""
-    scored.sample.batch_size = 4
-    train.train(scored, tmp_path / "whole")
     make, sampled = generate.make_sampler, []
 
     def stopped_once(*args, **options):
@@ -73,12 +82,12 @@ def test_a_killed_score_goes_on(scored, tmp_path, monkeypatch):
     assert checkpoint.latest_step(tmp_path / "parts") == 2 and scores_in(tmp_path / "parts") == {}
     train.train(scored, tmp_path / "parts")
     assert sampled[3:] == [4]
-    assert scores_in(tmp_path / "parts")[2] == scores_in(tmp_path / "whole")[2]
+    assert scores_in(tmp_path / "parts")[2] == scores_in(whole)[2]
 
 
 def test_a_killed_score_with_another_sampler(scored, tmp_path, monkeypatch):
     """Is sampled again from the beginning, not finished by other samples."""
-    scored.sample.batch_size, scored.train.num_steps, scored.optim.decay = 4, 2, "constant"
+    scored.train.num_steps = 2
     collect = features.collect
 
     def stopped(folder, count, size, rows, name, stop):
@@ -95,10 +104,9 @@ def test_a_killed_score_with_another_sampler(scored, tmp_path, monkeypatch):
     assert not (tmp_path / "parts" / "scores").exists()
 
 
-def test_the_distance_is_that_of_the_samples(scored, tmp_path):
+def test_the_distance_is_that_of_the_samples(scored, whole):
     """As computed here from all images at once, with scikit-learn's own classifier."""
-    train.train(scored, tmp_path)
-    images = interface.load(tmp_path).sample(6, sampler="dpmpp_sde", num_steps=2)
+    images = interface.load(whole).sample(6, sampler="dpmpp_sde", num_steps=2)
     source = data.open_labelled(scored.data)
     batch = source.read(np.arange(source.size))
     trained = classifier.train(*batch)
@@ -106,7 +114,7 @@ def test_the_distance_is_that_of_the_samples(scored, tmp_path):
     flat = (x.reshape(len(x), -1) / 255 for x in (batch.images, images))
     sets = (np.maximum(x @ layer[0] + layer[1], 0) for x in flat)
     expected = distances.frechet_distance(*(distances.statistics([x]) for x in sets))
-    assert scores_in(tmp_path)[4] == pytest.approx(expected, rel=1e-6)
+    assert scores_in(whole)[4] == pytest.approx(expected, rel=1e-6)
 
 
 def relabelled(batch):

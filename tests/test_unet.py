@@ -1,5 +1,6 @@
 """The network against Ho's known details; tests/references.py has its numbers."""
 
+import functools
 import itertools
 import zlib
 
@@ -88,16 +89,21 @@ def direct(x, kernel):
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def all_of(function, x, kernel, dy):
+    """A convolution, also where it is differentiated, and its gradients."""
+    y, vjp = jax.vjp(function, x, kernel)
+    return function(x, kernel), y, *vjp(dy)
+
+
 def test_winograd_is_the_same_convolution():
     """Values and gradients; within 1e-13 in float64, as exact arithmetic would be."""
     with jax.enable_x64():
         keys = jax.random.split(jax.random.key(0), 3)
         x, kernel, dy = map(jax.random.normal, keys, ((2, 8, 6, 5), (3, 3, 5, 7), (2, 8, 6, 7)))
-        found, vjp = jax.vjp(cpu.conv3x3_winograd, x, kernel)
-        expected, expected_vjp = jax.vjp(direct, x, kernel)
-        np.testing.assert_allclose(found, expected, atol=1e-13)
-        for gradient, wanted in zip(vjp(dy), expected_vjp(dy), strict=True):
-            np.testing.assert_allclose(gradient, wanted, atol=1e-13)
+        both = (all_of(f, x, kernel, dy) for f in (cpu.conv3x3_winograd, direct))
+        for found, wanted in zip(*both, strict=True):
+            np.testing.assert_allclose(found, wanted, atol=1e-13)
 
 
 @pytest.mark.parametrize("channels", [64, 128])
@@ -114,10 +120,6 @@ def test_wide_layers_are_as_exact_as_direct_ones(channels, monkeypatch):
 
     def by_layer(x, kernel):
         return layer.apply({"params": {"kernel": kernel, "bias": jnp.zeros(channels)}}, x)
-
-    def all_of(function, x, kernel, dy):
-        y, vjp = jax.vjp(function, x, kernel)
-        return function(x, kernel), y, *vjp(dy)
 
     found, plain = all_of(by_layer, x, kernel, dy), all_of(direct, x, kernel, dy)
     assert calls
@@ -241,10 +243,10 @@ def test_a_label_s_channels_follow_the_image_s():
     params = jax.tree.map(lambda s: 0.1 * jax.random.normal(jax.random.key(0), s.shape), shapes)
     params["conv_in"]["kernel"] = params["conv_in"]["kernel"].at[:, :, 3:].set(0)
     x, t = jax.random.normal(jax.random.key(1), (2, 8, 8, 3)), jnp.array([1, 1])
-    found = unet.net_fn(model, params)(x, t, jnp.array([0, 1]))
+    found = jax.jit(unet.net_fn(model, params))(x, t, jnp.array([0, 1]))
     plain = {name: tree for name, tree in params.items() if name != "labels"}
     plain["conv_in"] = {**params["conv_in"], "kernel": params["conv_in"]["kernel"][:, :, :3]}
-    expected = unet.net_fn(unet.UNet(**TINY), plain)(x, t)
+    expected = jax.jit(unet.net_fn(unet.UNet(**TINY), plain))(x, t)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
