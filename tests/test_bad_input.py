@@ -38,7 +38,7 @@ from PIL import Image
 from programs import DIGITS, ROOT, TINY
 from references import FIXTURES
 
-from ddpm_jax import cli, configs, parallel, progress
+from ddpm_jax import cli, configs, cpu, parallel, progress
 from ddpm_jax.core import unet
 from ddpm_jax.files import checkpoint, data, image_files
 from ddpm_jax.files import workdir as run_files
@@ -122,6 +122,8 @@ def no_computing(tmp_path_factory):
         patch.setattr(parallel, "connected", enough)
         patch.setattr(data, "_prepare", enough)  # downloads
         patch.setattr(progress, "bar", functools.partial(progress.bar, disable=True))
+        for module in (cpu, parallel):  # a search of all installed packages
+            patch.setattr(module, "entry_points", functools.cache(module.entry_points))
         # Traced once, however often its weights are read.
         patch.setattr(unet, "param_shapes", functools.cache(unet.param_shapes))
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))  # of caches

@@ -600,11 +600,11 @@ def test_the_same_files_elsewhere_are_the_same_data(config, tmp_path):
 
 def test_held_out_images_may_be_others(config, tmp_path):
     """They do not affect training."""
-    folder = folder_of_images(tmp_path / "data", NAMES)
-    train.train(on_folder(config, folder), tmp_path / "run")
+    run_files.save_config(on_folder(config, folder_of_images(tmp_path / "data", NAMES)), tmp_path)
+    run_files.save_data(data.open_source(config.data), tmp_path)
     config.data.eval_split = "train[80%:]"
-    config.train.num_steps = 5
-    assert train.train(config, tmp_path / "run") == 0
+    source, eval_source = train.open_data(config, tmp_path, None)
+    assert (source.size, eval_source.size) == (6, 2)
 
 
 def test_held_out_losses_of_the_raw_and_of_the_chosen_average(config, tmp_path):
