@@ -194,7 +194,8 @@ def draw_losses(path, lines):
         for name, label in labels.items():
             points = [(line["step"], line[name]) for line in lines if name in line]
             if points:
-                axes.plot(*zip(*points, strict=True), label=label)
+                marker = "." if len(points) < 30 else ""  # a single point is no line
+                axes.plot(*zip(*points, strict=True), marker=marker, label=label)
         axes.set(title=title, xlabel="step", yscale="log")
         axes.legend()
     images.write_figure(path, figure)
