@@ -74,10 +74,8 @@ MADE = {}
 
 def functions():
     """Those that a program may call; a test that replaces one of them gets programs of its own."""
-    names = (
-        "ddpm_jax.core.",
-        *(f"ddpm_jax.runs.{name}" for name in ("generate", "objective", "state")),
-    )
+    runs = "ddpm_jax.runs.generate", "ddpm_jax.runs.objective", "ddpm_jax.runs.state"
+    names = "ddpm_jax.core.", *runs
     modules = [module for name, module in sorted(sys.modules.items()) if name.startswith(names)]
     items = (item for module in modules for item in sorted(vars(module).items()))
     return tuple(v for k, v in items if isinstance(v, types.FunctionType) and k not in SECTIONS)

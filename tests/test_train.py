@@ -143,7 +143,7 @@ def lines(workdir):
 
 @OBJECTIVES
 def test_resuming_changes_no_bit(config, tmp_path, objective):
-    """4 steps equal 2, a new process's worth of setup, and 2 more; flips and dropout included."""
+    """4 steps equal 2, a new start, and 2 more; flips and dropout included."""
     config.update_from_flattened_dict(objective)
     config.data.random_flip = True
     assert train.train(config, tmp_path / "whole") == 0

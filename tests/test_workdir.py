@@ -86,3 +86,10 @@ def test_files_of_another_process_may_come_late(tmp_path, monkeypatch):
     monkeypatch.setattr(run_files, "SECONDS_FOR_FILES", 0.3)
     with pytest.raises(UserError, match="does not see its files there; all must share workdir"):
         run_files.wait_for_files(lambda: False, tmp_path)
+
+
+def test_a_file_of_results_is_json_whatever_they_are(tmp_path):
+    """null for what is not finite, at every depth; the folder is made."""
+    path = tmp_path / "run" / "evaluation.json"
+    run_files.write_json(path, {"fid": math.nan, "per_seed": [{"kid": -math.inf}, {"kid": 0.5}]})
+    assert strict(path.read_text()) == {"fid": None, "per_seed": [{"kid": None}, {"kid": 0.5}]}
