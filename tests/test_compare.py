@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from ddpm_jax import cli
@@ -127,6 +128,35 @@ def one(fid, **fields):
 )
 def test_differences(base, other, score, expected):
     assert compare.difference(base, other, score) == expected
+
+
+def evaluation_of_images(folder, means, of_images):
+    folder.mkdir()
+    (folder / "evaluation.json").write_text(json.dumps(means))
+    np.savez(folder / "evaluation.npz", **{f"of_images_{k}": x for k, x in of_images.items()})
+
+
+def test_bits_per_dim_of_the_same_images_are_compared_in_pairs(tmp_path, capsys):
+    """Images that differ by far more than the runs do."""
+    base = np.array([1.0, 3.0, 5.0, 7.0])
+    other = base + np.array([0.2, 0.4, 0.2, 0.4])  # 0.3 on average, 0.2 / √3 / 2 = 0.058
+    for name, values in (("a", base), ("b", other)):
+        error = values.std(ddof=1) / 2
+        means = {"bits_per_dim": values.mean(), "bits_per_dim_error": error, "rate": 1.0}
+        means |= {"rate_error": 3.0}
+        evaluation_of_images(tmp_path / name, means, {"bits_per_dim": values, "rate": values})
+    compare.compare([tmp_path / "a", tmp_path / "b"])
+    text = capsys.readouterr().out
+    assert "| bits_per_dim | 4 ± 1.3 | 4.3 ± 1.3 |" in text
+    assert "| bits_per_dim | +0.3 ± 0.058 (paired) |" in text
+    # The file has rates of another evaluation, whose mean is 4.
+    assert "| rate | +0 ± 4.2, within noise |" in text and "of_images" not in text
+    (tmp_path / "b" / "evaluation.npz").unlink()  # as an earlier version left it
+    compare.compare([tmp_path / "a", tmp_path / "b"])
+    assert "| bits_per_dim | +0.3 ± 1.8, within noise |" in capsys.readouterr().out
+    (tmp_path / "b" / "evaluation.npz").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"evaluation\.npz: .*; evaluate the run again"):
+        compare.compare([tmp_path / "a", tmp_path / "b"])
 
 
 def test_differences_are_from_the_first(tmp_path, capsys):

@@ -136,6 +136,10 @@ def test_only_bits_per_dim(run, capsys):
     config.evaluate.update(bits_per_dim_images=3, split="train[:3]")
     other = evaluate.evaluate(config, workdir)
     assert (other["bits_per_dim_split"], other["bits_per_dim_images"]) == ("train[:3]", 3)
+    with np.load(workdir / "evaluation.npz") as arrays:
+        for name in ("bits_per_dim", "rate", "distortion"):
+            of_images = arrays[f"of_images_{name}"]
+            assert len(of_images) == 3 and of_images.mean() == pytest.approx(other[name], rel=1e-12)
     config.data.split = "train[:3]"
     three = data.open_source(config.data).read(np.arange(3)).images
     assert other["bits_per_dim_sha256"] == hashlib.sha256(three.tobytes()).hexdigest()

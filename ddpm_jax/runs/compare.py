@@ -1,10 +1,11 @@
 """Evaluations side by side: tables of scores, their differences, and which of these are noise."""
 
 import pathlib
+import zipfile
 
 import numpy as np
 
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import UserError, one_line
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.metrics import distances
 
@@ -23,7 +24,8 @@ COMPARABLE = {
 SCORES = """
     fid fid_test sfid sfid_test kid precision recall inception_score bits_per_dim rate distortion
 """.split()
-NOT_IN_TABLE = ("progressive", "warnings", "per_seed")
+OF_IMAGES = "of_images_"  # and a score: in evaluation.npz, this score of each image
+NOT_IN_TABLE = ("progressive", "warnings", "per_seed", "of_images")
 FID_NOISE = 0.013  # relative
 FID_NOTE = (
     "FIDs of repeated trainings, with other seeds, spread by 1 to 2 % in the literature; "
@@ -45,7 +47,9 @@ def compare(workdirs):
         path = pathlib.Path(workdir) / "evaluation.json"
         if not path.is_file():
             raise UserError(f"--workdirs={workdir}: has no evaluation.json; evaluate it first")
-        results[str(workdir)] = run_files.read_json(path, run_files.nan_for_null)
+        evaluation = run_files.read_json(path, run_files.nan_for_null)
+        of_images = scores_of_images(path.with_suffix(".npz"), evaluation)
+        results[str(workdir)] = {**evaluation, "of_images": of_images}
     for score, fields in COMPARABLE.items():
         scored = [evaluation for evaluation in results.values() if score in evaluation]
         different = [
@@ -57,6 +61,31 @@ def compare(workdirs):
             text = f"{score} cannot be compared, it differs in {', '.join(different)}"
             raise UserError(f"--workdirs: {text}")
     print("\n".join([*table(results, {}), "", *differences(results)]))
+
+
+def scores_of_images(path, evaluation):
+    """The scores of single images, {score: [N]}; only those whose mean is the evaluation's score.
+
+    Args:
+      path: of evaluation.npz, which may be missing, or belong to another evaluation.
+      evaluation: the content of evaluation.json.
+
+    Raises:
+      UserError: if the file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        with np.load(path) as arrays:
+            names = [name for name in arrays if name.startswith(OF_IMAGES)]
+            found = {name.removeprefix(OF_IMAGES): arrays[name] for name in names}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: {one_line(error)}; evaluate the run again") from None
+    return {
+        score: values
+        for score, values in found.items()
+        if np.isclose(values.mean(), evaluation.get(score, np.nan), rtol=1e-9)
+    }
 
 
 def table(results, published):
@@ -125,22 +154,34 @@ def differences(results):
 def difference(base, other, score):
     """The text of a difference in a score, `other` minus `base`; empty if one has no such score.
 
-    It has a standard error if both scores have one, and is within noise up to two of them. FIDs of
-    two trainings, or without an error, are within noise up to FID_NOISE too.
+    It is within noise up to two of its standard errors, where these are known. FIDs of two
+    trainings, or without an error, are within noise up to FID_NOISE too.
     """
     if score not in base or score not in other:
         return ""
-    change = other[score] - base[score]
-    errors = standard_error(base, score), standard_error(other, score)
-    known = None not in errors
+    change, (error, paired) = other[score] - base[score], error_of_difference(base, other, score)
     text, noise = f"{change:+.5g}", 0.0
-    if known:
-        error = np.hypot(*errors)
-        text, noise = f"{text} ± {error:.2g}", 2 * error
+    if error is not None:
+        text, noise = f"{text} ± {error:.2g}{' (paired)' if paired else ''}", 2 * error
     one_training = base.get("params_sha256") == other.get("params_sha256")
-    if score in ("fid", "fid_test") and not (known and one_training):
+    if score in ("fid", "fid_test") and not (error is not None and one_training):
         noise = max(noise, FID_NOISE * (base[score] + other[score]) / 2)
     return f"{text}, within noise" if abs(change) <= noise else text
+
+
+def error_of_difference(base, other, score):
+    """The standard error of a difference in a score, and whether it is that of paired images.
+
+    Both evaluations are of the same images if they can be compared. Where the scores of these are
+    known, their differences give the error: what makes an image hard is in both scores.
+    Otherwise it is √(a² + b²); None if one of the errors is not known.
+    """
+    of_images = [scores.get("of_images", {}).get(score, ()) for scores in (base, other)]
+    if len(of_images[0]) == len(of_images[1]) > 1:
+        change = np.subtract(*of_images)
+        return change.std(ddof=1) / np.sqrt(len(change)), True
+    errors = standard_error(base, score), standard_error(other, score)
+    return (None if None in errors else np.hypot(*errors)), False
 
 
 def standard_error(evaluation, score):

@@ -375,7 +375,8 @@ def warn_of_few_images(config, of_train, of_test):
 def bits_per_dim(config, workdir, provenance, params, test, stop):
     """The mean VLB over images, its parts, and progressive lossy compression.
 
-    Writes evaluation.npz (the terms over t) and evaluation.png.
+    Writes evaluation.npz (the terms over t, and bits/dim, rate and distortion of each image) and
+    evaluation.png.
     """
     section, source = config.data, test
     split = config.evaluate.split or section.eval_split
@@ -397,6 +398,7 @@ def bits_per_dim(config, workdir, provenance, params, test, stop):
     terms = dict(zip(variances, terms, strict=True))
     results = {"bits_per_dim_split": split, "bits_per_dim_images": count}
     results |= {"bits_per_dim_sha256": description["images_sha256"]}
+    of_images = {}
     for variance, values in terms.items():
         rate = prior[:, 0] + values[:, 1:].sum(axis=1, dtype=np.float64)
         parts = {"bits_per_dim": rate + values[:, 0], "rate": rate, "distortion": values[:, 0]}
@@ -405,12 +407,14 @@ def bits_per_dim(config, workdir, provenance, params, test, stop):
             results |= {f"{name}_{variance}": mean, f"{name}_{variance}_error": error}
             if variance == config.diffusion.variance:
                 results |= {name: mean, f"{name}_error": error}
+                of_images[f"{compare.OF_IMAGES}{name}"] = per_image
 
     curves = {f"terms_{name}": values.mean(0, dtype=np.float64) for name, values in terms.items()}
     rates, mse = curves[f"terms_{config.diffusion.variance}"], x0_mse.mean(0, dtype=np.float64)
     rate, rmse = likelihood.progressive_code(rates, mse, prior.mean(dtype=np.float64))
     curves |= {"rate": rate, "rmse": rmse}
-    run_files.write_npz(workdir / "evaluation.npz", prior=prior.mean(dtype=np.float64), **curves)
+    arrays = {"prior": prior.mean(dtype=np.float64), **curves, **of_images}
+    run_files.write_npz(workdir / "evaluation.npz", **arrays)
     draw_curves(workdir / "evaluation.png", curves)
     tenths = np.unique(np.linspace(0, num_timesteps, 11).round().astype(int))[1:]
     return results | {
