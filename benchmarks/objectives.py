@@ -97,18 +97,19 @@ def held_out_mse(config, params, source):
     """The MSE of ε in each quarter of t: [4]. Each image has one t in each quarter."""
     schedule, model = configs.make_schedule(config), configs.make_model(config)
     size, num_timesteps = config.sample.batch_size, schedule.num_timesteps
+    count = min(source.size, config.train.eval_images)
 
     def squared(params, batch, indices, quarter):
         x0, keys = images.to_float(batch.images), objective.step_keys(0, quarter, indices)
         _, eps, *_ = objective.draw(keys, x0.shape[1:], num_timesteps)
-        t = (quarter * num_timesteps + indices % num_timesteps) // 4
+        # The middles of as many equal parts of the chain as there are images, within a quarter.
+        t = (quarter * num_timesteps + (2 * indices + 1) * num_timesteps // (2 * count)) // 4
         x_t = diffusion.q_sample(schedule, x0, t, eps)
         predict_fn = generate.unguided_predict(config, schedule, unet.net_fn(model, params))
         found = diffusion.predict_eps(schedule, x_t, t, predict_fn(x_t, t).x0)
         return jnp.square(found - eps).mean(axis=(1, 2, 3))
 
     squared = parallel.pmap(squared, in_axes=(None, 0, 0, None))
-    count = min(source.size, config.train.eval_images)
     errors = np.zeros((4, count))
     for first in range(0, count, size):
         indices = np.minimum(first + np.arange(size), count - 1)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ddpm_jax import configs, parallel, signals
-from ddpm_jax.core import unet
+from ddpm_jax.core import timesteps, unet
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, data
 from ddpm_jax.files import workdir as run_files
@@ -50,12 +50,20 @@ def run(config, num_devices, num_steps, name="loss"):
     """The state after some steps, and the losses (or another metric) of all."""
     step, state = setup(config, num_devices)
     source = data.open_source(config.data)
-    batches = data.batches(source, batch_size=8, seed=0, first_step=0, random_flip=False)
+    size = config.train.batch_size
+    batches = data.batches(source, batch_size=size, seed=0, first_step=0, random_flip=False)
     found = []
     for _ in range(num_steps):
+        assert_importance_has_begun(state)
         state, values = step(state, parallel.shard(next(batches), num_devices))
         found.append(float(values[name]))
     return jax.tree.map(np.array, state), found
+
+
+def assert_importance_has_begun(state):
+    """Before each step but the first, if there is a history of losses."""
+    if state.step > 0 and state.loss_history is not None:
+        assert state.loss_history.counts.min() >= timesteps.HISTORY
 
 
 IMPROVED = {
@@ -65,10 +73,11 @@ IMPROVED = {
     "train.timesteps": "low_discrepancy",
 }
 IMPORTANCE = {
-    "diffusion.loss": "vlb",
+    "diffusion.loss": "hybrid",
     "diffusion.variance": "learned_range",
     "train.timesteps": "importance",
-    "diffusion.num_timesteps": 2,  # so few that its history is full after some steps
+    "train.batch_size": 40,
+    "diffusion.num_timesteps": 2,  # with 40 images: the history is full after the first step
     "optim.ema_decay": (0.5, 0.9),
 }
 OBJECTIVES = pytest.mark.parametrize(
@@ -154,6 +163,8 @@ def test_resuming_changes_no_bit(config, tmp_path, objective):
 
     whole, parts = (checkpointed(config, tmp_path / name) for name in ("whole", "parts"))
     assert whole["step"] == parts["step"] == 4
+    if whole["loss_history"] is not None:
+        assert whole["loss_history"].counts.sum() == 4 * 40
     jax.tree.map(np.testing.assert_array_equal, whole, parts)
     losses = [
         {line["step"]: line["loss"] for line in lines(tmp_path / name) if "loss" in line}
