@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.memory import peak
-from ddpm_jax import configs, cpu, parallel
+from ddpm_jax import configs, cpu, packing, parallel
 from ddpm_jax.core import solvers, unet
 from ddpm_jax.files import data
 from ddpm_jax.runs import generate, networks, objective, schedulers
@@ -106,7 +106,7 @@ def ours(cell, bfloat16):
     if cell.task == "train":
         schedule = configs.make_schedule(config)
         step = objective.make_train_step(config, model, schedule, optimizer)
-        state, batch = parallel.replicate(state), data.Batch(images, None)
+        state, batch = packing.pack(parallel.replicate(state)), data.Batch(images, None)
 
         def work():
             nonlocal state

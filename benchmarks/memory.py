@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import psutil
 
-from ddpm_jax import configs, cpu, parallel
+from ddpm_jax import configs, cpu, packing, parallel
 from ddpm_jax.files import data
 from ddpm_jax.runs import objective
 from ddpm_jax.runs import state as states
@@ -50,13 +50,13 @@ def measure(config, plan_only):
     shape, size = configs.image_shape(config), config.train.batch_size
     model, optimizer = configs.make_model(config), states.make_optimizer(config.optim, 100)
     step = objective.make_train_step(config, model, configs.make_schedule(config), optimizer)
-    state = jax.eval_shape(lambda: states.create_state(config, model, optimizer))
+    state = jax.eval_shape(lambda: packing.pack(states.create_state(config, model, optimizer)))
     batch = data.Batch(np.zeros((size, *shape), np.uint8), None)
     memory = step.lower(state, parallel.shard(batch)).compile().memory_analysis()
     planned = [memory.argument_size_in_bytes, memory.temp_size_in_bytes]
     cells = [f"{number / 2**20:,.0f}" for number in planned]
     if not plan_only:
-        state = parallel.replicate(states.create_state(config, model, optimizer))
+        state = packing.pack(parallel.replicate(states.create_state(config, model, optimizer)))
         state, _ = jax.block_until_ready(step(state, parallel.shard(batch)))  # compiles once more
         before, seconds = resident(), []
         pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak of compiling

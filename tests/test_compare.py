@@ -1,5 +1,6 @@
 """Evaluations side by side, and which of their differences are noise."""
 
+import contextlib
 import json
 import math
 
@@ -17,9 +18,10 @@ def test_what_cannot_be_compared(tmp_path):
         "fid": 3.5, "kid": 0.1, "bits_per_dim": 3.0, "dataset": "a", "split_sha256": "a",
         "eval_split_sha256": "a", "image_size": [8, 8], "channels": 1, "num_samples": 10,
         "weights_sha256": "a", "ema": True, "label": "", "scored_features": [5, 5],
-        "bits_per_dim_sha256": "a", "bits_per_dim_images": 5,
+        "bits_per_dim_sha256": "a", "bits_per_dim_images": 5, "closer_to_train_pixels": 0.5,
+        "nearest_images": 9, "with_mirror_images": False,
     }  # fmt: skip
-    scores = ("fid", "kid", "bits_per_dim")
+    scores = ("fid", "kid", "bits_per_dim", "closer_to_train_pixels")
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     (tmp_path / "a" / "evaluation.json").write_text(json.dumps(found))
@@ -154,9 +156,19 @@ def test_bits_per_dim_of_the_same_images_are_compared_in_pairs(tmp_path, capsys)
     (tmp_path / "b" / "evaluation.npz").unlink()  # as an earlier version left it
     compare.compare([tmp_path / "a", tmp_path / "b"])
     assert "| bits_per_dim | +0.3 ± 1.8, within noise |" in capsys.readouterr().out
+    whole = (tmp_path / "a" / "evaluation.npz").read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(200):  # a flipped byte is an error of the user, or is not noticed
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(whole))] ^= 0xFF
+        (tmp_path / "b" / "evaluation.npz").write_bytes(damaged)
+        with contextlib.suppress(UserError):
+            compare.compare([tmp_path / "a", tmp_path / "b"])
     (tmp_path / "b" / "evaluation.npz").write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"evaluation\.npz: .*; evaluate the run again"):
         compare.compare([tmp_path / "a", tmp_path / "b"])
+    (tmp_path / "b" / "evaluation.json").write_text('{"kid": 0.1}')  # it is not needed
+    compare.compare([tmp_path / "a", tmp_path / "b"])
 
 
 def test_differences_are_from_the_first(tmp_path, capsys):

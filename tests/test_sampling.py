@@ -283,15 +283,28 @@ def test_inpainting_gaussian_data():
 def test_segments_of_the_reverse_process(num_timesteps):
     """At most two lengths, so that two programs are compiled; each frame is in its segment."""
     kept = {0, num_timesteps // 2, num_timesteps - 1}
-    for one_by_one in (False, True):
-        segments = generate.split_rows(num_timesteps, kept, one_by_one)
+    for most in {min(20, num_timesteps), min(6, num_timesteps), num_timesteps, 1}:
+        segments = generate.split_rows(num_timesteps, kept, most)
         rows = np.concatenate([segment.rows for segment in segments])
         np.testing.assert_array_equal(rows, np.arange(num_timesteps))
         assert len({len(segment.rows) for segment in segments}) <= 2
-        assert len(segments) == (num_timesteps if one_by_one else min(20, num_timesteps))
+        assert most / 2 <= len(segments) <= most
+        if any(num_timesteps % n == 0 for n in range(-(-most // 2), most + 1)):
+            assert len({len(segment.rows) for segment in segments}) == 1
         assert sorted(n for s in segments for n in s.frames_at) == sorted(kept)
         assert len({len(segment.padded_frames_at) for segment in segments}) == 1
         assert all(set(s.frames_at) <= set(s.rows.tolist()) for s in segments)
+
+
+def test_little_work_is_done_at_once():
+    """The digits' ten steps in one segment, their 200 in six; CIFAR-10's in as many as can be."""
+    digits, cifar10 = configs.named_config("digits"), configs.named_config("cifar10")
+    params = {"kernel": np.zeros(650_000, np.int8)}
+    assert generate.most_segments(digits, params, 64, 10) == 1
+    assert generate.most_segments(digits, params, 64, 200) == 6
+    params = {"kernel": np.zeros(35_700_000, np.int8)}
+    assert generate.most_segments(cifar10, params, 64, 10) == 10
+    assert generate.most_segments(cifar10, params, 1, 1000) == 20
 
 
 def some_params(config):

@@ -2,12 +2,13 @@
 
 import contextlib
 import math
+import shutil
 import signal
 
 import numpy as np
 import pytest
 
-from ddpm_jax import configs, interface, signals
+from ddpm_jax import configs, interface
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, data, images
 from ddpm_jax.files import workdir as run_files
@@ -64,25 +65,48 @@ def test_a_killed_score_goes_on(scored, whole, tmp_path, monkeypatch):
     """The step is saved before; images that were sampled are not sampled again."""
     make, sampled = generate.make_sampler, []
 
-    def stopped_once(*args, **options):
+    class Killed(BaseException):
+        """Which no code of the run catches."""
+
+    def killed_once(*args, **options):
         sample = make(*args, **options)
 
         def one_batch(params, indices, **rest):
             sampled.append(int(indices[0]))
             if sampled.count(4) == 1 and indices[0] == 4:
-                raise signals.Stopped(15)
+                raise Killed
             return sample(params, indices, **rest)
 
         return one_batch
 
-    monkeypatch.setattr(generate, "make_sampler", stopped_once)
-    scored.train.num_steps = 2
-    train.train(scored, tmp_path / "parts")
-    assert sampled == [0, 0, 4]  # the grid, and the score's first and second batch
+    monkeypatch.setattr(generate, "make_sampler", killed_once)
+    with pytest.raises(Killed):
+        train.train(scored, tmp_path / "parts")
+    assert sampled == [0, 4]  # the score's first and second batch after two of four steps
     assert checkpoint.latest_step(tmp_path / "parts") == 2 and scores_in(tmp_path / "parts") == {}
     train.train(scored, tmp_path / "parts")
-    assert sampled[3:] == [4]
-    assert scores_in(tmp_path / "parts")[2] == scores_in(whole)[2]
+    assert sampled[2:] == [4, 0, 0, 4]  # the rest; the grid, and the score of the last step
+    assert scores_in(tmp_path / "parts") == scores_in(whole)
+
+
+def test_a_killed_score_of_other_parameters(scored, tmp_path, monkeypatch):
+    """Is not finished by a run that took other steps; the checkpoint of its step was lost."""
+    scored.train.num_steps = 2
+    train.train(scored, tmp_path / "whole")
+    collect = features.collect
+
+    def stopped(folder, count, size, rows, name, stop):
+        collect(folder, count, size, rows, name, lambda: 15)
+
+    scored.seed = 1
+    with monkeypatch.context() as patched:
+        patched.setattr(features, "collect", stopped)
+        train.train(scored, tmp_path / "other")
+    (folder,) = (tmp_path / "other" / "scores").iterdir()
+    shutil.copytree(folder, tmp_path / "parts" / "scores" / folder.name)
+    scored.seed = 0
+    train.train(scored, tmp_path / "parts")
+    assert scores_in(tmp_path / "parts") == scores_in(tmp_path / "whole")
 
 
 def test_a_killed_score_with_another_sampler(scored, tmp_path, monkeypatch):
@@ -200,6 +224,31 @@ def test_data_without_labels_has_no_score(scored, tmp_path):
     with pytest.raises(UserError, match=r"train.score_every=2: arrays has no classes"):
         train.train(scored, tmp_path / "other", data.Batch(images, None))
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (np.zeros((1, 8, 8, 1), np.uint8), r"arrays train holds 1 image, and Inception"),
+        (np.zeros((5000, 2, 200, 300, 1), np.uint8)[:, 0], r"images of 200×300 are large for a"),
+    ],
+)
+def test_images_that_no_classifier_is_trained_on(scored, tmp_path, images, message):
+    shape, count = images.shape[1:3], len(images)
+    scored.data.update(name="arrays", split="train", eval_split="train", image_size=shape)
+    scored.data.num_classes = 2
+    labels = np.arange(count) % 2
+    with pytest.raises(UserError, match=f"train.score_every=2: {message}"):
+        scores.choose(scored, data.Batch(images, labels))
+
+
+@pytest.mark.parametrize("count, warns", [(64, True), (65, False)])
+def test_few_samples_are_warned_of(scored, tmp_path, caplog, count, warns):
+    scored.train.score_samples = count
+    chosen = scores.choose(scored)
+    source = data.open_source(scored.data)
+    scores.make_score(scored, source, chosen, None, tmp_path, None)
+    assert ("train.score_samples=64: not above the 64 features" in caplog.text) == warns
 
 
 def test_the_measure_that_fits(scored, monkeypatch):

@@ -161,16 +161,22 @@ def test_the_report_has_the_grids_of_training(tmp_path, config):
     assert all(f"step {step}<" in page for step in ("10", "30", "1,000,000"))
 
 
-def test_nearest_training_images_are_in_the_report(tmp_path, config):
-    """Those that an evaluation drew."""
-    for name in ("evaluation_neighbours.png", "evaluation_neighbours_features.png"):
+def test_an_evaluation_is_in_the_report(tmp_path, config):
+    """The pictures that it drew."""
+    for name in (
+        "evaluation.png",
+        "evaluation_progressive.png",
+        "evaluation_steps.png",
+        "evaluation_neighbours.png",
+        "evaluation_neighbours_features.png",
+    ):
         show.write_report(config, tmp_path, None, [])
-        assert name.removesuffix(".png") not in (tmp_path / "report.html").read_text()
+        assert f'alt="{name[:-4]}"' not in (tmp_path / "report.html").read_text()
         images.write_png(tmp_path / name, np.zeros((4, 4, 3), np.uint8))
         show.write_report(config, tmp_path, None, [])
         page = (tmp_path / "report.html").read_text()
-        assert f'alt="{name.removesuffix(".png")}"' in page and "Nearest training images" in page
-    assert len(Page(page).sources) == 2
+        assert f'alt="{name[:-4]}"' in page and "<h2>Evaluation" in page
+    assert len(Page(page).sources) == 5
 
 
 @pytest.mark.parametrize("columns, shape", [(4, (2, 4)), (8, (1, 8)), (0, (3, 3))])

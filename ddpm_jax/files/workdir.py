@@ -14,13 +14,18 @@ import contextlib
 import fcntl
 import json
 import logging
+import lzma
 import math
 import os
 import pathlib
 import shutil
 import socket
+import struct
 import tempfile
 import time
+import tokenize
+import zipfile
+import zlib
 
 import ml_collections
 import numpy as np
@@ -35,6 +40,22 @@ log = logging.getLogger(__name__)
 
 SCORES = ("fid", "distance")  # of metrics.jsonl, each from a measure of its own; lower is better
 SECONDS_FOR_FILES = 90
+# Errors when reading an array from a damaged archive, or from another kind of file.
+ARCHIVE_ERRORS = (
+    ArithmeticError,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    UserWarning,
+    ValueError,
+    lzma.LZMAError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 START_ANEW = "use the same data, or start a new run with another --workdir"
 
 

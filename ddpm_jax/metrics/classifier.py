@@ -13,7 +13,8 @@ import numpy as np
 from ddpm_jax.metrics import distances
 
 MOST_IMAGES = 10_000
-SETTINGS = dict(hidden_layer_sizes=(64,), alpha=1e-2, max_iter=1000, random_state=0)
+FEATURES = 64
+SETTINGS = dict(hidden_layer_sizes=(FEATURES,), alpha=1e-2, max_iter=1000, random_state=0)
 # What the features depend on besides the images.
 PROVENANCE = {
     "features": "classifier",

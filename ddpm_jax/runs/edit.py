@@ -8,15 +8,11 @@ import contextlib
 import functools
 import hashlib
 import logging
-import lzma
 import math
 import os
 import pathlib
-import struct
-import tokenize
 import warnings
 import zipfile
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -33,22 +29,6 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = np.linspace(0, 1, 11)  # λ: 0, 1 and the values of the paper's figure 8
 MAX_BYTES = 2**31  # of the images of an .npz file
-# Errors when reading an array from a damaged archive, or from another kind of file.
-ARCHIVE_ERRORS = (
-    ArithmeticError,
-    EOFError,
-    KeyError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    UserWarning,
-    ValueError,
-    lzma.LZMAError,
-    struct.error,
-    tokenize.TokenError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 def start_index(config, chain):
@@ -326,7 +306,7 @@ def _images_of(path):
             member = archive.getinfo("images.npy")
             with archive.open(member) as file:
                 yield file, member.file_size
-    except ARCHIVE_ERRORS as error:
+    except run_files.ARCHIVE_ERRORS as error:
         raise UserError(f"--images={path}: {one_line(error)}") from None
 
 

@@ -7,7 +7,6 @@ they depend on. So an interrupted evaluation resumes, and different evaluations 
   <workdir>/evaluation/<digest>/  features of a run's samples from a seed, terms of its VLB
 """
 
-import hashlib
 import logging
 import pathlib
 
@@ -171,7 +170,7 @@ def sampling_provenance(config, step, params, classifier):
     """
     return {
         "step": step,
-        "params_sha256": digest_of(params),
+        "params_sha256": reference.digest_of(params),
         "ema": config.sample.use_ema,
         "seed": config.sample.seed,
         "sampler": config.sample.sampler,
@@ -184,7 +183,7 @@ def sampling_provenance(config, step, params, classifier):
         "num_classes": config.data.num_classes,
         "label": config.sample.label,
         "guidance": config.sample.guidance,
-        "classifier_sha256": classifier and digest_of(classifier[1]),
+        "classifier_sha256": classifier and reference.digest_of(classifier[1]),
         "variance": config.diffusion.variance,
         "clip_x0": config.diffusion.clip_x0,
         "dtype": config.model.dtype,
@@ -532,11 +531,3 @@ def is_papers(config):
     names |= {f"sample.{name}" for name in ("use_ema", "sampler", "num_steps")}
     names |= {f"evaluate.{name}" for name in ("num_samples", "resize", "split")}
     return all(fields[name] == papers[name] for name in names | {"train.timesteps"})
-
-
-def digest_of(params):
-    """sha256 of parameters."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()

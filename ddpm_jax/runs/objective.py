@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ddpm_jax import configs, cpu, parallel, signals
+from ddpm_jax import configs, cpu, packing, parallel, signals
 from ddpm_jax.core import diffusion, likelihood, timesteps, unet, weights
 from ddpm_jax.files import images
 from ddpm_jax.runs import generate
@@ -173,7 +173,7 @@ def train_step(config, loss_fn, optimizer, state, batch):
       config: T, the seed, how t and the labels are drawn, microbatches and EMAs are used.
       loss_fn: from make_loss.
       optimizer: an optax transformation; it clips the gradient after the mean over devices.
-      state: a TrainState.
+      state: a TrainState, which may be packed (see packing.py).
       batch: a data.Batch, this device's shard of the global batch.
 
     Returns:
@@ -184,7 +184,7 @@ def train_step(config, loss_fn, optimizer, state, batch):
     examples, num_timesteps = draw_examples(config, state, batch), config.diffusion.num_timesteps
 
     def mean_loss(params, weight, x0, labels, t, *noise):
-        losses = loss_fn(params, x0, labels, t, *noise)
+        losses = loss_fn(packing.unpack(params), x0, labels, t, *noise)
         weighted, quarter = weight * losses, jax.nn.one_hot(4 * t // num_timesteps, 4)
         shares = {"share": weight, "loss_share": weighted}
         quarters = {k: (v[:, None] * quarter).mean(0) for k, v in shares.items()}

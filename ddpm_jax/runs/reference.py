@@ -10,6 +10,7 @@ import logging
 import pathlib
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from ddpm_jax import configs, parallel, signals
@@ -96,6 +97,14 @@ def cache_folder(config, provenance):
     cache = pathlib.Path(configs.at_home(name, chosen or "~/.cache/ddpm_jax"))
     with run_files.named_errors(name, cache):
         return provenance_folder(cache, provenance)
+
+
+def digest_of(params):
+    """sha256 of parameters."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def provenance_folder(parent, provenance):

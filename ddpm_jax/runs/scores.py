@@ -1,6 +1,7 @@
 """Scores of samples during training."""
 
 import logging
+import math
 import pathlib
 import shutil
 
@@ -13,6 +14,8 @@ from ddpm_jax.metrics import classifier, distances, features, inception
 from ddpm_jax.runs import reference
 
 log = logging.getLogger(__name__)
+
+MOST_NUMBERS = 2**28  # of the images that a classifier is trained on, 8 bytes each
 
 
 def choose(config, arrays=None):
@@ -29,16 +32,23 @@ def choose(config, arrays=None):
       (inception.Weights or None, the training and the held-out images with labels or ()).
 
     Raises:
-      UserError: if the images have no labels, and Inception is not used; or if the file of its
-        weights is missing or is another one.
+      UserError: if Inception is not used, and the images have no labels or are too large; if there
+        is one training image; or if the file of the weights is missing or is another one.
     """
     path = config.evaluate.inception_weights
     if config.data.channels == 3 and (path or inception.is_packaged()):
         return inception.load(path), ()
     labelled = [data.open_labelled(config.data, f, arrays) for f in ("split", "eval_split")]
-    if len(labelled[0].label_names) < 2:
-        text = f"{config.data.name} has no classes, and Inception needs its weights and RGB images"
-        raise UserError(f"train.score_every={config.train.score_every}: {text}; 0 turns it off")
+    train, shape = labelled[0], configs.image_shape(config)
+    numbers = min(train.size, classifier.MOST_IMAGES) * math.prod(shape)
+    for fits, text in (
+        (train.size > 1, f"{config.data.name} {config.data.split} holds 1 image"),
+        (len(train.label_names) > 1, f"{config.data.name} has no classes"),
+        (numbers <= MOST_NUMBERS, f"images of {shape[0]}×{shape[1]} are large for a classifier"),
+    ):
+        if not fits:
+            text += ", and Inception needs its weights and RGB images; 0 turns it off"
+            raise UserError(f"train.score_every={config.train.score_every}: {text}")
     return None, labelled
 
 
@@ -68,10 +78,12 @@ def make_score(config, source, chosen, sample, workdir, stop):
     shown = configs.for_show(config)
     inputs = {name: shown[name].to_dict() for name in ("diffusion", "model", "sample")}
     inputs["features"] = {"inception": weights and weights.sha256, **config.evaluate.to_dict()}
+    warn_of_few_samples(count, inception.FEATURES if weights else classifier.FEATURES)
 
     def score(step, params, stop=signals.never):
         parent = pathlib.Path(workdir) / "scores"
-        folder = reference.provenance_folder(parent, {"step": step, **inputs})
+        known = {"step": step, "params_sha256": reference.digest_of(params), **inputs}
+        folder = reference.provenance_folder(parent, known)
 
         def rows(first, last):
             # A smaller last batch would compile again.
@@ -86,6 +98,15 @@ def make_score(config, source, chosen, sample, workdir, stop):
         return found
 
     return score
+
+
+def warn_of_few_samples(count, num_features):
+    """Warns of a score whose covariance is singular."""
+    if count <= num_features:
+        text = (
+            "train.score_samples=%d: not above the %d features, so their covariance is singular; "
+        )
+        log.warning(text + "compare these scores with each other only", count, num_features)
 
 
 def fid_and_kid(config, source, weights, stop):

@@ -52,7 +52,10 @@ SECTIONS = {
     "Schedule": {"schedule.png": "over t"},
 }
 # Pictures of --mode=evaluate, with their captions.
-NEIGHBOURS = {
+EVALUATION = {
+    "evaluation_steps.png": "FID and sFID of checkpoints",
+    "evaluation.png": "the terms of the bound over t, and rate against distortion",
+    "evaluation_progressive.png": "x<sub>0</sub> predicted along the reverse process",
     "evaluation_neighbours.png": "the samples nearest to training images, the nearest five of "
     "these, and the root mean square difference of their pixels (0 to 255)",
     "evaluation_neighbours_features.png": "the same in Inception's features",
@@ -253,10 +256,10 @@ def write_report(config, workdir, step, lines):
         drawn = {folder / name: text for name, text in pictures.items()}
         drawn = [embedded(path, text) for path, text in drawn.items() if path.exists()]
         parts += [f"<h2>{title}</h2>", *drawn] if drawn else []
-    drawn = [workdir / name for name in NEIGHBOURS if (workdir / name).exists()]
+    drawn = [workdir / name for name in EVALUATION if (workdir / name).exists()]
     if drawn:
-        parts.append("<h2>Nearest training images, of the last evaluation</h2>")
-        parts += [embedded(path, NEIGHBOURS[path.name]) for path in drawn]
+        parts.append("<h2>Evaluation: each picture is the last one of its kind</h2>")
+        parts += [embedded(path, EVALUATION[path.name]) for path in drawn]
     names = {p: re.fullmatch(r"step_(\d+)", p.stem) for p in (workdir / "samples").glob("*.png")}
     grids = sorted((int(name[1]), path) for path, name in names.items() if name)
     if grids:

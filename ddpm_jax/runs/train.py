@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ddpm_jax import configs, parallel, progress, signals
+from ddpm_jax import configs, packing, parallel, progress, signals
 from ddpm_jax.core import likelihood
 from ddpm_jax.errors import UserError, one_line, printable
 from ddpm_jax.files import checkpoint, data, images
@@ -70,6 +70,7 @@ def train(config, workdir, arrays=None):
         epoch = fractions.Fraction(source.size, config.train.batch_size)
         span = Span(int(state.step), last, epoch)
         describe(config, state, schedule, source, eval_source)
+        state = packing.pack(state)
         step_fn = objective.make_train_step(config, model, schedule, optimizer)
         if span.first < last:
             if parallel.is_first():
@@ -86,7 +87,7 @@ def train(config, workdir, arrays=None):
 
             def save(step, state):
                 if step > span.first:
-                    checkpoint.save(manager, step, state)
+                    checkpoint.save(manager, step, packing.unpack(state))
 
             run_loop(config, workdir, span, steps, metrics, save, actions, stop)
         manager.wait_until_finished()
@@ -256,7 +257,8 @@ def run_loop(config, workdir, span, steps, metrics, save, actions, stop):
             if saves and (not skipped or step == span.last):
                 save(step, state)
             for name, action in due.items():
-                attempt(f"step {step}: {name}", functools.partial(action, step, state))
+                action = functools.partial(action, step, packing.unpack(state))
+                attempt(f"step {step}: {name}", action)
             if ends or stop.agreed or step >= span.last:
                 save(step, state)
                 break
