@@ -86,7 +86,7 @@ CHOICES = {
     "evaluate.resize": ("tf1", "torch"),
 }
 # Editing modes that do not take every sampler: inpaint needs steps that depend on x alone; invert
-# samples with ddim, whatever the run's default is.
+# samples with ddim, also where the run has ancestral.
 SAMPLERS_OF = {"inpaint": solvers.SINGLE_STEP, "invert": ("ancestral", "ddim")}
 # Earlier names of values: old configs and commands still work.
 RENAMED_VALUES = {("diffusion.loss", "bound"): "vlb", ("sample.spacing", "uniform"): "leading"}

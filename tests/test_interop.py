@@ -502,6 +502,32 @@ def test_what_a_prediction_type_means(theirs, ours):
     assert schedulers.read_scheduler(scheduler, "f")["diffusion.prediction"] == ours
 
 
+@pytest.mark.parametrize(
+    "sampler, kind, spacing, warning",
+    [
+        ("plms", "PNDMScheduler", "trailing", "unless S divides T, diffusers' PNDMScheduler goes"),
+        ("plms", "PNDMScheduler", "leading", ""),
+        ("ddim", "DDIMScheduler", "trailing", "unless S divides T, diffusers' DDIMScheduler goes"),
+        ("ddim", "DDIMScheduler", "linspace", "diffusers' DDIMScheduler goes from t to t - T // S"),
+        ("ancestral", "DDPMScheduler", "linspace", ""),
+        ("heun", "HeunDiscreteScheduler", "linspace", "does not round the steps of linspace"),
+        ("heun", "HeunDiscreteScheduler", "trailing", ""),
+        ("dpmpp", "DPMSolverMultistepScheduler", "trailing", ""),
+        ("dpmpp", "DPMSolverMultistepScheduler", "karras", "keeps σ between steps"),
+    ],
+)
+def test_steps_that_diffusers_takes_otherwise(config, caplog, sampler, kind, spacing, warning):
+    """Warned of by import and by export; ddim's pipeline makes a DDIMScheduler of its file."""
+    config.sample.update(sampler=sampler, spacing=spacing)
+    config.diffusion.clip_x0 = sampler != "plms"
+    scheduler = schedulers.write_scheduler(config)
+    of_export, scheduler["_class_name"] = caplog.text, kind
+    caplog.clear()
+    schedulers.read_scheduler(scheduler, "f")
+    for text in (of_export, caplog.text):
+        assert warning in text and bool(text) == bool(warning)
+
+
 def test_of_two_spacings_karras_is_taken():
     """As in diffusers' set_timesteps."""
     fields = {"use_karras_sigmas": True, "use_lu_lambdas": True}

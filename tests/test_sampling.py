@@ -11,7 +11,7 @@ from references import gaussian_predict, run_solver
 from ddpm_jax import configs, parallel
 from ddpm_jax.core import diffusion, sampling, schedules, solvers, spacings, unet
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.runs import generate, state
+from ddpm_jax.runs import edit, generate, state
 
 HO = schedules.make_schedule("linear", 1000, 1e-4, 0.02)
 
@@ -506,6 +506,14 @@ def test_samples_of_other_settings_have_other_names(config, tmp_path):
         config.update_from_flattened_dict({name: value})
         names.append(generate.settings(config, tmp_path))
     assert len(set(names)) == len(names)
+
+
+def test_calls_of_the_network_of_a_part_of_the_chain(config):
+    """From t = 9 of 20: at 8, 6, 4, 2 and 0; Heun calls it twice, but for the last."""
+    config.sample.update(sampler="heun", num_steps=10, t=9)
+    found = generate.describe_sampler(config, edit.img2img_task)
+    assert found == "heun, 10 steps, 9 network evaluations"
+    assert generate.describe_sampler(config) == "heun, 10 steps, 19 network evaluations"
 
 
 @pytest.mark.parametrize("steps, warns", [(1, True), (2, True), (50, False), (200, False)])

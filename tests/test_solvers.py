@@ -94,14 +94,24 @@ def test_the_ode_s_end(name, options):
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 17])
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
 def test_few_steps(name, options, num_steps, zero_terminal_snr):
-    """Finite; of data that are a point, every method finds the point."""
+    """Finite; of data that are a point, every method finds the point, and is on the way to it.
+
+    x_t of such data is √ᾱ_t times the point, plus noise that is √(1 - ᾱ_t) times as large
+    as that of x_T; only methods that add noise change it.
+    """
     alpha_bars = schedules.make_alpha_bars("linear", 1000, zero_terminal_snr=zero_terminal_snr)
     alpha_bars = alpha_bars[spacings.timesteps("trailing", alpha_bars, num_steps)]
     solver = solvers.SOLVERS[name](alpha_bars, **options)
     assert np.isfinite(solver.weights).all()
-    state = np.eye(solver.weights.shape[1])[0] * 0.7
-    for row in solver.weights:
+    sigma, state = np.sqrt(1 - alpha_bars[-1]), np.eye(solver.weights.shape[1])[0]
+    state = state * (0.3 * np.sqrt(alpha_bars[-1]) + 0.5 * sigma)
+    after = {m: i for i, (_, m) in solvers.rows_of_steps(solver).items()}
+    for n, row in enumerate(solver.weights):
         state = row @ np.array([*state, 0.3, 0.0])
+        i = after.get(n, 0)  # x_{i - 1} is final
+        if i and name in ("ddim", "dpmpp", "unipc", "heun", "plms"):
+            on_the_way = np.sqrt(alpha_bars[i - 1]) * 0.3 + np.sqrt(1 - alpha_bars[i - 1]) * 0.5
+            assert state[0] == pytest.approx(on_the_way, rel=1e-6)
     assert state[0] == pytest.approx(0.3)
 
 
@@ -133,23 +143,22 @@ def test_calls_of_the_network(name, options, num_steps, zero_snr):
     assert calls[0] == num_steps - 1 and calls[-1] == 0 and set(calls) == set(range(num_steps))
 
 
-def test_rows_of_steps():
-    """x after step i is where the network is called last for step i - 1."""
-    for name in ("ddim", "heun", "plms"):
-        alpha_bars = even_in_log_snr(6)
-        solver = solvers.SOLVERS[name](alpha_bars)
-        state, xs = np.eye(solver.weights.shape[1])[0], []
-        for n in range(len(solver.steps)):
-            state = run(solver, alpha_bars, state, [n])
-            xs.append(state[0])
-        rows = solvers.rows_of_steps(solver)
-        assert sorted(rows) == list(range(6)) and rows[0][1] == len(solver.steps) - 1
-        assert solver.steps[rows[3][0]] == 3
-        # Close to the exact solution where a step is complete, not in between.
-        ratio = [xs[rows[i][1]] / exact(alpha_bars[i - 1]) for i in range(1, 6)]
-        assert np.ptp(ratio) < 0.6
-        calls = [n for n in range(len(solver.steps)) if solver.steps[n] == 3]
-        assert rows[3][0] == calls[-1]
+@pytest.mark.parametrize(
+    "name, calls, rows",
+    [
+        ("ddim", [3, 2, 1, 0], {3: (0, 0), 2: (1, 1), 1: (2, 2), 0: (3, 3)}),
+        # Heun calls the network at x_3 and at its first try of x_2, then at x_2 itself, …
+        ("heun", [3, 2, 2, 1, 1, 0, 0], {3: (0, 1), 2: (2, 3), 1: (4, 5), 0: (6, 6)}),
+        # PLMS tries its first step like Heun.
+        ("plms", [3, 2, 2, 1, 0], {3: (0, 1), 2: (2, 2), 1: (3, 3), 0: (4, 4)}),
+    ],
+)
+def test_rows_of_steps(name, calls, rows):
+    """Where the network is called at x_i for the last time, and after which row x_{i-1} is final;
+    test_few_steps compares these x with what they have to be."""
+    solver = solvers.SOLVERS[name](even_in_log_snr(4))
+    assert solver.steps.tolist() == calls
+    assert solvers.rows_of_steps(solver) == rows
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])

@@ -100,7 +100,7 @@ def ddim_inversion(alpha_bars):
     0, a small error of ε is a large error of x0, and clipping keeps the ODE smooth there.
 
     Args:
-      alpha_bars: ᾱ, [S] float64, descending and above 0.
+      alpha_bars: ᾱ, [S] float64, descending; only the last may be 0.
 
     Returns:
       A Solver, NFE = S; its steps ascend.

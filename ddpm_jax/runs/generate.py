@@ -81,11 +81,16 @@ def make_solver(config, chain):
     return solvers.SOLVERS[section.sampler](chain.alpha_bars, **options)
 
 
-def describe_sampler(config):
-    """A config's sampler, its steps and its calls of the network, for a log line."""
+def describe_sampler(config, task=None):
+    """A config's sampler, its steps and its calls of the network, for a log line.
+
+    Args:
+      config: its diffusion and sample sections are used.
+      task: see make_sampler; it may take a part of the steps.
+    """
     chain, section = make_chain(config), config.sample
     order = f" of order {section.order}" if section.sampler in solvers.ORDERS else ""
-    nfe = solvers.num_calls(make_solver(config, chain))
+    nfe = solvers.num_calls((task or from_noise)(config, chain).solver)
     return f"{section.sampler}{order}, {len(chain.timesteps)} steps, {nfe} network evaluations"
 
 
@@ -493,6 +498,8 @@ def restore_sampler(config, workdir, task=from_noise, **options):
             raise UserError(f"{field}; this run has no {configs.missing_null_class(config)}")
         guidance["label"] = num_classes
     warn_of_chain(config)
+    if task is not from_noise:
+        log.info("%s", describe_sampler(config, task))
     step, params = checkpoint.restore_params(config, workdir)
     warn_of_young_ema(config, step)
     return step, functools.partial(make_sampler(config, task=task, **guidance, **options), params)
@@ -518,7 +525,8 @@ def warn_of_chain(config, mean_square=1 / 3):
         )
     elif start < last and kl_of_start > MAX_START_KL:
         log.warning(
-            "sample.num_steps=%d: sampling starts at t = %d, where x_t is not yet noise",
+            "%s with %d steps starts at t = %d, where x_t is not yet noise",
+            config.sample.sampler,
             len(chain.timesteps),
             start,
         )

@@ -132,6 +132,15 @@ THIRD_ORDER = (
     "order; ours is of third order"
 )
 KARRAS = "with Karras' spacing, diffusers keeps σ between steps; ours are those of whole steps"
+# What diffusers does otherwise with a spacing: {(class, spacing): text}.
+JUMPS = "goes from t to t - T // S, whatever the next of its steps is; ours goes to the next step"
+WHOLE = "does not round the steps of linspace; ours are whole"
+OTHERWISE = {
+    ("DDIMScheduler", "linspace"): f"diffusers' DDIMScheduler {JUMPS}",
+    ("DDIMScheduler", "trailing"): f"unless S divides T, diffusers' DDIMScheduler {JUMPS}",
+    ("PNDMScheduler", "trailing"): f"unless S divides T, diffusers' PNDMScheduler {JUMPS}",
+    ("HeunDiscreteScheduler", "linspace"): f"diffusers' HeunDiscreteScheduler {WHOLE}",
+}
 
 
 def read_scheduler(scheduler, origin):
@@ -262,9 +271,15 @@ def _spacing(fields, require):
         spacing = other if fields.get(name) else spacing
     if spacing == "leading":
         require(fields["steps_offset"] == 0, "steps_offset", "must be 0")
-    if spacing in ("karras", "logsnr"):
-        log.warning("%s", KARRAS)
+    _warn_of_spacing(fields["_class_name"], spacing)
     return spacing
+
+
+def _warn_of_spacing(kind, spacing):
+    """Warns if a scheduler of diffusers takes other steps than ours."""
+    of_all = KARRAS if spacing in ("karras", "logsnr") else ""
+    if text := OTHERWISE.get((kind, spacing), of_all):
+        log.warning("%s", text)
 
 
 def _even_spacings(kind):
@@ -354,7 +369,7 @@ def _written_sampler(config, kind):
     else:
         clips, name = diffusion.clip_x0, "diffusion.clip_x0"
         configs.require(not clips or "thresholding" in has, name, clips, f"{kind} does not clip")
-    fields |= _written_spacing(section.spacing, kind)
+    fields |= _written_spacing(section.spacing, section.sampler, kind)
     if kind in PLAIN:
         return fields | {"variance_type": diffusion.variance}
     if "solver_order" in has:
@@ -369,7 +384,7 @@ def _written_sampler(config, kind):
     return fields
 
 
-def _written_spacing(spacing, kind):
+def _written_spacing(spacing, sampler, kind):
     """The fields of a scheduler for a spacing."""
     flags = {"karras": "use_karras_sigmas", "logsnr": "use_lu_lambdas"}
     supported = [
@@ -378,9 +393,10 @@ def _written_spacing(spacing, kind):
     ]
     text = f"{kind} has only {', '.join(supported)}"
     configs.require(spacing in supported, "sample.spacing", spacing, text)
+    # Which scheduler reads a DDPMScheduler's file, the pipeline decides; for ddim it is this one.
+    _warn_of_spacing("DDIMScheduler" if sampler == "ddim" else kind, spacing)
     if spacing in EVEN:
         return {"timestep_spacing": spacing, "steps_offset": 0}
-    log.warning("%s", KARRAS)
     return {flags[spacing]: True}
 
 

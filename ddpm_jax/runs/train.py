@@ -373,7 +373,7 @@ def describe(config, state, schedule, source, eval_source):
     log.info(
         "chain: T = %d, ᾱ_T = %.4g, prior KL %.3g bits/dim", schedule.num_timesteps, alpha_bar, kl
     )
-    generate.warn_of_chain(config, mean_square)
+    generate.warn_of_chain(configs.for_show(config), mean_square)
     step = int(state.step)
     if step >= configs.num_steps(config.train, source.size):
         field = "num_epochs" if config.train.num_epochs else "num_steps"
