@@ -1,6 +1,7 @@
 """What to run first when a GPU is at hand for minutes only.
 
     python -m benchmarks.gpu profile
+    python -m benchmarks.gpu profile "--only=as it is,batch 4"
     python -m benchmarks.gpu train --minutes=8
     python -m benchmarks.gpu score --minutes=8
     python -m benchmarks.gpu profile --config=digits --batch=32   # on a CPU, to try it
@@ -34,7 +35,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks import contestants
-from ddpm_jax import configs, cpu, packing, parallel
+from ddpm_jax import compilation, configs, cpu, packing, parallel
 from ddpm_jax.core import unet
 from ddpm_jax.files import data
 from ddpm_jax.files import workdir as run_files
@@ -130,6 +131,7 @@ def measure(case):
     """Measures one candidate in this process, on one GPU; returns a line's fields."""
     contestants.use_one_gpu()
     cpu.prepare(trains=True)
+    compilation.keep_programs()  # a candidate that had no time left goes on from there
     config = configs.named_config(case["config"])
     config.update_from_flattened_dict({"model.dtype": "bfloat16", **case.get("fields", {})})
     config.train.batch_size = case["size"] * case.get("batch", 1)
@@ -152,7 +154,10 @@ def measure(case):
         flops = contestants.matrix_rate()
         found |= {"matrix_flops": flops, "share": contestants.TRAIN_FLOPS * rate / flops}
     if case["name"] == "as it is":
-        found["trace"] = trace(lambda: jax.block_until_ready(work(state)))
+        try:
+            found["trace"] = trace(lambda: jax.block_until_ready(work(state)))
+        except Exception as error:  # the rate is worth more than the profiler's answer
+            found["trace_failed"] = repr(error)[:300]
     return found
 
 
@@ -177,7 +182,7 @@ def profile(flags):
     deadline = time.monotonic() + 60 * flags.minutes
     known = [{name: line.get(name) for name in ("device", "phase", "name", "config", "size")}
              for line in read(flags.out) if "failed" not in line]  # fmt: skip
-    for name in tqdm(CANDIDATES, "profile", unit="candidate"):
+    for name in tqdm(flags.only or CANDIDATES, "profile", unit="candidate"):
         asked = {"name": name, "config": flags.config, "size": flags.batch}
         if {"device": flags.device, "phase": "profile", **asked} in known:
             continue
@@ -256,12 +261,22 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def names_of(text):
+    """The candidates in a text."""
+    names = text.split(",")
+    if unknown := set(names) - set(CANDIDATES):
+        choices = ", ".join(CANDIDATES)
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: choose from {choices}")
+    return names
+
+
 def main():
     """Runs a phase and appends its lines."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("phase", choices=["profile", "train", "score", "measure"])
     parser.add_argument("--config", default="cifar10", help="the name of a config")
     parser.add_argument("--batch", type=int, default=128, help="images of a step (profile)")
+    parser.add_argument("--only", type=names_of, help="candidates, separated by commas (profile)")
     parser.add_argument("--minutes", type=float, default=8, help="the phase takes no longer")
     parser.add_argument("--workdir", default="runs/gpu", help="the folder of the run")
     parser.add_argument("--out", default="runs/gpu.jsonl", help="the file to append to")

@@ -217,9 +217,7 @@ def run(argv):
         return 0
     cpu.prepare(trains=command.mode == "train")
     if command.processes is None:
-        # Only the first of several processes would find its programs; the others would compile, and
-        # on GPUs wait for results of its autotuning.
-        compilation.keep_programs()
+        compilation.keep_programs()  # for one process only, see there
         cpu.use_cores(*configs.batch_sizes(command.config, command.mode).values())
         processes = nullcontext()
     else:

@@ -26,8 +26,13 @@ def keep_programs():
     Each kind of processor has a folder of its own, since JAX does not tell them apart: several
     machines may share the home. Programs that were not used for the longest time are deleted when
     all take more than 1 GiB.
+
+    Of several processes, only the first would find its programs; the others would compile, and on
+    GPUs wait for results of its autotuning. So it does nothing if they are connected already.
     """
     if VARIABLE in os.environ or jax.config.jax_compilation_cache_dir:
+        return
+    if jax.distributed.is_initialized():
         return
     name = hashlib.sha256(_processor().encode()).hexdigest()[:16]
     try:

@@ -180,7 +180,8 @@ def test_a_candidate_that_fails_is_tried_again(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "CANDIDATES", {"good": {}, "bad": {"flags": "--x"}})
     monkeypatch.setattr(subprocess, "run", run)
     path = tmp_path / "gpu.jsonl"
-    flags = argparse.Namespace(minutes=1, out=path, config="digits", batch=2, device="a GPU")
+    flags = argparse.Namespace(minutes=1, out=path, config="digits", batch=2, only=None)
+    flags.device = "a GPU"
     for _ in range(2):
         for line in gpu.profile(flags):
             assert (line.get("failed") == "ValueError: no such head size") == (
@@ -218,6 +219,25 @@ def test_a_candidate_for_a_faster_step(name, monkeypatch):
     assert found["images_per_second"] > 0
     assert bool(found.get("trace")) == (name == "as it is")
     assert bool(used) == ("replaces" in gpu.CANDIDATES[name])
+
+
+def test_some_candidates(tmp_path, monkeypatch, capsys):
+    """In the order that was asked for; a name that there is not is an error with a list."""
+    names = []
+
+    def run(command, **_):
+        names.append(json.loads(command[-1])["name"])
+        return subprocess.CompletedProcess(command, 0, '{"images_per_second": 1.0}', "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    only = gpu.names_of("batch 4,as it is")
+    flags = argparse.Namespace(minutes=1, out=tmp_path / "gpu.jsonl", config="digits", batch=2)
+    flags.device, flags.only = "a GPU", only
+    assert len(list(gpu.profile(flags))) == 2 and names == ["batch 4", "as it is"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "profile", "--only=batch 3"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "batch 3: choose from as it is, batch 2" in capsys.readouterr().err
 
 
 def test_replaced_functions_compute_the_same():

@@ -63,6 +63,12 @@ def test_a_folder_that_the_caller_chose_stays(home):
     assert folder_of_jax() == "of the caller"
 
 
+def test_nothing_is_kept_for_several_processes(home, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    compilation.keep_programs()
+    assert folder_of_jax() is None and not list(home.iterdir())
+
+
 @pytest.mark.parametrize("reason", ["a file in its place", "no home"])
 def test_a_home_that_cannot_be_written(home, caplog, monkeypatch, reason):
     if reason == "no home":
