@@ -42,7 +42,10 @@ def pack(tree):
 
 
 def packed(tree):
-    """Replaces the dicts of parameters in a tree, such as a TrainState, by Packed ones."""
+    """Replaces the dicts of parameters in a tree, such as a TrainState, by Packed ones.
+
+    A dict without small arrays stays.
+    """
     return jax.tree.map(_pack, tree, is_leaf=_is_dict)
 
 
@@ -66,6 +69,8 @@ def _pack(tree):
     small, large = [], []
     for leaf in leaves:
         (small if leaf.size < SMALL else large).append(leaf)
+    if not small:
+        return tree
     is_small = tuple(leaf.size < SMALL for leaf in leaves)
     layout = Layout(treedef, tuple(leaf.shape for leaf in small), is_small)
     return Packed(_join(small), large, layout)

@@ -40,7 +40,15 @@ def test_there_and_back(state):
     jax.tree.map(np.testing.assert_array_equal, back, state)
     pairs = zip(jax.tree.leaves(back.params), jax.tree.leaves(state.params), strict=True)
     assert all((a is b) == (a.size >= LIMIT) for a, b in pairs)
-    assert packing.unpack(state) is not None and packing.unpack(state.params) == state.params
+    for a, b in zip(*map(jax.tree.leaves, (packing.unpack(state), state)), strict=True):
+        assert a is b  # what is not packed stays as it is
+
+
+def test_nothing_small():
+    """There is nothing to pack."""
+    tree = {"kernel": jnp.zeros((3, packing.SMALL))}, {}, 2.0
+    found = packing.packed(tree)
+    assert found[0] is tree[0] and found[1:] == ({}, 2.0)
 
 
 def test_only_on_a_cpu(state, monkeypatch):
