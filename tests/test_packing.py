@@ -57,13 +57,13 @@ def test_only_on_a_cpu(state, monkeypatch):
     assert packing.pack(state) is state
 
 
-def test_a_step_of_a_packed_state(config, state):
+def test_a_step_of_a_packed_state(config):
     """The same losses, parameters, EMAs and moments, within rounding."""
     optimizer, model = states.make_optimizer(config.optim, 10), configs.make_model(config)
     step = objective.make_train_step(config, model, configs.make_schedule(config), optimizer)
     batch = parallel.shard(data.open_source(config.data).read(np.arange(8)))
-    one, other = (parallel.replicate(jax.tree.map(jnp.copy, state)) for _ in range(2))
-    other = packing.packed(other)
+    one, other = (states.create_state(config, model, optimizer) for _ in range(2))
+    one, other = parallel.replicate(one), packing.packed(parallel.replicate(other))
     for _ in range(3):
         (one, values), (other, of_packed) = step(one, batch), step(other, batch)
         assert float(values["loss"]) == pytest.approx(float(of_packed["loss"]), rel=1e-6)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import configs, parallel, signals
+from ddpm_jax import configs, packing, parallel, signals
 from ddpm_jax.core import timesteps, unet
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, data
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("no_report")
 
 
 def setup(config, num_devices, count_traces=None):
-    """A train step on the first devices, and a fresh state there."""
+    """A train step on the first devices, and a fresh state there, packed as in training."""
     devices = jax.devices()[:num_devices]
     optimizer = states.make_optimizer(config.optim, config.train.num_steps)
     model = configs.make_model(config)
@@ -32,7 +32,7 @@ def setup(config, num_devices, count_traces=None):
         model = Counting(model, count_traces)
     schedule = configs.make_schedule(config)
     step = objective.make_train_step(config, model, schedule, optimizer, devices)
-    return step, parallel.replicate(state, devices)
+    return step, packing.pack(parallel.replicate(state, devices))
 
 
 class Counting:
@@ -57,7 +57,7 @@ def run(config, num_devices, num_steps, name="loss"):
         assert_importance_has_begun(state)
         state, values = step(state, parallel.shard(next(batches), num_devices))
         found.append(float(values[name]))
-    return jax.tree.map(np.array, state), found
+    return jax.tree.map(np.array, packing.unpack(state)), found
 
 
 def assert_importance_has_begun(state):
@@ -142,7 +142,7 @@ def checkpointed(config, workdir):
     """All arrays of a run's newest checkpoint."""
     _, like = setup(config, 4)
     with checkpoint.open_manager(workdir, config.train) as manager:
-        state = checkpoint.restore(manager, like)
+        state = checkpoint.restore(manager, packing.unpack(like))
     return jax.tree.map(np.array, vars(state))
 
 
@@ -244,7 +244,7 @@ def test_asynchronous_saving_does_not_see_later_steps(config, tmp_path):
     with checkpoint.open_manager(tmp_path / "run", config.train) as manager:
         assert manager.all_steps() == [1, 2, 3, 4]
         manager.delete(4)
-        saved = checkpoint.restore(manager, like)
+        saved = checkpoint.restore(manager, packing.unpack(like))
     jax.tree.map(np.testing.assert_array_equal, saved.params, state.params)
 
 

@@ -61,7 +61,7 @@ def make_loss(config, model, schedule):
     Returns:
       loss(params, x0 [B, H, W, C], labels [B] or None, t [B], eps [B, H, W, C], dropout_keys) →
       [B]: L_simple; the VLB's term at t, bits/dim, without clipping; both of them; or the
-      cross-entropy, nats.
+      cross-entropy, nats. The params may be packed (see packing.py).
     """
     section = config.diffusion
     variance = section.variance
@@ -99,7 +99,7 @@ def make_loss(config, model, schedule):
 
     def loss(params, x0, labels, t, eps, dropout_keys=None):
         condition = () if labels is None or is_classifier else (labels,)
-        apply = unet.net_fn(model, params, dropout_keys)
+        apply = unet.net_fn(model, packing.unpack(params), dropout_keys)
         return loss_of(lambda x_t, t: apply(x_t, t, *condition), x0, labels, t, eps)
 
     return loss
@@ -173,7 +173,7 @@ def train_step(config, loss_fn, optimizer, state, batch):
       config: T, the seed, how t and the labels are drawn, microbatches and EMAs are used.
       loss_fn: from make_loss.
       optimizer: an optax transformation; it clips the gradient after the mean over devices.
-      state: a TrainState, which may be packed (see packing.py).
+      state: a TrainState, packed or not.
       batch: a data.Batch, this device's shard of the global batch.
 
     Returns:
@@ -184,7 +184,7 @@ def train_step(config, loss_fn, optimizer, state, batch):
     examples, num_timesteps = draw_examples(config, state, batch), config.diffusion.num_timesteps
 
     def mean_loss(params, weight, x0, labels, t, *noise):
-        losses = loss_fn(packing.unpack(params), x0, labels, t, *noise)
+        losses = loss_fn(params, x0, labels, t, *noise)
         weighted, quarter = weight * losses, jax.nn.one_hot(4 * t // num_timesteps, 4)
         shares = {"share": weight, "loss_share": weighted}
         quarters = {k: (v[:, None] * quarter).mean(0) for k, v in shares.items()}
