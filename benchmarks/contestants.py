@@ -91,7 +91,7 @@ def use_one_gpu():
 
 def ours(cell, bfloat16):
     """This project, with main.py's setup."""
-    cpu.prepare(trains=cell.task == "train")
+    cpu.prepare(cell.task == "train", configs.positions(get_config(cell)))
     if cell.devices:
         jax.config.update("jax_num_cpu_devices", cell.devices)
     else:

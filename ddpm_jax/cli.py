@@ -215,7 +215,7 @@ def run(argv):
     if command.mode == "compare":
         compare.compare(command.workdirs)
         return 0
-    cpu.prepare(trains=command.mode == "train")
+    cpu.prepare(command.mode == "train", configs.positions(command.config))
     if command.processes is None:
         compilation.keep_programs()  # for one process only, see there
         cpu.use_cores(*configs.batch_sizes(command.config, command.mode).values())

@@ -533,6 +533,11 @@ def batch_sizes(config, mode):
     return {name: flatten(config)[name] for name in fields.get(mode, ("sample.batch_size",))}
 
 
+def positions(config):
+    """Images × pixels of a training batch, over all devices."""
+    return config.train.batch_size * math.prod(config.data.image_size)
+
+
 def num_steps(train, size):
     """Updates of a whole run; the last batch of an epoch is filled from the next epoch.
 

@@ -1,11 +1,13 @@
-"""Parameters that are packed into one array, and the programs that take them."""
+"""What makes small networks fast on a CPU: packed parameters, and memory in several arenas."""
+
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import configs, packing, parallel
+from ddpm_jax import configs, cpu, packing, parallel
 from ddpm_jax.files import data
 from ddpm_jax.runs import objective
 from ddpm_jax.runs import state as states
@@ -55,6 +57,21 @@ def test_only_on_a_cpu(state, monkeypatch):
     assert isinstance(packing.pack(state).params, packing.Packed)
     monkeypatch.setattr(packing.cpu, "is_used", lambda: False)
     assert packing.pack(state) is state
+
+
+@pytest.mark.parametrize("name, one_arena", [("digits", False), ("mnist", True)])
+def test_arenas_of_the_allocator(monkeypatch, name, one_arena):
+    """Large blocks need the only arena that keeps them; freed memory is kept in any case."""
+    options = {}
+    library = types.SimpleNamespace(mallopt=options.__setitem__)
+    monkeypatch.setattr(cpu.ctypes, "CDLL", lambda _: library)
+    monkeypatch.setattr(cpu, "entry_points", lambda **_: ())
+    monkeypatch.setattr(cpu.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setenv("XLA_FLAGS", "")
+    cpu.prepare(True, configs.positions(configs.named_config(name)))
+    arena_max, mmap_max, trim_threshold = -8, -4, -1
+    expected = {mmap_max: 0, trim_threshold: -1} | ({arena_max: 1} if one_arena else {})
+    assert options == expected
 
 
 def test_a_step_of_a_packed_state(config):
