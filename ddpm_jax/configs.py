@@ -534,8 +534,9 @@ def batch_sizes(config, mode):
 
 
 def positions(config):
-    """Images × pixels of a training batch, over all devices."""
-    return config.train.batch_size * math.prod(config.data.image_size)
+    """Images × pixels of a training batch, over all devices; ∞ for a config that is not valid."""
+    numbers = config.train.batch_size, *config.data.image_size
+    return math.prod(numbers) if all(map(_is_whole, numbers)) else math.inf
 
 
 def num_steps(train, size):

@@ -95,19 +95,12 @@ def _nearest(queries, size, references, blocks, k, bar):
     for i, query in enumerate(queries):
         candidates = np.sort(found.numbers[i])
         squares[i], numbers[i] = _exact(query, references.read(candidates), candidates, k)
-        bound = rounding_bound(centred(query), found.norm.max())
-        least_of_others = found.squares[i, -1] - bound
+        least_of_others = found.squares[i, -1] - rounding_bound(query, found.norm.max())
         if len(candidates) < references.count and least_of_others <= squares[i, -1]:
             unsure.append(i)
     if unsure:
         squares[unsure], numbers[unsure] = _scan(queries[unsure], references, blocks, k)
     return squares, numbers
-
-
-def centred(rows):
-    """Rows as float32; of pixels, 128 is subtracted: the same distances, with smaller errors."""
-    floats = rows.astype(np.float32)
-    return floats - 128 if rows.dtype == np.uint8 else floats
 
 
 def rounding_bound(query, norm):
@@ -118,8 +111,8 @@ def rounding_bound(query, norm):
     such sums, and a few more operations. `norm` is such a sum, too, hence the second power.
 
     Args:
-      query: [D], centred.
-      norm: the largest |r|² of the centred references, computed in float32.
+      query: [D].
+      norm: the largest |r|² of the references, computed in float32.
     """
     terms = (len(query) + 8) * ROUNDING
     return terms / (1 - terms) ** 2 * (np.linalg.norm(np.float64(query)) + np.sqrt(norm)) ** 2
@@ -136,7 +129,7 @@ class Candidates(NamedTuple):
 
     squares: np.ndarray  # [B, C] float32, squared distances, ascending
     numbers: np.ndarray  # [B, C] int32
-    norm: np.ndarray  # the largest |r|² of all references so far, centred
+    norm: np.ndarray  # the largest |r|² of all references so far
 
 
 def _no_candidates(shape, count):
@@ -155,7 +148,7 @@ def _merge(queries, found, references, first, last):
       first: the number of the first reference.
       last: the number of the last one; padding follows.
     """
-    x, y = centred(queries), centred(references)
+    x, y = queries.astype(jnp.float32), references.astype(jnp.float32)
     norms = jnp.square(y).sum(axis=1)
     products = jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
     squares = jnp.square(x).sum(axis=1)[:, None] + norms[None] - 2 * products
