@@ -19,31 +19,38 @@ DIGITS = np.uint8(load_digits().data * 15).reshape(-1, 64)
 
 
 def pixels():
-    return RNG.integers(0, 256, (23, 30), np.uint8), RNG.integers(0, 256, (45, 30), np.uint8)
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (23, 30), np.uint8), rng.integers(0, 256, (45, 30), np.uint8)
 
 
 def features():
     """Far from the origin, where float32 loses digits."""
-    queries, references = RNG.standard_normal((23, 30)), RNG.standard_normal((45, 30))
+    rng = np.random.default_rng(0)
+    queries, references = rng.standard_normal((23, 30)), rng.standard_normal((45, 30))
     return np.float32(queries + 100), np.float32(references + 100)
 
 
 def near_duplicates():
     """More than there are candidates, whose squared distances are far below the rounding errors of
     |q|² + |r|² - 2 q · r."""
-    queries = np.float32(RNG.standard_normal((3, 30)) + 100)
-    copies = queries[RNG.integers(0, 3, 90)]
-    return queries, np.float32(copies + RNG.standard_normal((90, 30)) * 1e-3)
+    rng = np.random.default_rng(0)
+    queries = np.float32(rng.standard_normal((3, 30)) + 100)
+    copies = queries[rng.integers(0, 3, 90)]
+    return queries, np.float32(copies + rng.standard_normal((90, 30)) * 1e-3)
 
 
 def near_zero():
     """Zeros, with which blocks are filled, would be nearer than all references."""
-    return RNG.integers(0, 2, (5, 30), np.uint8), RNG.integers(9, 256, (45, 30), np.uint8)
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 2, (5, 30), np.uint8), rng.integers(9, 256, (45, 30), np.uint8)
 
 
 def duplicates():
-    """More equal references than there are candidates: the first ones count."""
-    queries = RNG.integers(0, 256, (7, 30), np.uint8)
+    """More equal references than there are candidates: the first ones count. They are far from the
+    other queries, so that these have nearer ones."""
+    rng = np.random.default_rng(0)
+    queries = rng.integers(0, 100, (7, 30), np.uint8)
+    queries[0] += 150
     return queries, np.concatenate([np.tile(queries[:1], (40, 1)), queries, queries])
 
 
