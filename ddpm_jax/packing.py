@@ -2,7 +2,7 @@
 
 A call of a pmapped program takes about 20 µs for each array, and the update of a small array takes
 longer than its arithmetic. On a CPU (2 cores, AMD EPYC with AVX-512) a step of the digits' network,
-whose state has 459 arrays, is 1.1 times as fast with 7, and compiles in two thirds of the time.
+whose state has 459 arrays, is 1.1 times as fast with 11, and compiles in two thirds of the time.
 """
 
 import functools
@@ -66,14 +66,12 @@ def _pack(tree):
     if not _is_dict(tree):
         return tree
     leaves, treedef = jax.tree.flatten(tree)
-    small, large = [], []
-    for leaf in leaves:
-        (small if leaf.size < SMALL else large).append(leaf)
+    small = [leaf for leaf in leaves if leaf.size < SMALL]
     if not small:
         return tree
     is_small = tuple(leaf.size < SMALL for leaf in leaves)
     layout = Layout(treedef, tuple(leaf.shape for leaf in small), is_small)
-    return Packed(_join(small), large, layout)
+    return Packed(_join(small), [leaf for leaf in leaves if leaf.size >= SMALL], layout)
 
 
 def _unpack(packed):

@@ -230,7 +230,7 @@ def test_data_without_labels_has_no_score(scored, tmp_path):
     "images, message",
     [
         (np.zeros((1, 8, 8, 1), np.uint8), r"arrays train holds 1 image, and Inception"),
-        (np.zeros((5000, 2, 200, 300, 1), np.uint8)[:, 0], r"images of 200×300 are large for a"),
+        (np.broadcast_to(np.uint8(0), (5000, 200, 300, 1)), r"images of 200×300 are large for a"),
     ],
 )
 def test_images_that_no_classifier_is_trained_on(scored, tmp_path, images, message):
