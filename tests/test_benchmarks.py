@@ -21,6 +21,7 @@ from benchmarks.contestants import OTHER, Cell
 from ddpm_jax import configs, cpu
 from ddpm_jax.core import unet
 from ddpm_jax.files import data
+from ddpm_jax.runs import objective
 from ddpm_jax.runs import state as states
 
 
@@ -163,6 +164,26 @@ def test_held_out_mse_of_a_network_that_predicts_zero(config, prediction):
         v = alpha_bars + (1 - alpha_bars) * np.square(x0).mean()
         expected = (alpha_bars * v).mean(axis=1)
     np.testing.assert_allclose(found, expected, rtol=0.08)
+
+
+def test_timesteps_of_the_held_out_mse(config):
+    """Two images: each has the middle of a half of each quarter. With v = 0, ε is √(1 - ᾱ) x_t."""
+    config.diffusion.prediction = "v"
+    config.train.eval_images = 2
+    params = states.create_state(
+        config, configs.make_model(config), states.make_optimizer(config.optim, 1)
+    ).params
+    source = data.open_source(config.data, "eval_split")
+    x0, alpha_bars = source.read(np.arange(2)).images / 127.5 - 1, configs.make_alpha_bars(config)
+    expected = []
+    for quarter, timesteps in enumerate([(1, 3), (6, 8), (11, 13), (16, 18)]):  # of T = 20
+        keys = objective.step_keys(0, quarter, np.arange(2))
+        eps = objective.draw(keys, x0.shape[1:], 20)[1]
+        signal = alpha_bars[list(timesteps)].reshape(2, 1, 1, 1)
+        x_t = np.sqrt(signal) * x0 + np.sqrt(1 - signal) * eps
+        expected.append(np.square(np.sqrt(1 - signal) * x_t - eps).mean())
+    found = objectives.held_out_mse(config, params, source)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_a_candidate_that_fails_is_tried_again(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The step on one and four devices, resuming bit for bit, and what stops a run."""
 
 import fractions
+import itertools
 import json
 import signal
 import types
@@ -222,6 +223,29 @@ def test_a_signal_at_the_end_of_an_epoch_loses_no_line(config, tmp_path, monkeyp
         for name in ("epoch_loss", "eval_loss"):
             assert [x["step"] for x in lines(tmp_path) if name in x] == [3, 6]
     assert (tmp_path / "samples" / "step_000003.png").exists()
+
+
+def test_few_steps_wait_to_be_computed(config):
+    """With 32, XLA's CPU runtime deadlocks when other programs use the cores."""
+    started = done = most = 0
+
+    class Loss:
+        def block_until_ready(self):
+            nonlocal done
+            done += 1
+            return self
+
+    def step_fn(state, batch):
+        nonlocal started, most
+        started += 1
+        most = max(most, started - done)
+        return state, {"loss": Loss()}
+
+    state = types.SimpleNamespace(step=0)
+    steps = train.updates(config, state, step_fn, data.open_source(config.data))
+    for _ in itertools.islice(steps, 50):
+        pass
+    assert started == 49 and 2 <= most < 16
 
 
 def test_an_epoch_shorter_than_a_step(config, tmp_path):

@@ -1,5 +1,6 @@
 """Training: the loop around the steps, which resumes, logs, saves and draws."""
 
+import collections
 import contextlib
 import fractions
 import functools
@@ -22,6 +23,10 @@ from ddpm_jax.runs import frames, generate, objective, scores
 from ddpm_jax.runs import state as states
 
 log = logging.getLogger(__name__)
+
+# Steps that may wait to be computed. With 32, XLA's CPU runtime deadlocks: the thread that starts
+# the next step on a device waits for room, and no thread is left for that device's part of a mean.
+AHEAD = 4
 
 
 class Span(NamedTuple):
@@ -188,7 +193,8 @@ def attempt(name, action):
 def updates(config, state, step_fn, source):
     """Trains without end: yields (state, metrics of the last step, error).
 
-    The first metrics are None. The error is a UserError if the next batch cannot be read.
+    The first metrics are None. The error is a UserError if the next batch cannot be read. At most
+    AHEAD steps wait to be computed.
     """
     batches = data.batches(
         source,
@@ -197,7 +203,7 @@ def updates(config, state, step_fn, source):
         first_step=int(state.step),
         random_flip=config.data.random_flip,
     )
-    values = None
+    values, started = None, collections.deque()
     while True:
         batch = error = None
         try:
@@ -206,6 +212,9 @@ def updates(config, state, step_fn, source):
             error = UserError(str(caught).partition("\n")[0])
         yield state, values, error
         state, values = step_fn(state, parallel.shard(batch))
+        started.append(values)
+        if len(started) > AHEAD:
+            jax.block_until_ready(started.popleft())
 
 
 def run_loop(config, workdir, span, steps, metrics, save, actions, stop):
