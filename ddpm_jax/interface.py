@@ -133,13 +133,14 @@ def load(
     Raises:
       UserError: if the folder is neither, or cannot be read.
     """
-    cpu.prepare(trains=False)
     compilation.keep_programs()
     path = pathlib.Path(configs.at_home("path", path))
     if not (path / "checkpoints").is_dir() and interop.is_diffusers(path):
+        cpu.prepare(trains=False)
         config, params = interop.read_run(configs.without_data(), path)
         return Run(config, 0, parallel.replicate(params), generate.class_names(config, path))
     config = run_files.saved_config(path)
+    cpu.prepare(False, configs.positions(config))
     choice = dict(use_ema=use_ema, ema_decay=float(ema_decay), checkpoint=str(checkpoint))
     config.sample.update(choice)
     configs.check_parameters(config)
@@ -227,7 +228,6 @@ def train(
         config or other images.
       KeyboardInterrupt: if a signal stopped the training; a checkpoint is saved first.
     """
-    cpu.prepare(trains=True)
     compilation.keep_programs()
     workdir, arrays = pathlib.Path(configs.at_home("workdir", workdir)), None
     config = configs.normalize(config)
@@ -236,6 +236,7 @@ def train(
     if images is not None:
         arrays = _as_batch(images, labels)
         config = _config_of_arrays(config, arrays)
+    cpu.prepare(True, configs.positions(config))
     configs.check(config, "train")
     if training.train(config, workdir, arrays):
         raise KeyboardInterrupt
