@@ -189,8 +189,26 @@ def test_a_ring_marks_the_best_score(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "write_figure", lambda path, figure: drawn.append(figure))
     lines = [{"step": step, "distance": value} for step, value in scored.items()]
     show.draw_scores(tmp_path / "scores.png", lines, 8)
-    rings = [line for line in drawn[0].axes[0].lines if line.get_fillstyle() == "none"]
-    assert [ring.get_xydata().tolist() for ring in rings] == [[[30 * 8, 2.0]]]
+    assert best_points(drawn[0]) == [[[30 * 8, 2.0]]]
+
+
+def test_fid_and_kid_have_a_curve_each(tmp_path, monkeypatch):
+    """Their best steps may differ, and KID may be below 0."""
+    drawn, fid, kid = [], (7.0, 2.0, 3.0), (0.02, 0.001, -0.001)
+    monkeypatch.setattr(images, "write_figure", lambda path, figure: drawn.append(figure))
+    lines = [{"step": n, "fid": a, "kid": b} for n, (a, b) in enumerate(zip(fid, kid, strict=True))]
+    show.draw_scores(tmp_path / "scores.png", lines, 10)
+    of_fid, _, of_kid, _ = drawn[0].axes
+    assert best_points(drawn[0]) == [[[10, 2.0]]]
+    assert of_kid.lines[0].get_ydata().tolist() == list(kid)
+    assert (of_fid.get_yscale(), of_kid.get_yscale()) == ("log", "linear")
+    assert of_kid.get_ylim()[0] < -0.001
+
+
+def best_points(figure):
+    """What the rings of a figure's first panel mark."""
+    rings = [line for line in figure.axes[0].lines if line.get_fillstyle() == "none"]
+    return [ring.get_xydata().tolist() for ring in rings]
 
 
 def test_no_best_without_scores(config, tmp_path):

@@ -206,27 +206,22 @@ def draw_losses(path, lines):
 
 def draw_scores(path, lines, batch_size):
     """Plots the scores over the images seen and over minutes; a ring marks the best one."""
-    minutes = minutes_at(lines, batch_size)
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, of_time in zip(figure.subplots(1, 2, sharey=True), (False, True), strict=True):
-        for name in run_files.SCORES:
-            points = [(line["step"], line[name]) for line in lines if name in line]
-            if points:
-                steps, values = map(np.array, zip(*points, strict=True))
-                x = np.array([minutes[step] for step in steps]) if of_time else steps * batch_size
-                label = {"fid": "FID", "distance": "Fréchet distance"}[name]
-                (line,) = axes.plot(x, values, marker=".", label=label)
-                best = np.where(np.isfinite(values), values, np.inf).argmin()
-                axes.plot(
-                    x[best],
-                    values[best],
-                    "o",
-                    markersize=12,
-                    fillstyle="none",
-                    color=line.get_color(),
-                )
-        axes.set(xlabel="minutes of training" if of_time else "images seen", yscale="log")
-        axes.legend()
+    minutes, titles = minutes_at(lines, batch_size), {"fid": "FID", "kid": "KID"}
+    titles["distance"] = "Fréchet distance"
+    names = [name for name in titles if any(name in line for line in lines)]
+    figure = Figure(figsize=(10, 4 * len(names)), layout="constrained")
+    axes = figure.subplots(len(names), 2, sharey="row", squeeze=False)
+    for name, row in zip(names, axes, strict=True):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        steps, values = map(np.array, zip(*points, strict=True))
+        best = np.where(np.isfinite(values), values, np.inf).argmin()
+        row[0].set(xlabel="images seen", ylabel=titles[name])
+        row[1].set(xlabel="minutes of training")
+        for panel, x in zip(row, (steps * batch_size, [minutes[s] for s in steps]), strict=True):
+            panel.set_yscale("linear" if name == "kid" else "log")  # KID may be below 0
+            (line,) = panel.plot(x, values, marker=".")
+            ring = dict(markersize=12, fillstyle="none", color=line.get_color())
+            panel.plot(x[best], values[best], "o", **ring)
     images.write_figure(path, figure)
 
 
