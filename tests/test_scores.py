@@ -247,7 +247,7 @@ def test_data_without_labels_has_no_score(scored, tmp_path):
 @pytest.mark.parametrize(
     "images, message",
     [
-        (np.zeros((1, 8, 8, 1), np.uint8), r"arrays train holds 1 image, and Inception"),
+        (np.zeros((1, 8, 8, 1), np.uint8), r"arrays train holds 1 image, and FID needs RGB"),
         (np.broadcast_to(np.uint8(0), (5000, 200, 300, 1)), r"images of 200×300 are large for a"),
     ],
 )
@@ -274,6 +274,11 @@ def test_the_measure_that_fits(scored, monkeypatch):
     monkeypatch.setattr(inception, "load", lambda path: f"weights of {path!r}")
     monkeypatch.setattr(inception, "is_packaged", lambda: True)
     assert scores.choose(scored)[0] is None  # gray
+    scored.evaluate.inception_weights = "a.pth"
+    assert scores.choose(scored) == ("weights of 'a.pth'", ())
+    scored.data.channels = 4
+    assert scores.choose(scored)[0] is None  # Inception has no alpha
+    scored.evaluate.inception_weights = ""
     scored.data.channels = 3
     assert scores.choose(scored) == ("weights of ''", ())
     monkeypatch.setattr(inception, "is_packaged", lambda: False)

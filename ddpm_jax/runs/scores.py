@@ -21,8 +21,9 @@ MOST_NUMBERS = 2**28  # of the images that a classifier is trained on, 8 bytes e
 def choose(config, arrays=None):
     """What the scores of a run are (train.score_every).
 
-    With RGB images and the weights of Inception they are FID and KID; otherwise the Fréchet
-    distance on the features of a small classifier of the training images.
+    With RGB images and the weights of Inception they are FID and KID, as with gray images where
+    evaluate.inception_weights names them; otherwise the Fréchet distance on the features of a small
+    classifier of the training images.
 
     Args:
       config: the run's config.
@@ -35,8 +36,8 @@ def choose(config, arrays=None):
       UserError: if Inception is not used, and the images have no labels or are too large; if there
         is one training image; or if the file of the weights is missing or is another one.
     """
-    path = config.evaluate.inception_weights
-    if config.data.channels == 3 and (path or inception.is_packaged()):
+    path, channels = config.evaluate.inception_weights, config.data.channels
+    if (path and channels != 4) or (channels == 3 and inception.is_packaged()):
         return inception.load(path), ()
     labelled = [data.open_labelled(config.data, f, arrays) for f in ("split", "eval_split")]
     train, shape = labelled[0], configs.image_shape(config)
@@ -47,7 +48,7 @@ def choose(config, arrays=None):
         (numbers <= MOST_NUMBERS, f"images of {shape[0]}×{shape[1]} are large for a classifier"),
     ):
         if not fits:
-            text += ", and Inception needs its weights and RGB images; 0 turns it off"
+            text += ", and FID needs RGB images and Inception's weights; 0 turns it off"
             raise UserError(f"train.score_every={config.train.score_every}: {text}")
     return None, labelled
 
