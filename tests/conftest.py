@@ -5,6 +5,7 @@ import importlib
 import os
 import pathlib
 import re
+import signal
 import sys
 import tempfile
 import types
@@ -145,6 +146,26 @@ def no_report(monkeypatch):
     from ddpm_jax import cli
 
     monkeypatch.setattr(cli.show, "show", lambda *_: None)
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """signal_at(step, number): the next training gets this signal after so many steps."""
+    from ddpm_jax.runs import train
+
+    updates = train.updates
+
+    def at(step, number):
+        def with_signal(*args):
+            monkeypatch.setattr(train, "updates", updates)
+            for trained, update in enumerate(updates(*args)):
+                if trained == step:
+                    signal.raise_signal(number)
+                yield update
+
+        monkeypatch.setattr(train, "updates", with_signal)
+
+    return at
 
 
 @pytest.fixture

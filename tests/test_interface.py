@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -202,21 +203,9 @@ def test_errors_are_one_line(run, tmp_path, monkeypatch):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_signal_is_an_interruption(config, tmp_path, monkeypatch):
+def test_a_signal_is_an_interruption(config, tmp_path, signal_at):
     """As in a notebook; what was trained is saved."""
-    import signal
-
-    from ddpm_jax.runs import train
-
-    updates = train.updates
-
-    def with_signal(*args):
-        for number, update in enumerate(updates(*args)):
-            if number == 3:
-                signal.raise_signal(signal.SIGINT)
-            yield update
-
-    monkeypatch.setattr(train, "updates", with_signal)
+    signal_at(3, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         ddpm_jax.train(config, tmp_path)
     assert checkpoint.latest_step(tmp_path) == 3

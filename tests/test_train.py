@@ -202,21 +202,12 @@ def test_epochs(config, tmp_path, capfd):
         assert found == {3: pytest.approx(means[0]), 5: pytest.approx(means[1])}
 
 
-def test_a_signal_at_the_end_of_an_epoch_loses_no_line(config, tmp_path, monkeypatch):
+def test_a_signal_at_the_end_of_an_epoch_loses_no_line(config, tmp_path, signal_at):
     """Actions due at the step of the signal run once, when the run is resumed."""
     config.data.split = "train[:24]"  # three steps
     config.train.update(num_steps=0, num_epochs=2, eval_every=3, sample_every=3)
-    updates = train.updates
-
-    def with_signal(*args):
-        for number, update in enumerate(updates(*args)):
-            if number == 3:
-                signal.raise_signal(signal.SIGTERM)
-            yield update
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "updates", with_signal)
-        assert train.train(config, tmp_path) == signal.SIGTERM
+    signal_at(3, signal.SIGTERM)
+    assert train.train(config, tmp_path) == signal.SIGTERM
     assert not [x for x in lines(tmp_path) if "epoch_loss" in x]
     for _ in range(2):
         assert train.train(config, tmp_path) == 0
@@ -547,17 +538,9 @@ def test_data_that_cannot_be_read_any_more(config, tmp_path, monkeypatch, damage
     assert lines(tmp_path / "run")[-1]["step"] == saved
 
 
-def test_a_closed_terminal_saves(config, tmp_path, monkeypatch):
+def test_a_closed_terminal_saves(config, tmp_path, signal_at):
     """SIGHUP is like SIGTERM; under nohup, which ignores it, training continues."""
-    updates = train.updates
-
-    def with_signal(*args):
-        for number, update in enumerate(updates(*args)):
-            if number == 3:
-                signal.raise_signal(signal.SIGHUP)
-            yield update
-
-    monkeypatch.setattr(train, "updates", with_signal)
+    signal_at(3, signal.SIGHUP)
     assert train.train(config, tmp_path) == signal.SIGHUP
     assert checkpoint.latest_step(tmp_path) == 3
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
