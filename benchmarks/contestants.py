@@ -91,12 +91,12 @@ def use_one_gpu():
 
 def ours(cell, bfloat16):
     """This project, with main.py's setup."""
-    cpu.prepare(cell.task == "train", configs.positions(get_config(cell)))
+    config, mode = get_config(cell), "train" if cell.task == "train" else "sample"
+    cpu.prepare(mode == "train", configs.positions(config, mode))
     if cell.devices:
         jax.config.update("jax_num_cpu_devices", cell.devices)
     else:
         cpu.use_cores(cell.size)
-    config = get_config(cell)
     if bfloat16 or jax.default_backend() == "gpu":
         config.model.dtype = "bfloat16"
     model, optimizer = configs.make_model(config), states.make_optimizer(config.optim, 100)

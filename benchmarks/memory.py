@@ -50,13 +50,12 @@ def measure(config, plan_only):
     shape, size = configs.image_shape(config), config.train.batch_size
     model, optimizer = configs.make_model(config), states.make_optimizer(config.optim, 100)
     step = objective.make_train_step(config, model, configs.make_schedule(config), optimizer)
-    state = jax.eval_shape(lambda: packing.pack(states.create_state(config, model, optimizer)))
+    state = packing.pack(parallel.replicate(states.create_state(config, model, optimizer)))
     batch = data.Batch(np.zeros((size, *shape), np.uint8), None)
     memory = step.lower(state, parallel.shard(batch)).compile().memory_analysis()
     planned = [memory.argument_size_in_bytes, memory.temp_size_in_bytes]
     cells = [f"{number / 2**20:,.0f}" for number in planned]
     if not plan_only:
-        state = packing.pack(parallel.replicate(states.create_state(config, model, optimizer)))
         state, _ = jax.block_until_ready(step(state, parallel.shard(batch)))  # compiles once more
         before, seconds = resident(), []
         pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak of compiling
@@ -78,8 +77,8 @@ def run():
     parser.add_argument("--row", nargs=2, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
-        cpu.prepare(trains=True)
         config = configs.named_config(options.config)
+        cpu.prepare(True, configs.positions(config, "train"))
         config.train.batch_size = options.batch_size
         config.optim.accumulate, config.model.remat = options.row[0], bool(options.row[1])
         measure(config, options.plan_only)

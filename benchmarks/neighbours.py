@@ -35,7 +35,7 @@ def main(_):
     """Prints the time and the rate for pixels and for features, and the largest memory so far."""
     cpu.use_cores(neighbours.MAX_ROWS)
     rng, count = np.random.default_rng(0), COUNT.value
-    print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {count:,} in {count:,}")
+    print(f"{jax.device_count()} x {jax.devices()[0].device_kind}")
     for name, draw in (
         ("pixels", lambda _: rng.integers(0, 256, (count, 3072), np.uint8)),
         ("features", lambda _: rng.standard_normal((count, 2048), np.float32)),
@@ -52,8 +52,9 @@ def main(_):
         seconds = time.perf_counter() - start
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         rate = len(queries) * references.count / seconds / 1e6
+        sizes = f"{len(queries):,} in {references.count:,}"
         text = f"{seconds:.0f} s, {rate:.1f} million distances/s"
-        print(f"{name}: {text}; at most {memory:.1f} GiB of memory", flush=True)
+        print(f"{name}, {sizes}: {text}; at most {memory:.1f} GiB of memory", flush=True)
 
 
 if __name__ == "__main__":

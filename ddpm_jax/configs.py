@@ -533,8 +533,14 @@ def batch_sizes(config, mode):
     return {name: flatten(config)[name] for name in fields.get(mode, ("sample.batch_size",))}
 
 
-def positions(config):
-    """Images × pixels of a training batch, over all devices; ∞ for a config that is not valid."""
+def positions(config, mode):
+    """Images × pixels of a training batch, over all devices.
+
+    ∞ where Inception may be used, whose inputs are large; and if a size is not a whole number.
+    """
+    has_fid = config.data.channels == 3 or config.evaluate.inception_weights
+    if mode == "evaluate" or (mode == "train" and config.train.score_every and has_fid):
+        return math.inf
     numbers = config.train.batch_size, *config.data.image_size
     return math.prod(numbers) if all(map(_is_whole, numbers)) else math.inf
 

@@ -140,7 +140,7 @@ def load(
         config, params = interop.read_run(configs.without_data(), path)
         return Run(config, 0, parallel.replicate(params), generate.class_names(config, path))
     config = run_files.saved_config(path)
-    cpu.prepare(False, configs.positions(config))
+    cpu.prepare(False, configs.positions(config, "sample"))
     choice = dict(use_ema=use_ema, ema_decay=float(ema_decay), checkpoint=str(checkpoint))
     config.sample.update(choice)
     configs.check_parameters(config)
@@ -236,7 +236,7 @@ def train(
     if images is not None:
         arrays = _as_batch(images, labels)
         config = _config_of_arrays(config, arrays)
-    cpu.prepare(True, configs.positions(config))
+    cpu.prepare(True, configs.positions(config, "train"))
     configs.check(config, "train")
     if training.train(config, workdir, arrays):
         raise KeyboardInterrupt
@@ -263,8 +263,11 @@ def _as_batch(images, labels):
 
 
 def _config_of_arrays(config, arrays):
-    """Sets a config's image shape and number of classes to those of a user's arrays; gray images
-    without labels have no scores."""
+    """Sets a config's image shape and number of classes to those of a user's arrays.
+
+    Gray and RGBA images without labels have no scores, unless Inception's weights are named for
+    gray ones.
+    """
     if config.data.name != "arrays":
         config.data.update(name="arrays", split="train[:90%]", eval_split="train[90%:]")
     *size, channels = arrays.images.shape[1:]

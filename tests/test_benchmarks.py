@@ -16,7 +16,7 @@ from absl.testing import flagsaver
 from programs import ROOT
 
 from benchmarks import __main__ as benchmark
-from benchmarks import chart, gpu, objectives, objectives_chart, to_quality
+from benchmarks import chart, gpu, memory, objectives, objectives_chart, to_quality
 from benchmarks.contestants import OTHER, Cell
 from ddpm_jax import configs, cpu
 from ddpm_jax.core import unet
@@ -62,6 +62,19 @@ def test_smoke():
             ours, other = (row[name] for name in names[-2:])
             assert float(cell["in bfloat16"]) == pytest.approx(ours / other, rel=0.02, abs=0.01)
     assert "input pipeline" in done.stdout
+
+
+def test_memory_of_a_step(config, capsys):
+    """What XLA plans: the state and the batch, and more for what is kept for the gradient."""
+    config.train.batch_size = 64
+    memory.measure(config, plan_only=True)
+    cells = capsys.readouterr().out.strip(" |\n").split(" | ")
+    assert cells[:2] == ["1", "False"]
+    optimizer = states.make_optimizer(config.optim, 1)
+    state = states.create_state(config, configs.make_model(config), optimizer)
+    planned, temporary = (float(cell) * 2**20 for cell in cells[2:])
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert planned == pytest.approx(size, abs=2**20) and temporary > planned
 
 
 def test_saved_rows_are_measured_again_if_they_lack_a_contestant(tmp_path, monkeypatch):
@@ -229,7 +242,7 @@ def test_a_candidate_for_a_faster_step(name, monkeypatch):
     for key, (module, attribute, function) in gpu.REPLACED.items():
         monkeypatch.setitem(gpu.REPLACED, key, (module, attribute, recorded(function)))
     monkeypatch.setattr(gpu, "SECONDS", 0.2)
-    monkeypatch.setattr(gpu.cpu, "prepare", lambda trains: None)
+    monkeypatch.setattr(gpu.cpu, "prepare", lambda *_: None)
     monkeypatch.setattr(gpu.cpu, "use_cores", lambda *_: None)
     monkeypatch.setattr(gpu.cpu, "has_bfloat16", lambda: False)  # oneDNN's programs are not kept
     small = {"channels": 8, "norm_groups": 4, "channel_mults": (1,), "dropout": 0.5}

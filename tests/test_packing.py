@@ -1,5 +1,6 @@
 """What makes small networks fast on a CPU: packed parameters, and memory in several arenas."""
 
+import math
 import types
 
 import jax
@@ -59,8 +60,16 @@ def test_only_on_a_cpu(state, monkeypatch):
     assert packing.pack(state) is state
 
 
-@pytest.mark.parametrize("name, one_arena", [("digits", False), ("mnist", True)])
-def test_arenas_of_the_allocator(monkeypatch, name, one_arena):
+@pytest.mark.parametrize(
+    "name, mode, one_arena",
+    [
+        ("digits", "train", False),
+        ("digits", "sample", False),
+        ("digits", "evaluate", True),  # by Inception, whose inputs are large
+        ("mnist", "train", True),
+    ],
+)
+def test_arenas_of_the_allocator(monkeypatch, name, mode, one_arena):
     """Large blocks need the only arena that keeps them; freed memory is kept in any case."""
     options = {}
     library = types.SimpleNamespace(mallopt=options.__setitem__)
@@ -68,10 +77,20 @@ def test_arenas_of_the_allocator(monkeypatch, name, one_arena):
     monkeypatch.setattr(cpu, "entry_points", lambda **_: ())
     monkeypatch.setattr(cpu.platform, "libc_ver", lambda: ("glibc", "2.36"))
     monkeypatch.setenv("XLA_FLAGS", "")
-    cpu.prepare(True, configs.positions(configs.named_config(name)))
+    cpu.prepare(True, configs.positions(configs.named_config(name), mode))
     arena_max, mmap_max, trim_threshold = -8, -4, -1
     expected = {mmap_max: 0, trim_threshold: -1} | ({arena_max: 1} if one_arena else {})
     assert options == expected
+
+
+def test_scores_by_inception_need_one_arena():
+    config = configs.named_config("digits")
+    assert configs.positions(config, "train") == 64 * 8 * 8
+    config.evaluate.inception_weights = "a.pth"
+    assert configs.positions(config, "train") == math.inf
+    assert configs.positions(config, "sample") == 64 * 8 * 8
+    config.train.score_every = 0
+    assert configs.positions(config, "train") == 64 * 8 * 8
 
 
 def test_a_step_of_a_packed_state(config):

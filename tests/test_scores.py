@@ -247,7 +247,7 @@ def test_data_without_labels_has_no_score(scored, tmp_path):
 @pytest.mark.parametrize(
     "images, message",
     [
-        (np.zeros((1, 8, 8, 1), np.uint8), r"arrays train holds 1 image, and FID needs RGB"),
+        (np.zeros((1, 8, 8, 1), np.uint8), r"arrays train holds 1 image, and FID needs"),
         (np.broadcast_to(np.uint8(0), (5000, 200, 300, 1)), r"images of 200×300 are large for a"),
     ],
 )

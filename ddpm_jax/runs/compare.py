@@ -32,8 +32,8 @@ FID_NOTE = (
     "a difference below about 1.3 % is noise."
 )
 NEIGHBOURS_NOTE = (
-    "closer_than_held_out and closer_to_train: 0.5 is expected of samples that do not depend on "
-    "the training images."
+    "closer_to_train: 0.5 is expected of samples that do not depend on the training images; "
+    "closer_than_held_out depends on their quality, too."
 )
 
 
@@ -83,12 +83,13 @@ def scores_of_images(path, evaluation):
         with path.open("rb") as file, np.load(file) as arrays:
             names = [name for name in arrays if name.startswith(OF_IMAGES)]
             found = {name.removeprefix(OF_IMAGES): arrays[name] for name in names}
+            means = {score: values.mean() for score, values in found.items()}
     except run_files.ARCHIVE_ERRORS as error:
         raise UserError(f"{path}: {one_line(error)}; evaluate the run again") from None
     return {
         score: values
         for score, values in found.items()
-        if np.isclose(values.mean(), evaluation.get(score, np.nan), rtol=1e-9)
+        if np.isclose(means[score], evaluation.get(score, np.nan), rtol=1e-9)
     }
 
 

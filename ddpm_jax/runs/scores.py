@@ -48,7 +48,8 @@ def choose(config, arrays=None):
         (numbers <= MOST_NUMBERS, f"images of {shape[0]}×{shape[1]} are large for a classifier"),
     ):
         if not fits:
-            text += ", and FID needs RGB images and Inception's weights; 0 turns it off"
+            text += ", and FID needs Inception's weights, of gray images those that "
+            text += "evaluate.inception_weights names; 0 turns it off"
             raise UserError(f"train.score_every={config.train.score_every}: {text}")
     return None, labelled
 
@@ -83,7 +84,9 @@ def make_score(config, source, chosen, sample, workdir, stop):
 
     def score(step, params, stop=signals.never):
         parent = pathlib.Path(workdir) / "scores"
-        known = {"step": step, "params_sha256": reference.digest_of(params), **inputs}
+        # The first process's: on other processors the last bits of a copy may be others.
+        digest = parallel.broadcast_from_first(int(reference.digest_of(params)[:7], 16))
+        known = {"step": step, "params": digest, **inputs}
         folder = reference.provenance_folder(parent, known)
 
         def rows(first, last):

@@ -9,8 +9,7 @@ show/denoising_x0.png      the x0 predicted at these t
 show/reverse.gif, .mp4     the reverse process as an animation
 show/losses.png            from metrics.jsonl
 show/scores.png            from metrics.jsonl, with train.score_every
-report.html                all of these, with the settings, in one file; and the nearest training
-                           images that evaluate drew
+report.html                all of these, with the settings, in one file; and what evaluate drew
 """
 
 import base64

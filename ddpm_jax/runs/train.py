@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import fractions
-import functools
 import logging
 import math
 import pathlib
@@ -176,13 +175,14 @@ def make_actions(config, workdir, span, metrics, eval_loss, sample, score, stop)
     return actions
 
 
-def attempt(name, action):
-    """Runs an action that training does not depend on; if it fails, warns and continues.
+def attempt(name, action, step, state):
+    """Calls action(step, state), on which training does not depend; if it fails, warns and
+    continues.
 
     With several processes, the error is raised: a process cannot know whether the others failed.
     """
     try:
-        action()
+        action(step, packing.unpack(state))
     except Exception as error:
         if jax.process_count() > 1:
             raise
@@ -266,8 +266,7 @@ def run_loop(config, workdir, span, steps, metrics, save, actions, stop):
             if saves and (not skipped or step == span.last):
                 save(step, state)
             for name, action in due.items():
-                action = functools.partial(action, step, packing.unpack(state))
-                attempt(f"step {step}: {name}", action)
+                attempt(f"step {step}: {name}", action, step, state)
             if ends or stop.agreed or step >= span.last:
                 save(step, state)
                 break
@@ -382,7 +381,8 @@ def describe(config, state, schedule, source, eval_source):
     log.info(
         "chain: T = %d, ᾱ_T = %.4g, prior KL %.3g bits/dim", schedule.num_timesteps, alpha_bar, kl
     )
-    generate.warn_of_chain(configs.for_show(config), mean_square)
+    draws = config.model.kind == "unet"
+    generate.warn_of_chain(configs.for_show(config) if draws else config, mean_square)
     step = int(state.step)
     if step >= configs.num_steps(config.train, source.size):
         field = "num_epochs" if config.train.num_epochs else "num_steps"
