@@ -21,6 +21,8 @@ RUN += ["--config.train.sample_every=1000", "--config.sample.num_samples=16"]
 RUN += ["--config.sample.batch_size=16", "--config.optim.warmup_steps=2"]
 EVALUATE = ["--config.evaluate.num_samples=0", "--config.evaluate.bits_per_dim_images=20"]
 EVALUATE += ["--config.evaluate.nearest_images=40"]
+SCORED = ["--config.train.score_every=6", "--config.train.score_samples=80"]
+SCORED += ["--config.train.keep_best", "--config.evaluate.cache_dir=cache"]
 LONG = [*RUN, "--config.train.num_steps=1000000", "--config.train.eval_every=1000000"]
 LONG += ["--config.train.checkpoint_every=20", "--workdir=run"]
 
@@ -30,18 +32,19 @@ def train(steps):
 
 
 def numbers(run):
-    """What a run came to: (losses, held-out losses, samples, evaluation)."""
+    """What a run came to: (losses, held-out losses, scores, samples, evaluation)."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    losses, held_out = ([x[name] for x in lines if name in x] for name in ("loss", "eval_loss"))
+    names = ("loss", "eval_loss", "distance")
+    losses, held_out, scores = ([x[name] for x in lines if name in x] for name in names)
     (samples,) = (run / "samples").glob("sample_*.npz")
     with np.load(samples) as arrays:
         images = arrays["images"].astype(int)
     evaluation = json.loads((run / "evaluation.json").read_text())
-    return losses, held_out, images, evaluation
+    return losses, held_out, scores, images, evaluation
 
 
 def assert_same(run, other):
-    for ours, theirs in zip(numbers(run)[:2], numbers(other)[:2], strict=True):
+    for ours, theirs in zip(numbers(run)[:3], numbers(other)[:3], strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4)
     (*_, images, evaluation), (*_, other_images, other_evaluation) = numbers(run), numbers(other)
     # Rounding can tip a pixel over to the next level.
@@ -52,10 +55,10 @@ def assert_same(run, other):
         assert evaluation[name] == pytest.approx(other_evaluation[name], abs=0.01), name
 
 
-def one_process(folder, devices, steps):
+def one_process(folder, devices, steps, *flags):
     folder.mkdir(exist_ok=True)
     for arguments in (
-        train(steps),
+        [*train(steps), *flags],
         ["--mode=sample", "--workdir=run"],
         ["--mode=evaluate", "--workdir=run", *EVALUATE],
     ):
@@ -75,10 +78,10 @@ def test_the_number_of_devices_changes_nothing(tmp_path):
 
 def test_two_processes_do_what_one_device_does(tmp_path):
     """With two devices each; and each resumes from the other's checkpoint."""
-    one, two = one_process(tmp_path / "one", 1, 6), tmp_path / "[2]" / "run"
+    one, two = one_process(tmp_path / "one", 1, 6, *SCORED), tmp_path / "[2]" / "run"
     two.parent.mkdir()
     for arguments in (
-        train(6),
+        [*train(6), *SCORED],
         ["--mode=sample", "--workdir=run"],
         ["--mode=evaluate", "--workdir=run", *EVALUATE],
     ):
@@ -87,6 +90,7 @@ def test_two_processes_do_what_one_device_does(tmp_path):
         said = [line for line in other_text.splitlines() if "peer rank" not in line]  # of Gloo
         assert not said  # only the first process speaks
     assert_same(one, two)
+    assert len(numbers(two)[2]) == 1  # they were scored, by the classifier
     assert {p.name for p in two.iterdir()} - {p.name for p in one.iterdir()} <= {
         p.name for p in two.glob("events.out.*")
     }

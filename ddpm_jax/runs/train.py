@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import fractions
+import functools
 import logging
 import math
 import pathlib
@@ -175,14 +176,13 @@ def make_actions(config, workdir, span, metrics, eval_loss, sample, score, stop)
     return actions
 
 
-def attempt(name, action, step, state):
-    """Calls action(step, state), on which training does not depend; if it fails, warns and
-    continues.
+def attempt(name, action):
+    """Runs an action that training does not depend on; if it fails, warns and continues.
 
     With several processes, the error is raised: a process cannot know whether the others failed.
     """
     try:
-        action(step, packing.unpack(state))
+        action()
     except Exception as error:
         if jax.process_count() > 1:
             raise
@@ -265,8 +265,9 @@ def run_loop(config, workdir, span, steps, metrics, save, actions, stop):
             # While updates are skipped, the parameters may be the cause: keep older checkpoints.
             if saves and (not skipped or step == span.last):
                 save(step, state)
+            whole = packing.unpack(state) if due else None
             for name, action in due.items():
-                attempt(f"step {step}: {name}", action, step, state)
+                attempt(f"step {step}: {name}", functools.partial(action, step, whole))
             if ends or stop.agreed or step >= span.last:
                 save(step, state)
                 break
