@@ -130,13 +130,13 @@ def make_work(config, steps):
 def measure(case):
     """Measures one candidate in this process, on one GPU; returns a line's fields."""
     contestants.use_one_gpu()
-    config = configs.named_config(case["config"])
-    cpu.prepare(True, configs.positions(config, "train"))
     compilation.keep_programs()  # a candidate that had no time left goes on from there
     # XLA's own caches do not tell its flags apart, of which some candidates consist.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+    config = configs.named_config(case["config"])
     config.update_from_flattened_dict({"model.dtype": "bfloat16", **case.get("fields", {})})
     config.train.batch_size = case["size"] * case.get("batch", 1)
+    cpu.prepare(True, configs.positions(config, "train"))
     cpu.use_cores(config.train.batch_size)
     steps, seconds = case.get("steps", 1), []
     with contextlib.ExitStack() as stack:

@@ -78,8 +78,8 @@ def run():
     options = parser.parse_args()
     if options.row:
         config = configs.named_config(options.config)
-        cpu.prepare(True, configs.positions(config, "train"))
         config.train.batch_size = options.batch_size
+        cpu.prepare(True, configs.positions(config, "train"))
         config.optim.accumulate, config.model.remat = options.row[0], bool(options.row[1])
         measure(config, options.plan_only)
         return

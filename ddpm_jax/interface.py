@@ -275,6 +275,6 @@ def _config_of_arrays(config, arrays):
     config.data.update(image_size=tuple(size), channels=channels, num_classes=int(classes))
     has_fid = channels == 3 or (channels == 1 and config.evaluate.inception_weights)
     if arrays.labels is None and not has_fid and config.train.score_every:
-        log.info("train.score_every=0: gray images without labels have no score")
+        log.info("train.score_every=0: gray and RGBA images without labels have no score")
         config.train.score_every = 0
     return config
