@@ -202,8 +202,8 @@ def _diffusion_fields():
     diffusion = ConfigDict()
     diffusion.schedule = "linear"  # linear, linear_rescaled (1000 / T), cosine, quadratic, sigmoid
     diffusion.num_timesteps = 1000  # T
-    diffusion.beta_start = 1e-4  # β at the first step (ignored by the cosine schedule)
-    diffusion.beta_end = 0.02  # β at the last step (ignored by the cosine schedule)
+    diffusion.beta_start = 1e-4  # β at the first step; cosine ignores it, linear_rescaled scales it
+    diffusion.beta_end = 0.02  # β at the last step, likewise; sigmoid comes near both
     diffusion.zero_terminal_snr = False  # rescale the schedule to ᾱ_T = 0 (needs x0 or v)
     diffusion.prediction = "eps"  # the network's prediction target: eps, x0, mean (μ̃), v
     diffusion.loss = "simple"  # the MSE of the prediction; vlb, the variational bound; hybrid, both

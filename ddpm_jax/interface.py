@@ -214,7 +214,8 @@ def train(
     fast: call jax.config.update("jax_num_cpu_devices", 2) before anything else.
 
     Args:
-      config: the config; `images` and `labels` replace its image shape and number of classes.
+      config: the config; `images` replace its image shape, `labels` its number of classes if they
+        need more, and no labels mean no classes.
       workdir: the run's folder; a run in it is resumed from its newest checkpoint.
       images: uint8 [N, H, W, C] to train on, instead of the config's dataset. A tenth of them is
         held out, unless config.data.name is "arrays": then its splits decide.

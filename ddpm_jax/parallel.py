@@ -1,4 +1,4 @@
-"""All code about devices and processes: one batch axis, and functions pmapped over it.
+"""Devices and processes: one batch axis, and functions pmapped over it.
 
 A function under `pmap` gets one device's shard of a batch. It may average over the devices with
 `lax.pmean(…, AXIS)`, and `example_indices` gives the indices of its examples in the global batch.

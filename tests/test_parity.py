@@ -330,7 +330,7 @@ def test_optimisation(reference, tmp_path):
 
 @pytest.mark.parametrize("schedule", ["linear", "sigmoid"])
 @pytest.mark.parametrize("kwargs", [{}, ADM_BLOCKS], ids=["Ho's", "ADM's"])
-def test_pipelines_load_what_we_export(kwargs, schedule, reference, tmp_path):
+def test_pipelines_load_what_we_export(kwargs, schedule, reference, tmp_path, caplog):
     """DDPMPipeline and DDIMPipeline generate the images that we do, within one level."""
     from diffusers import DDIMPipeline, DDPMPipeline
 
@@ -366,6 +366,16 @@ def test_pipelines_load_what_we_export(kwargs, schedule, reference, tmp_path):
         num_inference_steps=10,
         use_clipped_model_output=True,  # its direction, too, is from the clipped x0
     )
+    assert np.abs(ours - np.float64(theirs)).max() <= 1
+
+    solver = ["--config.sample.sampler=dpmpp", "--config.sample.num_steps=10"]
+    caplog.set_level("INFO", "ddpm_jax")
+    cli.run(["main", "--mode=export", run, f"--weights={tmp_path / 'solver'}", *solver])
+    assert "the DDPMPipeline with num_inference_steps=10;" in caplog.text
+    cli.run(["main", "--mode=sample", run, *few, *solver])
+    ours = np.load(tmp_path / "run/samples/sample_000000_n4_seed0_dpmpp10.npz")["images"]
+    pipeline = DDPMPipeline.from_pretrained(tmp_path / "solver")
+    theirs = reference.pipeline_images(pipeline, noises[:1], num_inference_steps=10)
     assert np.abs(ours - np.float64(theirs)).max() <= 1
 
 

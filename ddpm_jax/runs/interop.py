@@ -215,7 +215,9 @@ def export_run(config, workdir, weights):
     which = "EMA" if config.sample.use_ema else "raw"
     log.info("wrote %s: the %s parameters of step %d", weights, which, step)
     steps, kind = config.diffusion.num_timesteps, scheduler["_class_name"]
-    if kind != "DDPMScheduler":
+    if kind == "DPMSolverMultistepScheduler":
+        steps = config.sample.num_steps or steps
+    if kind not in ("DDPMScheduler", "DPMSolverMultistepScheduler"):
         text = "DDPMPipeline may not run a %s: load the network and the scheduler by themselves"
         log.info(text, kind)
     elif config.data.num_classes:
