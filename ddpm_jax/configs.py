@@ -505,6 +505,14 @@ def make_alpha_bars(config):
         raise UserError(str(error)) from None
 
 
+def loss_weights(config):
+    """The weights of L_simple, [T] float64; 1 where there are none."""
+    section = config.diffusion
+    options = {name: section[name] for name in ("min_snr_gamma", "p2_gamma", "p2_k")}
+    alpha_bars = make_alpha_bars(config)
+    return weights.loss_weights(alpha_bars, section.prediction, section.loss_weight, **options)
+
+
 def make_schedule(config):
     """The schedule of a config's `diffusion` section; raises what make_alpha_bars does."""
     return schedules.from_alpha_bars(make_alpha_bars(config))
@@ -605,6 +613,10 @@ def check(config, mode="train"):
     make_schedule(config)
     _check_model(config.model, config.data.image_size)
     _check_task(config, mode)
+    with np.errstate(all="ignore"):
+        fits = np.isfinite(np.float32(loss_weights(config))).all()
+    allowed = "the weights of L_simple are not finite; take a smaller one, or a larger p2_k"
+    require(fits, "diffusion.p2_gamma", config.diffusion.p2_gamma, allowed)
     _check_sampling(config, mode)
     if mode in ("train", "show"):
         _check_sampler(for_show(config), mode, "show")

@@ -36,6 +36,14 @@ def test_frechet_distance_of_independent_normals():
     assert distances.frechet_distance(a, b) == pytest.approx(12 + 4 + 4)
 
 
+@pytest.mark.parametrize("count", [2, 50, 500])
+def test_frechet_distance_of_few_samples_to_themselves(count):
+    """0, where most eigenvalues are: the root of a rounding error of 1e-16 is 1e-8."""
+    features = np.random.default_rng(0).standard_normal((count, 600))
+    found = distances.statistics([features])
+    assert abs(distances.frechet_distance(found, found)) < 1e-9 * np.trace(found.covariance)
+
+
 def test_kernel_distance_by_the_definition():
     def kernel(x, y):
         return (np.dot(x, y) / 12 + 1) ** 3

@@ -66,6 +66,17 @@ def test_inpainting_leaves_known_pixels_bit_for_bit(run, pictures, tmp_path, sam
     assert (out[:, ~known] != given[:, ~known]).mean() > 0.5
 
 
+def test_another_mask_writes_other_files(run, tmp_path):
+    """Also where the pixels between the masks are as gray as those that are left out."""
+    Image.fromarray(np.full((8, 8), 128, np.uint8)).save(tmp_path / "gray.png")
+    for rows in (2, 4):
+        mask = np.zeros((8, 8), np.uint8)
+        mask[:rows] = 255
+        Image.fromarray(mask).save(tmp_path / "mask.png")
+        out = edit("inpaint", run, tmp_path / "gray.png", f"--mask={tmp_path / 'mask.png'}")
+        assert (out["images"][:, rows:] == 128).all()
+
+
 def test_img2img_keeps_more_of_an_image_the_earlier_it_starts(run, pictures):
     folder, given = pictures
     changes = []

@@ -9,6 +9,7 @@ import pytest
 from references import gaussian_predict
 from scipy.stats import norm
 
+from ddpm_jax import configs
 from ddpm_jax.core import diffusion, likelihood, sampling, schedules
 
 HO = schedules.make_schedule("linear", 1000)
@@ -58,6 +59,18 @@ def test_x0_error_on_gaussian_data():
     a = np.float64(HO.alpha_bars)
     expected = 0.25 * (1 - a) / (a * 0.25 + 1 - a)
     np.testing.assert_allclose(np.asarray(bound.x0_mse).mean(1), expected, rtol=0.04)
+
+
+def test_prior_of_a_chain_that_hardly_adds_noise(config):
+    """½ (ᾱ (E[x²] - 1) - log(1 - ᾱ)) with ᾱ = (1 - 1e-8)²; in float32, ᾱ is 1."""
+    config.diffusion.update(schedule="linear", num_timesteps=2, beta_start=1e-8, beta_end=1e-8)
+    schedule, x0 = configs.make_schedule(config), jnp.full((1, 2, 2, 1), 0.5)
+    predict_fn = diffusion.predictor(schedule, lambda x, t: x)
+    found = likelihood.vlb(schedule, predict_fn, x0, lambda t: jnp.zeros_like(x0)).prior
+    expected = (0.25 - 1 - np.log(2e-8)) / 2 / np.log(2)
+    np.testing.assert_allclose(found, [expected], rtol=1e-6)
+    alpha_bar = configs.make_alpha_bars(config)[-1]
+    assert likelihood.prior_kl(alpha_bar, 0.25) == pytest.approx(expected, rel=1e-7)
 
 
 def test_prior_of_each_image():

@@ -23,6 +23,19 @@ ALPHA_BARS = schedules.make_alpha_bars("linear", 1000)
 SNR = {0: 9999.0, 99: 8.710448569353932, 499: 0.08528994446263685, 999: 4.0359926511684205e-05}
 
 
+def test_one_large_loss_leaves_the_timesteps_in_range():
+    """Its square is infinite in float32; so are the squares of all, if they are all so large."""
+    history = full_history()
+    large = history._replace(losses=history.losses.at[3, 0].set(3e19))
+    p = timesteps.importance(large)
+    assert np.isfinite(p).all() and p[3] > 0.98
+    t, weights_of_t = timesteps.draw(p, jnp.array([0.0, 0.3, 0.9]))
+    assert (t < len(p)).all() and np.isfinite(weights_of_t).all()
+    scaled = history._replace(losses=history.losses * 1e25)
+    expected = timesteps.importance(history)
+    np.testing.assert_allclose(timesteps.importance(scaled), expected, rtol=1e-5)
+
+
 def test_held_out_timesteps_of_large_chains(config, monkeypatch):
     """Evenly spaced, also where index · T needs more than 32 bits: here up to 3e9."""
     num_timesteps, count = 10**6, 3000
@@ -301,6 +314,10 @@ def test_the_history_has_the_last_losses(most):
         ({"loss": "hybrid"}, "diffusion.loss='hybrid' needs learned or learned_range"),
         ({"loss": "vlb", "loss_weight": "p2"}, "loss_weight='p2': must be 'none' with"),
         ({"prediction": "mean", "loss_weight": "min_snr"}, "needs diffusion.prediction to be one"),
+        (
+            {"loss_weight": "p2", "p2_gamma": 20.0, "p2_k": 0.001},
+            "p2_gamma=20.0: the weights of L_simple are not finite; take a smaller one",
+        ),
         ({"loss_weight": "snr"}, "choose from none, min_snr, p2, truncated_snr"),
         ({"min_snr_gamma": 0.0}, "diffusion.min_snr_gamma=0.0: must be above 0"),
     ],

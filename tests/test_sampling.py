@@ -516,6 +516,16 @@ def test_calls_of_the_network_of_a_part_of_the_chain(config):
     assert generate.describe_sampler(config) == "heun, 10 steps, 19 network evaluations"
 
 
+@pytest.mark.parametrize("sampler, spacing, warns",
+    [("plms", "trailing", True), ("heun", "trailing", True), ("plms", "leading", False),
+     ("dpmpp", "trailing", False)])  # fmt: skip
+def test_samplers_that_amplify_errors_at_small_alpha_bar(config, caplog, sampler, spacing, warns):
+    config.diffusion.update(num_timesteps=200, schedule="cosine")
+    config.sample.update(sampler=sampler, spacing=spacing, num_steps=10)
+    generate.warn_of_chain(config)
+    assert (f"{sampler} starts at ᾱ = 6.1e-08, where it amplifies" in caplog.text) == warns
+
+
 @pytest.mark.parametrize("steps, warns", [(1, True), (2, True), (50, False), (200, False)])
 def test_a_chain_that_does_not_start_in_noise_is_reported(config, caplog, steps, warns):
     config.diffusion.num_timesteps = 200

@@ -202,7 +202,7 @@ def dynamically_thresholded(predict_fn, quantile):
 
     Args:
       predict_fn: (x_t, t, …) to a Prediction.
-      quantile: in (0, 1); 0.995 in Imagen's code. 1 rescales every image to [-1, 1].
+      quantile: in (0, 1]; 0.995 in Imagen's code. 1 divides by max |x0| where that is above 1.
     """
 
     def threshold(*args):

@@ -24,7 +24,7 @@ def prior_kl(alpha_bar, mean_square):
     """L_T = KL(q(x_T | x_0) ‖ N(0, I)) per dimension: the distance of x_T from noise.
 
     Args:
-      alpha_bar: ᾱ_T.
+      alpha_bar: ᾱ_T, float64 where it may be near 1.
       mean_square: E[x²] of the data, scaled to [-1, 1].
 
     Returns:
@@ -126,7 +126,10 @@ def vlb(schedule, predict_fn, x0, noise_fn, *, variances=diffusion.FIXED_VARIANC
     _, (terms, x0_mse) = jax.lax.scan(body, None, jnp.arange(schedule.num_timesteps))
     alpha_bar = schedule.alpha_bars[-1]
     mean_square = jnp.square(x0).mean(axis=(1, 2, 3))
-    prior = (alpha_bar * (mean_square - 1) - jnp.log1p(-alpha_bar)) * (BITS / 2)
+    # log(1 - ᾱ_T), each where its argument has all digits in float32.
+    sigma = schedule.sqrt_one_minus_alpha_bars[-1]
+    log_noise = jnp.where(alpha_bar < 0.5, jnp.log1p(-alpha_bar), 2 * jnp.log(sigma))
+    prior = (alpha_bar * (mean_square - 1) - log_noise) * (BITS / 2)
     return Vlb(prior, terms, x0_mse)
 
 

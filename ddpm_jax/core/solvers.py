@@ -267,7 +267,8 @@ def heun(alpha_bars):
       alpha_bars: ᾱ, [S] float64, descending.
 
     Returns:
-      A Solver, NFE = 2 S - 1; one less if ᾱ_T = 0, where the first step is an Euler step.
+      A Solver, NFE = 2 S - 1; if ᾱ_T = 0, where the first step is an Euler step, one less (but 1
+      if S = 1).
     """
     alpha, sigma, _ = _nodes(alpha_bars)
     x, start, m1, m0, _ = np.eye(5)

@@ -58,7 +58,9 @@ def importance(history):
       [T], with sum 1.
     """
     uniform = jnp.full(len(history.counts), 1 / len(history.counts))
-    root = jnp.sqrt(jnp.mean(jnp.square(history.losses), axis=1))
+    largest = history.losses.max()  # without it, squares of large losses are infinite
+    relative = history.losses / jnp.where(largest > 0, largest, 1)
+    root = jnp.sqrt(jnp.mean(jnp.square(relative), axis=1))
     total = root.sum()
     learned = (1 - UNIFORM_SHARE) * root / jnp.where(total > 0, total, 1) + UNIFORM_SHARE * uniform
     return jnp.where((history.counts >= HISTORY).all() & (total > 0), learned, uniform)

@@ -64,12 +64,18 @@ def frechet_distance(a, b):
       They are real, also if a covariance is singular.
     """
     values, vectors = scipy.linalg.eigh(a.covariance)
-    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    root = (vectors * _roots(values)) @ vectors.T
     product = root @ b.covariance @ root
     eigenvalues = scipy.linalg.eigvalsh((product + product.T) / 2)
     trace = np.trace(a.covariance) + np.trace(b.covariance)
-    trace -= 2 * np.sqrt(np.maximum(eigenvalues, 0)).sum()
+    trace -= 2 * _roots(eigenvalues).sum()
     return float(np.sum(np.square(a.mean - b.mean)) + trace)
+
+
+def _roots(eigenvalues):
+    """√ of eigenvalues; 0 for those that are a rounding error of 0, whose root is much larger."""
+    noise = len(eigenvalues) * np.finfo(float).eps * eigenvalues.max()
+    return np.sqrt(np.where(eigenvalues > noise, eigenvalues, 0))
 
 
 def kernel_distance(a, b, subsets=100, size=1000):

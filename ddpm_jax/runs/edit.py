@@ -183,7 +183,8 @@ def inpaint(config, workdir, paths, mask):
     section, masked = config.sample, np.where(known_mask, x, 128).astype(np.uint8)
     repeats = f"_r{section.resamplings}j{section.jump_length}" if section.resamplings > 1 else ""
     rows = np.stack([x, masked, out], axis=1)
-    write(config, workdir, step, f"inpaint{repeats}", masked, rows, images=out)
+    inputs = np.stack([masked, np.broadcast_to(known_mask, x.shape)])
+    write(config, workdir, step, f"inpaint{repeats}", inputs, rows, images=out)
 
 
 def invert(config, workdir, paths):
@@ -215,7 +216,7 @@ def write(config, workdir, step, name, inputs, rows, **arrays):
       workdir: the run's folder.
       step: of the checkpoint.
       name: the beginning of the files' names.
-      inputs: the input images, for the digest.
+      inputs: an array, for the digest.
       rows: uint8 [N, columns, H, W, C], the picture.
       **arrays: of the .npz.
     """

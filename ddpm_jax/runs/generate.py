@@ -26,6 +26,7 @@ MAX_COLUMNS = 16
 # bits/dim of x_t from noise at the first step of fewer than T; below it, digits of few steps have a
 # smaller Fréchet distance than those that start at T - 1 (docs/sampling.md).
 MAX_START_KL = 0.02
+SMALLEST_START = 1e-6  # ᾱ; of the digits it is 6e-8, from where heun and plms diverge
 # Parameters × pixels × images × rows of a segment: 0.3 seconds on 2 CPU cores (AMD EPYC).
 SEGMENT_WORK = 10**11
 MAX_INITIAL_SHARE = 0.1  # of the initial parameters in the EMA; above it the user is warned
@@ -514,7 +515,7 @@ def warn_of_chain(config, mean_square=1 / 3):
     """
     chain = make_chain(config)
     start, last = int(chain.timesteps[-1]), config.diffusion.num_timesteps - 1
-    kl = likelihood.prior_kl(chain.schedule.alpha_bars[-1], mean_square)
+    kl = likelihood.prior_kl(configs.make_alpha_bars(config)[-1], mean_square)
     kl_of_start = likelihood.prior_kl(chain.alpha_bars[-1], mean_square)
     if kl > likelihood.MAX_PRIOR_KL:
         log.warning(
@@ -529,6 +530,15 @@ def warn_of_chain(config, mean_square=1 / 3):
             config.sample.sampler,
             len(chain.timesteps),
             start,
+        )
+    first = chain.alpha_bars[-1]
+    if config.sample.sampler in ("heun", "plms") and 0 < first < SMALLEST_START:
+        log.warning(
+            "%s starts at ᾱ = %.2g, where it amplifies the network's errors %.0f times; take fewer "
+            "steps with sample.spacing=leading, or another sampler",
+            config.sample.sampler,
+            first,
+            first**-0.5,
         )
 
 

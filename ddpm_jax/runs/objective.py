@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from ddpm_jax import configs, cpu, packing, parallel, signals
-from ddpm_jax.core import diffusion, likelihood, timesteps, unet, weights
+from ddpm_jax.core import diffusion, likelihood, timesteps, unet
 from ddpm_jax.files import images
 from ddpm_jax.runs import generate
 from ddpm_jax.runs import state as states
@@ -65,11 +65,7 @@ def make_loss(config, model, schedule):
     """
     section = config.diffusion
     variance = section.variance
-    options = {name: section[name] for name in ("min_snr_gamma", "p2_gamma", "p2_k")}
-    of_t = weights.loss_weights(
-        configs.make_alpha_bars(config), section.prediction, section.loss_weight, **options
-    )
-    of_t = jnp.asarray(of_t, jnp.float32)
+    of_t = jnp.asarray(configs.loss_weights(config), jnp.float32)
 
     def simple(net_fn, x0, labels, t, eps):
         mse = diffusion.simple_loss(schedule, net_fn, x0, t, eps, section.prediction)

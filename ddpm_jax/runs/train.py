@@ -377,7 +377,7 @@ def describe(config, state, schedule, source, eval_source):
     log.info("network: %s parameters", f"{sum(p.size for p in jax.tree.leaves(state.params)):,}")
     first = np.arange(min(eval_source.size, 256))
     mean_square = float(np.mean(np.square(images.to_float(eval_source.read(first).images))))
-    alpha_bar = float(schedule.alpha_bars[-1])
+    alpha_bar = float(configs.make_alpha_bars(config)[-1])
     kl = likelihood.prior_kl(alpha_bar, mean_square)
     log.info(
         "chain: T = %d, ᾱ_T = %.4g, prior KL %.3g bits/dim", schedule.num_timesteps, alpha_bar, kl
