@@ -541,13 +541,19 @@ def batch_sizes(config, mode):
     return {name: flatten(config)[name] for name in fields.get(mode, ("sample.batch_size",))}
 
 
+def can_have_fid(config):
+    """Whether the scores in training may be FID: of RGB images, and of gray ones if asked for."""
+    channels = config.data.channels
+    return channels == 3 or (channels == 1 and config.evaluate.inception_weights != "")
+
+
 def positions(config, mode):
     """Images × pixels of a training batch, over all devices.
 
     ∞ where Inception may be used, whose inputs are large; and if a size is not a whole number.
     """
-    has_fid = config.data.channels == 3 or config.evaluate.inception_weights
-    if mode == "evaluate" or (mode == "train" and config.train.score_every and has_fid):
+    by_inception = config.train.score_every and can_have_fid(config)
+    if mode == "evaluate" or (mode == "train" and by_inception):
         return math.inf
     numbers = config.train.batch_size, *config.data.image_size
     return math.prod(numbers) if all(map(_is_whole, numbers)) else math.inf

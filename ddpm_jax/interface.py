@@ -274,8 +274,7 @@ def _config_of_arrays(config, arrays):
     *size, channels = arrays.images.shape[1:]
     classes = 0 if arrays.labels is None else max(config.data.num_classes, arrays.labels.max() + 1)
     config.data.update(image_size=tuple(size), channels=channels, num_classes=int(classes))
-    has_fid = channels == 3 or (channels == 1 and config.evaluate.inception_weights)
-    if arrays.labels is None and not has_fid and config.train.score_every:
+    if arrays.labels is None and config.train.score_every and not configs.can_have_fid(config):
         log.info("train.score_every=0: gray and RGBA images without labels have no score")
         config.train.score_every = 0
     return config

@@ -214,10 +214,10 @@ def export_run(config, workdir, weights):
             raise UserError(f"weights={weights}: cannot be used ({one_line(error)})") from None
     which = "EMA" if config.sample.use_ema else "raw"
     log.info("wrote %s: the %s parameters of step %d", weights, which, step)
-    steps, kind = config.diffusion.num_timesteps, scheduler["_class_name"]
-    if kind == "DPMSolverMultistepScheduler":
-        steps = config.sample.num_steps or steps
-    if kind not in ("DDPMScheduler", "DPMSolverMultistepScheduler"):
+    total, kind = config.diffusion.num_timesteps, scheduler["_class_name"]
+    few = config.sample.num_steps or total
+    steps = {"DDPMScheduler": total, "DPMSolverMultistepScheduler": few}  # those that it runs
+    if kind not in steps:
         text = "DDPMPipeline may not run a %s: load the network and the scheduler by themselves"
         log.info(text, kind)
     elif config.data.num_classes:
@@ -226,8 +226,9 @@ def export_run(config, workdir, weights):
         )
         null = ", and the last embedding is the null class" if config.model.null_class else ""
         log.info(text, config.data.num_classes - 1, null)
-    elif steps != 1000:
-        log.info("call the DDPMPipeline with num_inference_steps=%d; its default is 1000", steps)
+    elif steps[kind] != 1000:
+        text = "call the DDPMPipeline with num_inference_steps=%d; its default is 1000"
+        log.info(text, steps[kind])
 
 
 def diffusers_tensors(params, levels):

@@ -36,8 +36,8 @@ def choose(config, arrays=None):
       UserError: if Inception is not used, and the images have no labels or are too large; if there
         is one training image; or if the file of the weights is missing or is another one.
     """
-    path, channels = config.evaluate.inception_weights, config.data.channels
-    if (path and channels != 4) or (channels == 3 and inception.is_packaged()):
+    path = config.evaluate.inception_weights
+    if configs.can_have_fid(config) and (path or inception.is_packaged()):
         return inception.load(path), ()
     labelled = [data.open_labelled(config.data, f, arrays) for f in ("split", "eval_split")]
     train, shape = labelled[0], configs.image_shape(config)

@@ -50,6 +50,7 @@ SECTIONS = {
     },
     "Schedule": {"schedule.png": "over t"},
 }
+SCORES = {"fid": "FID", "kid": "KID", "distance": "Fréchet distance"}  # of metrics.jsonl
 # Pictures of --mode=evaluate, with their captions.
 EVALUATION = {
     "evaluation_steps.png": "FID and sFID of checkpoints",
@@ -205,16 +206,15 @@ def draw_losses(path, lines):
 
 def draw_scores(path, lines, batch_size):
     """Plots the scores over the images seen and over minutes; a ring marks the best one."""
-    minutes, titles = minutes_at(lines, batch_size), {"fid": "FID", "kid": "KID"}
-    titles["distance"] = "Fréchet distance"
-    names = [name for name in titles if any(name in line for line in lines)]
+    minutes = minutes_at(lines, batch_size)
+    names = [name for name in SCORES if any(name in line for line in lines)]
     figure = Figure(figsize=(10, 4 * len(names)), layout="constrained")
     axes = figure.subplots(len(names), 2, sharey="row", squeeze=False)
     for name, row in zip(names, axes, strict=True):
         points = [(line["step"], line[name]) for line in lines if name in line]
         steps, values = map(np.array, zip(*points, strict=True))
         best = np.where(np.isfinite(values), values, np.inf).argmin()
-        row[0].set(xlabel="images seen", ylabel=titles[name])
+        row[0].set(xlabel="images seen", ylabel=SCORES[name])
         row[1].set(xlabel="minutes of training")
         for panel, x in zip(row, (steps * batch_size, [minutes[s] for s in steps]), strict=True):
             panel.set_yscale("linear" if name == "kid" else "log")  # KID may be below 0
