@@ -523,6 +523,7 @@ def test_samplers_that_amplify_errors_at_small_alpha_bar(config, caplog, sampler
     config.diffusion.update(num_timesteps=200, schedule="cosine")
     config.sample.update(sampler=sampler, spacing=spacing, num_steps=10)
     generate.warn_of_chain(config)
+    assert ("where it amplifies" in caplog.text) == warns
     assert (f"{sampler} starts at ᾱ = 6.1e-08, where it amplifies" in caplog.text) == warns
 
 
