@@ -23,7 +23,6 @@ from benchmarks import digits_quality, quality
 from ddpm_jax import configs, cpu, parallel
 from ddpm_jax.core import diffusion, unet
 from ddpm_jax.files import checkpoint, data, images
-from ddpm_jax.files import workdir as run_files
 from ddpm_jax.metrics import classifier
 from ddpm_jax.runs import evaluate, generate, objective, reference, train
 
@@ -32,7 +31,7 @@ RUNS = flags.DEFINE_string("runs", "runs/objectives", "the folder for the runs")
 CSV = flags.DEFINE_string("csv", "docs/objectives.csv", "the file to add scores to")
 SEEDS = flags.DEFINE_integer("seeds", 3, "trainings of each choice")
 ONLY = flags.DEFINE_list("only", [], "rows to measure; all by default")
-SCORES = flags.DEFINE_list("scores", "rate mse bits fast sure full".split(), "what to measure")
+SCORES = flags.DEFINE_list("scores", "mse bits fast sure full".split(), "what to measure")
 COLUMNS = "data choice seed steps score value date".split()
 STEPS = {"digits": 1100, "mnist": 1000}
 VLB_IMAGES = {"digits": 297, "mnist": 128}
@@ -147,10 +146,6 @@ def sample(config, params, kind, workdir):
 
 def scores_of(config, workdir, kind, distance):
     """Measures scores of a trained run: {name: value}."""
-    if kind == "rate":
-        lines = [line["images_per_second"] for line in run_files.read_metrics(workdir)
-                 if "images_per_second" in line]  # fmt: skip
-        return {"images/s": float(np.median(lines))}
     _, params = checkpoint.restore_params(config, workdir)
     source = data.open_source(config.data, "eval_split")
     config.sample.batch_size = 64
@@ -197,7 +192,7 @@ def main(_):
             continue
         steps = STEPS[DATA.value]
         row = DATA.value, row_name(choice, decay), seed, steps
-        first_score = {"rate": "images/s", "mse": "mse_q1", "bits": "bits/dim"}.get(kind, kind)
+        first_score = {"mse": "mse_q1", "bits": "bits/dim"}.get(kind, kind)
         if (*map(str, row), first_score) in quality.measured(path, COLUMNS[:5]):
             continue
         config, workdir = config_of(choice, seed), workdir_of(choice, seed)
