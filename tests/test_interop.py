@@ -361,8 +361,14 @@ def test_several_files_with_an_index(tmp_path, weights):
         index.write_text(json.dumps(broken))
         refused(tmp_path, weights, message)
     index.write_text(json.dumps({"weight_map": weight_map}))
-    again = interop.read_params(path, references.fixture_config())
+    again = interop.read_params(index, references.fixture_config())
     jax.tree.map(np.testing.assert_array_equal, again, whole)
+    # Beside an index, diffusers does not read the single file; by its name it can be read.
+    safetensors.numpy.save_file({name: 2 * tensors[name] for name in names}, path)
+    for chosen, factor in ((weights, 1), (path, 2)):
+        _, params = interop.read_run(references.fixture_config(), chosen)
+        same = jax.tree.map(lambda a, b, f=factor: np.array_equal(a, f * b), params, whole)
+        assert all(jax.tree.leaves(same))
 
 
 def test_one_file_with_its_config_beside_it(tmp_path, weights):
@@ -602,7 +608,7 @@ def test_a_scheduler_s_own_defaults():
             'timestep_spacing="linspace": choose from leading, trailing',
         ),
         ("HeunDiscreteScheduler", {"use_beta_sigmas": True}, "use_beta_sigmas=true"),
-        ("HeunDiscreteScheduler", {"thresholding": True}, "is not supported for Heun"),
+        ("HeunDiscreteScheduler", {"sigma_min": 0.1}, "is not supported for Heun"),
     ],
     ids=str,
 )
@@ -610,6 +616,34 @@ def test_a_sampler_that_is_not_ours(kind, fields, message):
     with pytest.raises(UserError) as error:
         schedulers.read_scheduler({"_class_name": kind, **fields}, "f")
     assert message in str(error.value)
+
+
+# google/ddpm-cifar10-32's scheduler, and what diffusers makes of it for a DPM-Solver.
+PUBLISHED = {
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "clip_sample": True,
+    "num_train_timesteps": 1000,
+    "trained_betas": None,
+    "variance_type": "fixed_large",
+}
+
+
+@pytest.mark.parametrize("kind", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_a_scheduler_made_from_another_one(kind, caplog):
+    """It keeps the other one's fields; those that its class does not read change nothing."""
+    own = {"_class_name": kind, "timestep_spacing": "leading"}
+    clean = {name: PUBLISHED[name] for name in PUBLISHED if name != "clip_sample"}
+    if kind == "UniPCMultistepScheduler":
+        del clean["variance_type"]
+    expected = schedulers.read_scheduler({**own, **clean}, "f")
+    assert "ignored" not in caplog.text
+    assert schedulers.read_scheduler({**own, **PUBLISHED, "solver_p": None}, "f") == expected
+    assert not expected["diffusion.clip_x0"]
+    assert f"f: ignored, as {kind} does: clip_sample=true" in caplog.text
+    old = {"_class_name": "DDPMScheduler", **PUBLISHED, "tensor_format": "pt"}
+    assert schedulers.read_scheduler(old, "f")["diffusion.clip_x0"]
 
 
 LEARNED_RANGE = {"diffusion.variance": "learned_range", "diffusion.loss": "hybrid"}
@@ -740,7 +774,7 @@ SCHEDULERS = {
     "clip_sample_range": (2.0, "must be 1.0"),
     "rescale_betas_zero_snr": (1, "must be true or false"),
     "trained_betas": ([0.1] * 50, "must be those of one of"),
-    "use_flow_sigmas": (True, "is not supported for DDPMScheduler"),
+    "shift_terminal": (0.1, "is not supported for DDPMScheduler"),
     "timestep_spacing": ("nonsense", "choose from leading, linspace, trailing"),
     "steps_offset": (1, "must be 0"),
 }
@@ -801,6 +835,23 @@ def test_values_that_fit_nothing(tmp_path, weights, case):
 def test_a_pipeline_with_more_parts(tmp_path, weights):
     edit(weights / "model_index.json", vqvae=["diffusers", "VQModel"])
     refused(tmp_path, weights, "has vqvae; only unet and scheduler are supported")
+    refused(tmp_path, weights / "unet", "has vqvae; only unet and scheduler are supported")
+    edit(weights / "model_index.json", vqvae=[None, None])
+    run("import", f"--workdir={tmp_path / 'run'}", f"--weights={weights}")
+
+
+def test_the_folder_of_an_ema(tmp_path, weights, caplog):
+    """As diffusers' training examples save it, beside the raw parameters."""
+    average = weights / "unet_ema"
+    shutil.copytree(weights / "unet", average)
+    of_ema = {"decay": 0.9999, "power": 0.75, "inv_gamma": 1.0, "optimization_step": 5}
+    of_ema |= {"min_decay": 0.0, "update_after_step": 0, "use_ema_warmup": True}
+    edit(average / "config.json", **of_ema)
+    run("import", f"--workdir={tmp_path / 'ema'}", f"--weights={average}")
+    assert run_files.load_config(tmp_path / "ema").diffusion.num_timesteps == 50
+    assert "raw parameters" not in caplog.text
+    run("import", f"--workdir={tmp_path / 'raw'}", f"--weights={weights}")
+    assert f"for their EMA, --weights={average}" in caplog.text
 
 
 def test_overrides_of_what_the_folder_says(tmp_path, weights):

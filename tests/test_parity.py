@@ -4,6 +4,7 @@ pip install -r requirements-parity.txt && python -m pytest -m parity
 """
 
 import importlib
+import inspect
 import json
 
 import jax
@@ -290,6 +291,15 @@ def test_schedules(name, reference):
         theirs = getattr(importlib.import_module("diffusers"), kind).from_config(fields)
         np.testing.assert_allclose(ours.betas, theirs.betas, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(ours.alpha_bars, theirs.alphas_cumprod, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", schedulers.FIELDS)
+def test_fields_that_a_scheduler_ignores(kind):
+    """A field of another class that import ignores is none that diffusers' class takes."""
+    theirs = inspect.signature(getattr(importlib.import_module("diffusers"), kind)).parameters
+    ours = {*schedulers.DEFAULTS, *schedulers.FIELDS[kind], *schedulers.FIXED.get(kind, ())}
+    ignored = schedulers.ANY_CLASS - ours
+    assert ignored and not ignored & theirs.keys()
 
 
 def test_optimisation(reference, tmp_path):

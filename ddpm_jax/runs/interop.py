@@ -144,7 +144,7 @@ def read_run(config, weights, overrides=()):
     config.update_from_flattened_dict(fields)
     configs.check(config, "import")
     flip = network.get("flip_sin_to_cos", networks.DEFAULTS["flip_sin_to_cos"])
-    tensors = path.with_name(TENSORS) if folder == pathlib.Path(weights) else pathlib.Path(weights)
+    tensors = _tensors_beside(path) if folder == pathlib.Path(weights) else pathlib.Path(weights)
     params = read_params(tensors, config, flip_sin_to_cos=flip)
     log.info("read %s: %s", weights, ", ".join(f"{k}={v}" for k, v in fields.items()))
     if config.data.num_classes and "model.null_class" not in overrides:
@@ -298,7 +298,7 @@ def read_params(path, config, flip_sin_to_cos=False):
     """Reads a network's parameters, tensor by tensor, to save memory.
 
     Args:
-      path: a .safetensors file, or that of the whole if there are several files and an index.
+      path: a .safetensors file, or the index of several.
       config: its data and model sections define the expected tensors.
       flip_sin_to_cos: whether the time embedding has the cosines first.
 
@@ -318,7 +318,7 @@ def read_params(path, config, flip_sin_to_cos=False):
         # A network that is far from the file could take minutes to trace.
         last = f"up_blocks.{levels - 1}.resnets.{config.model.num_res_blocks}.conv1.weight"
         if last not in stored:
-            raise UserError(f"{path}: lacks {last}")
+            raise UserError(f"{path}: lacks {last}; it has {listed(sorted(files))}")
         shapes = unet.param_shapes(configs.make_model(config), configs.image_shape(config))
         shapes = traverse_util.flatten_dict(shapes)
         names = {param: tensor_name(param, levels) for param in shapes}
@@ -368,16 +368,22 @@ def _new_name(name):
     return ".".join(modules)
 
 
+def _tensors_beside(config_json):
+    """The path of a network's tensors: their index, if there is one, as in diffusers."""
+    path = config_json.with_name(TENSORS)
+    index = path.with_name(f"{TENSORS}.index.json")
+    return index if index.is_file() else path
+
+
 def _open_tensors(path, stack):
-    """Opens one .safetensors file, or those of its index: {name of a tensor: its file}."""
-    index = path.with_name(f"{path.name}.index.json")
-    if path.is_file() or not index.is_file():
+    """Opens one .safetensors file, or those of an index: {name of a tensor: its file}."""
+    if path.suffix != ".json":
         file = stack.enter_context(_open(path))
         return dict.fromkeys(file.keys(), file)
-    weight_map = run_files.read_json(index).get("weight_map")
+    weight_map = run_files.read_json(path).get("weight_map")
     fits = isinstance(weight_map, dict) and all(map(_is_file_name, weight_map.values()))
     if not fits:
-        raise UserError(f"{index}: weight_map: must give each tensor the name of a file beside it")
+        raise UserError(f"{path}: weight_map: must give each tensor the name of a file beside it")
     parts = {name: path.with_name(name) for name in sorted(set(weight_map.values()))}
     files = {name: stack.enter_context(_open(part)) for name, part in parts.items()}
     for name, file in files.items():
@@ -403,6 +409,7 @@ def _open(path):
                 f"diffusers: UNet2DModel.from_pretrained({folder!r}).save_pretrained({folder!r})"
             )
         others = sorted(path.parent.glob("*.safetensors"))
+        others = [file for file in others if "-of-" not in file.name]  # a part of several
         hint = f"; to read another one, --weights={others[0]}" if others else ""
         raise UserError(f"{path}: no such file{hint}")
     try:
@@ -419,20 +426,28 @@ def _folder_of(weights):
     )
 
 
+def _pipeline_of(folder):
+    """The pipeline that a network's folder is a part of, or the folder itself."""
+    folder = folder.absolute()
+    return folder.parent if folder.name in ("unet", "unet_ema") else folder
+
+
 def _check_pipeline(folder):
     """Raises a UserError for a pipeline with other components than a network and a scheduler."""
-    index = folder / "model_index.json"
+    index = _pipeline_of(folder) / "model_index.json"
     if os.path.isfile(index):
-        components = {name for name in run_files.read_json(index) if not name.startswith("_")}
+        stored = run_files.read_json(index).items()
+        components = {name for name, kind in stored if kind != [None, None]}
+        components = {name for name in components if not name.startswith("_")}
         if others := components - {"unet", "scheduler"}:
             names = ", ".join(sorted(others))
             raise UserError(f"{index}: has {names}; only unet and scheduler are supported")
+    if os.path.isdir(folder / "unet") and os.path.isdir(average := folder / "unet_ema"):
+        log.warning("reading the raw parameters in unet; for their EMA, --weights=%s", average)
 
 
 def _find(folder, component, name):
     """The path of the file `name` of a pipeline's component, in either layout, or None."""
-    folders = [folder / component, folder]
-    if folder.absolute().name == "unet":
-        folders.append(folder.absolute().parent / component)
+    folders = [folder / component, folder, _pipeline_of(folder) / component]
     paths = (folder / name for folder in folders)
     return next((path for path in paths if os.path.isfile(path)), None)  # no error for a long name

@@ -40,6 +40,16 @@ DEFAULTS = {
     "num_class_embeds": None,
     "num_train_timesteps": None,  # of an embedding that we do not have
 }
+# What diffusers' EMAModel adds to the config of a network that it averaged.
+OF_EMA = (
+    "decay",
+    "inv_gamma",
+    "min_decay",
+    "optimization_step",
+    "power",
+    "update_after_step",
+    "use_ema_warmup",
+)
 # Those that must have one of these values; act_fn has two names for one function.
 ALLOWED = {
     "_class_name": ("UNet2DModel",),
@@ -174,13 +184,13 @@ def _check_network(fields, origin, num_classes):
         if not fits:
             raise UserError(f"{origin}: {name}={json_text(fields[name])}: {allowed}")
 
-    for name in sorted(fields):
-        supported = name in DEFAULTS or name.startswith("_") or fields[name] is None
-        require(supported, name, "is not supported by our U-Net")
     for name, values in ALLOWED.items():
         same_type = isinstance(fields[name], bool) == isinstance(values[0], bool)  # True == 1
         allowed = f"must be {' or '.join(map(json_text, values))}"
         require(same_type and fields[name] in values, name, allowed)
+    for name in sorted(fields):
+        supported = name in (*DEFAULTS, *OF_EMA) or name.startswith("_") or fields[name] is None
+        require(supported, name, "is not supported by our U-Net")
     widths, groups = fields["block_out_channels"], fields["norm_num_groups"]
     for name, ours in (("layers_per_block", "num_res_blocks"), ("norm_num_groups", "widths")):
         most = configs.LARGEST[f"model.{ours}"]
@@ -221,7 +231,7 @@ def _check_images(fields, require, num_classes):
     fits = _are_sizes(size) and len(size) == 2
     fits = fits and all(side % factor == 0 and side <= most for side in size)
     allowed = f"must be the images' height and width, multiples of {factor}, at most {most}"
-    require(fits, "sample_size", f"{allowed} (or null, and --config.data.image_size=H,W)")
+    require(fits, "sample_size", f"{allowed} (or null, and at import --config.data.image_size=H,W)")
     for name in ("in_channels", "out_channels"):
         require(is_size(fields[name]), name, "must be a whole number above 0")
     extra = _label_channels(fields)

@@ -51,6 +51,7 @@ DEFAULTS = {
     "trained_betas": None,
     "prediction_type": "epsilon",
     "steps_offset": 0,
+    "tensor_format": "pt",  # of old files; the type of arrays
 }
 THRESHOLD = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
 CLIP = {"clip_sample_range": 1.0}
@@ -69,7 +70,7 @@ FIELDS = {
         **THRESHOLD,
         "solver_order": 2,
         "algorithm_type": "dpmsolver++",
-        "variance_type": None,  # only whether the network has one
+        "variance_type": None,  # it reads only whether the network has learned one
         "timestep_spacing": "linspace",
         "use_karras_sigmas": False,
         "use_lu_lambdas": False,
@@ -127,6 +128,8 @@ FIXED = {
         name: (False, False) for name in ("use_exponential_sigmas", "use_beta_sigmas")
     },
 }
+# A scheduler that was made from another one's file keeps that one's fields, and ignores them.
+ANY_CLASS = {name for fields in (*FIELDS.values(), *FIXED.values()) for name in fields}
 THIRD_ORDER = (
     "order 3 of diffusers' DPMSolverMultistepScheduler halves its last term, and so is of second "
     "order; ours is of third order"
@@ -161,7 +164,9 @@ def read_scheduler(scheduler, origin):
     fields = {**DEFAULTS, **{name: default for name, (default, _) in fixed.items()}}
     if isinstance(kind, str):
         fields |= FIELDS.get(kind, {})
-    supported, fields = {"_class_name", *fields}, {**fields, **scheduler}
+    supported = {"_class_name", *fields}
+    ignored = sorted(name for name in scheduler if name in ANY_CLASS - supported)
+    fields |= {name: value for name, value in scheduler.items() if name not in ignored}
 
     def require(fits, name, allowed):
         if not fits:
@@ -174,6 +179,9 @@ def read_scheduler(scheduler, origin):
         allowed = f"is not supported for {kind}"
         known = name in supported or name.startswith("_")
         require(known or fields[name] is None, name, allowed)
+    if ignored:
+        values = ", ".join(f"{name}={json_text(scheduler[name])}" for name in ignored)
+        log.warning("%s: ignored, as %s does: %s", origin, kind, values)
     for name, (_, ours) in fixed.items():
         require(fields[name] == ours, name, f"must be {json_text(ours)}")
     return _diffusion(fields, require) | _clipping(fields, require) | _sampler(fields, require)
@@ -210,11 +218,8 @@ def _diffusion(fields, require):
         "diffusion.zero_terminal_snr": rescales,
         "diffusion.prediction": prediction,
     }
-    if fields["_class_name"] in PLAIN:
+    if fields["_class_name"] in PLAIN or fields.get("variance_type") is not None:
         found["diffusion.variance"] = _take(fields, require, "variance_type", VARIANCES)
-    elif fields.get("variance_type") is not None:
-        choices = {"learned_range": "learned_range"}
-        found["diffusion.variance"] = _take(fields, require, "variance_type", choices)
     return found
 
 
