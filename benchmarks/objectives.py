@@ -104,7 +104,7 @@ def held_out_mse(config, params, source):
         # The middles of as many equal parts of the chain as there are images, within a quarter.
         t = (quarter * num_timesteps + (2 * indices + 1) * num_timesteps // (2 * count)) // 4
         x_t = diffusion.q_sample(schedule, x0, t, eps)
-        predict_fn = generate.unguided_predict(config, schedule, unet.net_fn(model, params))
+        predict_fn = configs.make_predictor(config, schedule, unet.net_fn(model, params))
         found = diffusion.predict_eps(schedule, x_t, t, predict_fn(x_t, t).x0)
         return jnp.square(found - eps).mean(axis=(1, 2, 3))
 

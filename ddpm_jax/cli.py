@@ -23,6 +23,7 @@ import re
 import shlex
 import signal
 import sys
+import warnings
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -243,7 +244,8 @@ def execute(command, argv):
         if caught:
             log.info("stopped; to resume, run: %s", shell_command(argv))
             return 128 + caught
-        if not (workdir / "report.html").exists():
+        # All processes draw it, or none, also where a file is seen later by some.
+        if not parallel.broadcast_from_first((workdir / "report.html").exists()):
             train.attempt("the report", lambda: show.show(config, workdir))
         log.info("done: %s", workdir)
     else:
@@ -271,6 +273,8 @@ def shell_command(argv):
 def main():
     """Runs the command line; a user's mistake is one line and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    # Pillow warns of unreadable metadata, which is not needed, and of large images.
+    warnings.filterwarnings("ignore", module="PIL")
     # Orbax and TFDS's downloads log long versions of the errors that they raise.
     for name in ("absl", "asyncio", "urllib3"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -1,7 +1,6 @@
 """Configs: every field with its default and its allowed values, and what a run may not change."""
 
 import contextlib
-import json
 import math
 import os
 import pathlib
@@ -461,11 +460,6 @@ def without_data():
     return config
 
 
-def from_json(text):
-    """Parses a config that was written as JSON; lists become tuples."""
-    return ConfigDict(with_tuples(json.loads(text))).lock()
-
-
 def with_tuples(value):
     """Converts lists to tuples: JSON has only lists, configs have only tuples."""
     if isinstance(value, dict):
@@ -535,6 +529,13 @@ def make_model(config):
     return unet.UNet(**fields, learned_variance=learned)
 
 
+def make_predictor(config, schedule, net_fn):
+    """The predict_fn of a network with a config's prediction target, without guidance."""
+    section = config.diffusion
+    learned = section.variance in diffusion.LEARNED_VARIANCES
+    return diffusion.predictor(schedule, net_fn, prediction=section.prediction, learned=learned)
+
+
 def batch_sizes(config, mode):
     """The batch sizes that a mode uses, which must divide over the devices: {field: value}."""
     fields = {"train": ("train.batch_size", "sample.batch_size"), "import": (), "export": ()}
@@ -567,6 +568,11 @@ def num_steps(train, size):
       size: number of training images.
     """
     return train.num_steps or -(-train.num_epochs * size // train.batch_size)
+
+
+def sampling_steps(config):
+    """S, the steps of a sampler; `sample.num_steps` is 0 for all T."""
+    return config.sample.num_steps or config.diffusion.num_timesteps
 
 
 def ema_decays(optim):
@@ -786,7 +792,7 @@ def _check_sampling(config, mode):
     """The sampler's settings must fit the schedule and the network's conditioning."""
     sample, total = config.sample, config.diffusion.num_timesteps
     _check_sampler(config, mode, "sample")
-    steps, name, repeats = sample.num_steps or total, "sample.resamplings", sample.resamplings
+    steps, name, repeats = sampling_steps(config), "sample.resamplings", sample.resamplings
     allowed = f"must be at most {MAX_STEPS // steps}, for {steps} steps"
     require(steps * repeats <= MAX_STEPS, name, repeats, allowed)
     name, ts = "show.timesteps", config.show.timesteps
@@ -825,7 +831,7 @@ def _check_sampler(config, mode, section):
     require(sample.eta == 0 or sampler == "ddim", "sample.eta", sample.eta, allowed)
     learned = config.diffusion.variance == "learned" and sampler == "ancestral"
     allowed = f"a learned variance needs all {total} steps; use {section}.sampler='ddim' for fewer"
-    fewer = sample.num_steps not in (0, total)
+    fewer = sampling_steps(config) != total
     require(not (learned and fewer), f"{section}.num_steps", sample.num_steps, allowed)
     allowed = f"with zero_terminal_snr, choose from {', '.join(spacings.WITH_LAST)}"
     zero_snr, spaced = config.diffusion.zero_terminal_snr, sample.spacing in spacings.WITH_LAST
@@ -865,24 +871,24 @@ def check_same_run(saved, config, workdir, purpose):
     """Raises a UserError unless `config` fits the run that was saved with the config `saved`.
 
     Args:
-      saved: the run's config.
+      saved: the run's config, complete.
       config: the new config.
       workdir: the run's folder, for the error.
       purpose: "train" (steps, logging, optimizer and sampling may change; the network and the data
         may not) or "use".
     """
-    saved, new = ADDED | flatten(saved), flatten(config)
+    saved, new = flatten(saved), flatten(config)
     free, variance = set(FREE[purpose]), "diffusion.variance"
     loss_uses_variance = purpose == "train" and new["diffusion.loss"] != "simple"
-    learned = any(v in diffusion.LEARNED_VARIANCES for v in (saved.get(variance), new[variance]))
+    learned = any(v in diffusion.LEARNED_VARIANCES for v in (saved[variance], new[variance]))
     if loss_uses_variance or learned:
         free.remove(variance)
     changed = [
-        f"{name} {saved.get(name)!r} -> {new.get(name)!r}"
-        for name in sorted((saved.keys() | new.keys()) - free)
-        if name.startswith(IDENTITY[purpose]) and saved.get(name) != new.get(name)
+        f"{name} {saved[name]!r} -> {new[name]!r}"
+        for name in sorted(new.keys() - free)
+        if name.startswith(IDENTITY[purpose]) and saved[name] != new[name]
     ]
-    decays = saved.get("optim.ema_decay"), new["optim.ema_decay"]
+    decays = saved["optim.ema_decay"], new["optim.ema_decay"]
     if purpose == "train" and any(isinstance(d, tuple) for d in decays) and decays[0] != decays[1]:
         changed.append(f"optim.ema_decay {decays[0]!r} -> {decays[1]!r}")
     if changed:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from ddpm_jax import compilation, configs, cpu, parallel
 from ddpm_jax.core import diffusion
@@ -178,7 +178,7 @@ def sample(run: Run | str | os.PathLike, num_samples: int, **options) -> np.ndar
     seed = config.sample.seed
     config.sample.update(num_samples=1, seed=0)  # the compiled sampler does not depend on them
     trained = _state_of(config.sample.classifier) if config.sample.classifier else None
-    sampler = _sampler(config.to_json_best_effort(), run.label_names, trained)
+    sampler = _sampler(FrozenConfigDict(config), run.label_names, trained)
     return sampler(run.params, np.arange(num_samples), seed=seed).x
 
 
@@ -190,15 +190,15 @@ def _state_of(workdir):
 
 
 @functools.lru_cache(maxsize=8)
-def _sampler(text, label_names, trained):
+def _sampler(frozen, label_names, trained):
     """A config's sampler; it is cached, so that it compiles once.
 
     Args:
-      text: the config.
+      frozen: the config, as a FrozenConfigDict.
       label_names: of the run.
       trained: _state_of the classifier.
     """
-    config = configs.from_json(text)
+    config = ConfigDict(frozen)
     return generate.make_sampler(config, **generate.guidance_for(config, label_names))
 
 

@@ -390,7 +390,7 @@ def test_the_bound_as_a_loss_is_the_bound(config):
     params = some_params(config)
     x0 = np.float32(data.open_source(config.data).read(np.arange(3)).images / 127.5 - 1)
     keys = sampling.image_keys(0, jnp.arange(3))
-    predict_fn = generate.unguided_predict(config, schedule, unet.net_fn(model, params))
+    predict_fn = configs.make_predictor(config, schedule, unet.net_fn(model, params))
 
     def noise(t):
         return sampling.noise(keys, t, (8, 8, 1))

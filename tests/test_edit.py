@@ -117,6 +117,19 @@ def test_to_noise_and_back(run, pictures, caplog):
     assert errors[1] < errors[0]
 
 
+def test_both_directions_of_inversion_have_the_same_parameters(run, pictures, monkeypatch):
+    """Also if training saves a newer checkpoint between them."""
+    restore, asked = generate.restore_sampler, []
+
+    def spy(config, *args, **options):
+        asked.append(config.sample.checkpoint)
+        return restore(config, *args, **options)
+
+    monkeypatch.setattr(generate, "restore_sampler", spy)
+    edit("invert", run, pictures[0], "--config.sample.num_steps=2")
+    assert asked[0] == "newest" and int(asked[1]) == checkpoint.latest_step(run)
+
+
 def test_interpolation_with_hardly_any_noise_is_a_mixture(run, pictures):
     """Of a pair of equal images, and of a pair of others."""
     folder, given = pictures

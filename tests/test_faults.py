@@ -95,7 +95,10 @@ def test_a_damaged_checkpoint_is_passed_over(config, run, caplog, damage):
     assert params_of(config, run)[0] == 2
     assert "the checkpoint of step 4 is damaged" in caplog.text
     caplog.clear()
+    config.sample.checkpoint = "2"
+    assert params_of(config, run)[0] == 2 and "damaged" not in caplog.text
     config.train.num_steps = 6
+    config.sample.checkpoint = "newest"
     assert train.train(config, run) == 0
     assert "the checkpoint of step 4 is damaged" in caplog.text
     assert {p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()} == {"2", "4", "6"}

@@ -153,6 +153,16 @@ def test_a_check_says_why_a_file_cannot_be_read(tmp_path):
         assert error in image_files.check(tmp_path / name, 1).error
 
 
+def test_large_images_are_refused_before_decoding(tmp_path, monkeypatch):
+    """Pillow's own limit, which other code of the program may rely on, stays as it is."""
+    Image.new("L", (5, 4)).save(tmp_path / "x.png")
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 20)
+    assert image_files.check(tmp_path / "x.png", 1).error == ""
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 19)
+    assert image_files.check(tmp_path / "x.png", 1).error == "it has more than 19 pixels"
+    assert Image.MAX_IMAGE_PIXELS == 2**30 // 12  # Pillow's default
+
+
 def test_find_follows_links_and_counts_what_it_leaves_out(tmp_path):
     """Links to folders, one of them around it; hidden ones; and files of other kinds."""
     top, elsewhere = tmp_path / "data", tmp_path / "elsewhere"

@@ -55,6 +55,17 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert path.read_text() == "old"
 
 
+def test_two_writers_at_the_same_time(tmp_path):
+    """The last one wins, whole."""
+    path = tmp_path / "file"
+    with workdir.atomic_write(path) as one:
+        one.write_text("one")
+        with workdir.atomic_write(path) as two:
+            two.write_text("two")
+        assert path.read_text() == "two"
+    assert path.read_text() == "one" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("count", [1, 7, 65])
 def test_strips(count, channels):

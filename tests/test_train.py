@@ -634,5 +634,5 @@ def test_held_out_losses_of_the_raw_and_of_the_chosen_average(config, tmp_path):
     actions = train.make_actions(
         config, tmp_path, span, metrics, lambda params, stop: params, None, None, lambda: 0
     )
-    actions["the held-out loss"][1](3, state)
+    actions["the held-out loss"].run(3, state)
     assert written == {"eval_loss": "raw", "eval_loss_ema": "of 0.5"}

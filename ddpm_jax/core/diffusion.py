@@ -131,10 +131,14 @@ def target(schedule, x0, x_t, t, eps, prediction):
     Returns:
       [B, H, W, C].
     """
+    if prediction == "eps":
+        return eps
+    if prediction == "mean":
+        return q_posterior(schedule, x0, x_t, t)[0]
     if prediction == "v":
         a, b = schedule.sqrt_alpha_bars, schedule.sqrt_one_minus_alpha_bars
         return at(a, t, x0) * eps - at(b, t, x0) * x0
-    return {"eps": eps, "x0": x0, "mean": q_posterior(schedule, x0, x_t, t)[0]}[prediction]
+    return x0
 
 
 def to_x0(schedule, output, x_t, t, prediction):

@@ -32,9 +32,9 @@ def loss_weights(alpha_bars, prediction, name, *, min_snr_gamma=5.0, p2_gamma=1.
       [T] float64.
     """
     snr = alpha_bars / (1 - alpha_bars)
-    mse = {"eps": snr, "x0": np.ones_like(snr), "v": snr + 1}.get(prediction)
     if name == "none":
         return np.ones_like(snr)
+    mse = {"eps": snr, "x0": np.ones_like(snr), "v": snr + 1}[prediction]
     if name == "min_snr":
         weights = np.minimum(snr, min_snr_gamma)
     elif name == "p2":

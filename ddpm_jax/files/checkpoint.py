@@ -183,10 +183,10 @@ def chosen_step(config, workdir):
       UserError: if there is no such checkpoint, or it is damaged.
     """
     chosen, folder = config.sample.checkpoint, _folder(workdir)
-    newest = _newest_undamaged(folder)
-    if newest is None:
-        raise UserError(f"workdir={workdir}: has no checkpoint yet; train it first")
     if chosen == "newest":
+        newest = _newest_undamaged(folder)
+        if newest is None:
+            raise UserError(f"workdir={workdir}: has no checkpoint yet; train it first")
         return newest
     steps = _steps(folder)
     found = run_files.best_step(workdir, steps) if chosen == "best" else int(chosen)

@@ -5,10 +5,10 @@
 
 import collections
 import contextlib
+import math
 import os
 import pathlib
 import struct
-import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -21,10 +21,6 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by number of channels
 NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 # Larger images are refused after reading the header, before decoding.
 MAX_PIXELS = 100_000_000
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-warnings.simplefilter("error", Image.DecompressionBombWarning)
-# Pillow warns of unreadable metadata, which is not needed.
-warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 # Pillow's errors for a file that is damaged, too large, or not an image.
 ERRORS = (
     ArithmeticError,
@@ -39,7 +35,6 @@ ERRORS = (
     ValueError,
     struct.error,
     Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
 )
 SMALL_RANGE = 32  # of 256 levels; images with fewer are probably scaled wrongly
 
@@ -210,7 +205,10 @@ def _opened(file):
     with contextlib.ExitStack() as stack:
         if isinstance(file, str | os.PathLike):
             file = stack.enter_context(open(file, "rb"))
-        yield stack.enter_context(Image.open(file))
+        image = stack.enter_context(Image.open(file))
+        if math.prod(image.size) > MAX_PIXELS:
+            raise ValueError(f"it has more than {MAX_PIXELS} pixels")
+        yield image
 
 
 def _upright(image):

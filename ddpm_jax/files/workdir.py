@@ -24,6 +24,7 @@ import struct
 import tempfile
 import time
 import tokenize
+import uuid
 import zipfile
 import zlib
 
@@ -71,7 +72,8 @@ def atomic_write(path):
             yield pathlib.Path(folder) / path.name
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Threads, and containers that share a folder, may have the same process number.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -104,7 +106,7 @@ def lock(folder, purpose, waits=False):
 
 
 def _hold(file, waits):
-    """Locks an open file until this process ends; returns the other process if it is locked."""
+    """Locks a file for as long as it is open; returns the other process if it is locked."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -197,10 +199,10 @@ def wait_for_files(are_there, folder):
 
 
 def load_config(workdir):
-    """Reads a run's config.json.
+    """Reads a run's config.json; fields that are newer than the run are added.
 
     Returns:
-      A locked ConfigDict, or None if there is no run yet.
+      A complete, locked ConfigDict, or None if there is no run yet.
 
     Raises:
       UserError: if the file is not a JSON object, or not a config.
@@ -211,13 +213,14 @@ def load_config(workdir):
     fields = read_json(path)
     try:
         config = ml_collections.ConfigDict(configs.with_tuples(fields)).lock()
-        return configs.with_levels(configs.rename_old_values(config))
+        config = configs.with_added(configs.with_levels(configs.rename_old_values(config)))
     except (AttributeError, RecursionError, ValueError) as error:
         raise UserError(f"{path}: is not a config ({one_line(error)})") from None
+    return configs.complete(config, path)
 
 
 def saved_config(workdir):
-    """The complete config of a run; fields that are newer than the run are added.
+    """load_config of a folder that must hold a run.
 
     Raises:
       UserError: if there is no run, or its config.json is not a config.
@@ -225,7 +228,7 @@ def saved_config(workdir):
     config = load_config(workdir)
     if config is None:
         raise UserError(f"workdir={workdir}: holds no run (no config.json)")
-    return configs.complete(configs.with_added(config), pathlib.Path(workdir) / "config.json")
+    return config
 
 
 def nan_for_null(fields):

@@ -197,12 +197,13 @@ def invert(config, workdir, paths):
     x = read_images(config, paths)
     to_noise = {"task": ddim_inversion_task, "finish": lambda x: x}
     step, encode = generate.restore_sampler(config, workdir, **to_noise)
+    config.sample.checkpoint = str(step)  # training may save a newer one meanwhile
     _, decode = generate.restore_sampler(config, workdir, ddim_sampling_task)
     indices = np.arange(len(x))
     noise = encode(indices, {"image": x}).x
     out = decode(indices, {"noise": noise}).x
     rmse = float(np.sqrt(np.mean(np.square(np.float64(out) - x))))
-    steps = config.sample.num_steps or config.diffusion.num_timesteps
+    steps = configs.sampling_steps(config)
     log.info("DDIM inversion, %d steps and back: RMSE %.3g of 255", steps, rmse)
     rows = np.stack([x, out], axis=1)
     write(config, workdir, step, "invert", x, rows, images=out, noise=noise)

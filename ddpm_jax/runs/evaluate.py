@@ -177,7 +177,7 @@ def sampling_provenance(config, step, params, classifier):
         "sampler_order": config.sample.order,
         "nfe": solvers.num_calls(generate.make_solver(config, generate.make_chain(config))),
         "dynamic_threshold": config.sample.dynamic_threshold,
-        "sampler_steps": config.sample.num_steps or config.diffusion.num_timesteps,
+        "sampler_steps": configs.sampling_steps(config),
         "spacing": config.sample.spacing,
         "eta": config.sample.eta,
         "num_classes": config.data.num_classes,

@@ -53,7 +53,7 @@ class Task(NamedTuple):
 
 
 class Generated(NamedTuple):
-    """Images and frames of the sampling process; uint8."""
+    """Images and frames of the sampling process; uint8, unless another `finish` is given."""
 
     x: np.ndarray  # [N, H, W, C]
     frames: np.ndarray  # [K, N, H, W, C], x after some steps
@@ -62,12 +62,10 @@ class Generated(NamedTuple):
 
 def make_chain(config):
     """The Chain of a config's diffusion and sample sections."""
-    total, section = config.diffusion.num_timesteps, config.sample
-    alpha_bars = configs.make_alpha_bars(config)
+    section, alpha_bars = config.sample, configs.make_alpha_bars(config)
     skip_zero = section.sampler in solvers.SKIP_ZERO
-    timesteps = spacings.timesteps(
-        section.spacing, alpha_bars, section.num_steps or total, skip_zero
-    )
+    steps = configs.sampling_steps(config)
+    timesteps = spacings.timesteps(section.spacing, alpha_bars, steps, skip_zero)
     return Chain(timesteps, alpha_bars[timesteps], schedules.from_alpha_bars(alpha_bars))
 
 
@@ -126,10 +124,9 @@ def guided_predict(config, chain, params, labels, classifier=None):
     """
     guidance, num_classes = config.sample.guidance, config.data.num_classes
     net_fn = unet.net_fn(configs.make_model(config), params)
-    predict_fn = unguided_predict(config, chain.schedule, net_fn)
+    predict_fn = configs.make_predictor(config, chain.schedule, net_fn)
     if classifier is not None:
-        model, params = classifier
-        log_p = unet.net_fn(model, params)
+        log_p = unet.net_fn(*classifier)
 
         def log_prob(x_t, t):
             return jnp.take_along_axis(log_p(x_t, t), labels[:, None], axis=1)[:, 0]
@@ -148,18 +145,11 @@ def guided_predict(config, chain, params, labels, classifier=None):
     return diffusion.clipped(predict_fn) if config.diffusion.clip_x0 else predict_fn
 
 
-def unguided_predict(config, schedule, net_fn):
-    """The predict_fn of a network with the config's prediction target, without guidance."""
-    section = config.diffusion
-    learned = section.variance in diffusion.LEARNED_VARIANCES
-    return diffusion.predictor(schedule, net_fn, prediction=section.prediction, learned=learned)
-
-
 def predict_for(config, schedule, params, labels=None):
     """The predict_fn of parameters on all steps of the chain: clipped if the config says so, for
     these labels, without guidance."""
     net_fn = unet.net_fn(configs.make_model(config), params)
-    predict_fn = unguided_predict(config, schedule, net_fn)
+    predict_fn = configs.make_predictor(config, schedule, net_fn)
     if labels is not None:
         predict_fn = with_labels(predict_fn, labels)
     return diffusion.clipped(predict_fn) if config.diffusion.clip_x0 else predict_fn
@@ -423,18 +413,13 @@ def load_classifier(config):
         return None
     field = f"sample.classifier={workdir!r}"
     saved = run_files.load_config(workdir)
-    fields, theirs = configs.flatten(config), configs.ADDED | configs.flatten(saved or {})
-    if theirs["model.kind"] != "classifier":
+    if saved is None or saved.model.kind != "classifier":
         raise UserError(f"{field}: holds no classifier (model.kind='classifier')")
-    for name in (name for name in fields if name.startswith(configs.IDENTITY["use"])):
-        if name not in theirs:
-            raise UserError(f"{field}: its config.json lacks {name}")
-        configs.check_kind(f"{field}: its {name}", theirs[name], type(fields[name]))
+    fields, theirs = configs.flatten(config), configs.flatten(saved)
     schedule = (f"diffusion.{name}" for name in configs.SCHEDULE_FIELDS)
     for name in ("data.image_size", "data.channels", *schedule):
         if fields[name] != theirs[name]:
             raise UserError(f"{field}: its {name} is {theirs[name]!r}, this run's {fields[name]!r}")
-    saved = configs.with_added(saved)
     _, params = checkpoint.restore_params(saved, workdir)
     return configs.make_model(saved), params, run_files.load_label_names(workdir)
 
@@ -564,7 +549,7 @@ def sample_name(config, workdir, step):
 def settings(config, workdir):
     """The sampling settings in a file's name, as seed0_ddim50_label7."""
     sample, chain, saved = config.sample, config.diffusion, run_files.load_config(workdir)
-    fewer = sample.num_steps not in (0, chain.num_timesteps)
+    fewer = configs.sampling_steps(config) != chain.num_timesteps
     parts = {
         f"seed{sample.seed}": True,
         "raw": not sample.use_ema,

@@ -215,7 +215,7 @@ def export_run(config, workdir, weights):
     which = "EMA" if config.sample.use_ema else "raw"
     log.info("wrote %s: the %s parameters of step %d", weights, which, step)
     total, kind = config.diffusion.num_timesteps, scheduler["_class_name"]
-    few = config.sample.num_steps or total
+    few = configs.sampling_steps(config)
     steps = {"DDPMScheduler": total, "DPMSolverMultistepScheduler": few}  # those that it runs
     if kind not in steps:
         text = "DDPMPipeline may not run a %s: load the network and the scheduler by themselves"

@@ -11,7 +11,6 @@ import optax
 from ddpm_jax import configs, cpu, packing, parallel, signals
 from ddpm_jax.core import diffusion, likelihood, timesteps, unet
 from ddpm_jax.files import images
-from ddpm_jax.runs import generate
 from ddpm_jax.runs import state as states
 
 # The held-out loss always uses the same noise, whatever the run's seed.
@@ -67,36 +66,33 @@ def make_loss(config, model, schedule):
     variance = section.variance
     of_t = jnp.asarray(configs.loss_weights(config), jnp.float32)
 
-    def simple(net_fn, x0, labels, t, eps):
+    def simple(net_fn, x0, t, eps):
         mse = diffusion.simple_loss(schedule, net_fn, x0, t, eps, section.prediction)
         return of_t[t] * mse
 
-    def hybrid(net_fn, x0, labels, t, eps):
+    def hybrid(net_fn, x0, t, eps):
         # L_simple + λ L_vlb (Nichol & Dhariwal 2021, Eq. 16). The bound is T times its term at a
         # random t. It trains the variance only: the mean is constant in it.
         output = net_fn(diffusion.q_sample(schedule, x0, t, eps), t)
         mean, of_variance = jnp.split(output, 2, axis=-1)
         constant = jnp.concatenate([jax.lax.stop_gradient(mean), of_variance], axis=-1)
-        bound = schedule.num_timesteps * vlb(lambda *_: constant, x0, labels, t, eps)
-        return simple(lambda *_: mean, x0, labels, t, eps) + HYBRID_WEIGHT * bound
+        bound = schedule.num_timesteps * vlb(lambda *_: constant, x0, t, eps)
+        return simple(lambda *_: mean, x0, t, eps) + HYBRID_WEIGHT * bound
 
-    def vlb(net_fn, x0, labels, t, eps):
-        predict_fn = generate.unguided_predict(config, schedule, net_fn)
+    def vlb(net_fn, x0, t, eps):
+        predict_fn = configs.make_predictor(config, schedule, net_fn)
         terms, _ = likelihood.vlb_terms(schedule, predict_fn, x0, t, eps, variances=(variance,))
         return terms[variance]
 
-    def cross_entropy(net_fn, x0, labels, t, eps):
-        log_p = net_fn(diffusion.q_sample(schedule, x0, t, eps), t)
-        return -jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
-
-    is_classifier = config.model.kind == "classifier"
-    losses = {"simple": simple, "vlb": vlb, "hybrid": hybrid}
-    loss_of = cross_entropy if is_classifier else losses[section.loss]
+    loss_of = {"simple": simple, "vlb": vlb, "hybrid": hybrid}[section.loss]
 
     def loss(params, x0, labels, t, eps, dropout_keys=None):
-        condition = () if labels is None or is_classifier else (labels,)
         apply = unet.net_fn(model, packing.unpack(params), dropout_keys)
-        return loss_of(lambda x_t, t: apply(x_t, t, *condition), x0, labels, t, eps)
+        if config.model.kind == "classifier":
+            log_p = apply(diffusion.q_sample(schedule, x0, t, eps), t)
+            return -jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
+        condition = () if labels is None else (labels,)
+        return loss_of(lambda x_t, t: apply(x_t, t, *condition), x0, t, eps)
 
     return loss
 

@@ -9,7 +9,8 @@ import math
 import pathlib
 import signal
 import time
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -40,6 +41,18 @@ class Span(NamedTuple):
         """Whether the step reaches a multiple of an interval, which may be a fraction."""
         reached = step > 0 and step // interval > (step - 1) // interval
         return step == self.last or reached
+
+
+class Action(NamedTuple):
+    """Something that shows the progress of training."""
+
+    interval: Any  # in steps; may be a fraction
+    run: Callable  # (step, state)
+    is_done: bool  # whether the run's folder has its result of the first step
+
+    def due(self, span, step):
+        """Whether it is to be done at a step of a Span."""
+        return span.due(step, self.interval) and (step > span.first or not self.is_done)
 
 
 def train(config, workdir, arrays=None):
@@ -125,7 +138,7 @@ def open_data(config, workdir, arrays):
 
 
 def make_actions(config, workdir, span, metrics, eval_loss, sample, score, stop):
-    """Actions that show the progress of training: {name: (interval in steps, action(step, state))}.
+    """What shows the progress of training: {name: Action}.
 
     A signal may have stopped the run before all actions of its last step were done. So at
     span.first, an action runs only if its result is missing.
@@ -144,36 +157,40 @@ def make_actions(config, workdir, span, metrics, eval_loss, sample, score, stop)
     logged = {k for x in run_files.read_metrics(workdir) if x["step"] == span.first for k in x}
 
     def end_epoch(step, state):
-        if step > span.first or "epoch_loss" not in logged:
-            mean = epoch_mean(workdir, span, step)
-            metrics.write(step, epoch_loss=mean)
-            log.info("epoch %d: mean loss %.6f", step // span.epoch, mean)
+        mean = epoch_mean(workdir, span, step)
+        metrics.write(step, epoch_loss=mean)
+        log.info("epoch %d: mean loss %.6f", step // span.epoch, mean)
 
     def evaluate(step, state):
-        if step > span.first or "eval_loss" not in logged:
-            ema_params = state.ema_params[configs.ema_index(config)]
-            raw, ema = (eval_loss(p, stop) for p in (state.params, ema_params))
-            if not stop():
-                metrics.write(step, eval_loss=raw, eval_loss_ema=ema)
+        ema_params = state.ema_params[configs.ema_index(config)]
+        raw, ema = (eval_loss(p, stop) for p in (state.params, ema_params))
+        if not stop():
+            metrics.write(step, eval_loss=raw, eval_loss_ema=ema)
 
     def measure(step, state):
-        if step > span.first or not logged & {*run_files.SCORES}:
-            with contextlib.suppress(signals.Stopped):
-                metrics.write(step, **score(step, parameters(config, state), stop))
+        with contextlib.suppress(signals.Stopped):
+            metrics.write(step, **score(step, parameters(config, state), stop))
 
     def draw(step, state):
-        path = workdir / "samples" / f"step_{step:06d}.png"
-        if step > span.first or not path.exists():
-            generate.warn_of_young_ema(config, step)
-            write_grid(path, sample, config, state, stop)
+        generate.warn_of_young_ema(config, step)
+        write_grid(grid_path(step), sample, config, state, stop)
 
-    actions = {"the epoch's loss": (span.epoch, end_epoch)} if section.num_epochs else {}
-    actions["the held-out loss"] = section.eval_every, evaluate
+    def grid_path(step):
+        return workdir / "samples" / f"step_{step:06d}.png"
+
+    actions = {}
+    if section.num_epochs:
+        actions["the epoch's loss"] = span.epoch, end_epoch, "epoch_loss" in logged
+    actions["the held-out loss"] = section.eval_every, evaluate, "eval_loss" in logged
     if sample is not None:
-        actions["the sample grid"] = section.sample_every, draw
+        actions["the sample grid"] = section.sample_every, draw, grid_path(span.first).exists()
     if score is not None:
-        actions["the score"] = section.score_every, measure
-    return actions
+        actions["the score"] = section.score_every, measure, bool(logged & {*run_files.SCORES})
+    # A network file system may show each process another state of the folder.
+    return {
+        name: Action(interval, run, bool(parallel.broadcast_from_first(is_done)))
+        for name, (interval, run, is_done) in actions.items()
+    }
 
 
 def attempt(name, action):
@@ -246,7 +263,7 @@ def run_loop(config, workdir, span, steps, metrics, save, actions, stop):
                 raise error  # saving needs all processes, and the others do not know of the error
             # behind: do not wait for the step that has just started
             ends = stop(behind=2) or (error and step < span.last)
-            due = {k: v for k, (n, v) in actions.items() if not ends and span.due(step, n)}
+            due = {k: a.run for k, a in actions.items() if not ends and a.due(span, step)}
             # A score that is interrupted goes on from a checkpoint of its step.
             saves = span.due(step, section.checkpoint_every) or "the score" in due
             saves = saves and not ends
