@@ -24,7 +24,7 @@ from benchmarks.memory import peak
 from ddpm_jax import configs, cpu, packing, parallel
 from ddpm_jax.core import solvers, unet
 from ddpm_jax.files import data
-from ddpm_jax.runs import generate, networks, objective, schedulers
+from ddpm_jax.runs import networks, objective, samplers, schedulers
 from ddpm_jax.runs import state as states
 
 DIFFUSERS = ("eager", "channels_last", "compile")  # modes of diffusers
@@ -123,7 +123,7 @@ def ours(cell, bfloat16):
             jax.block_until_ready(apply(params, *inputs))
 
     else:
-        sample, params = generate.make_sampler(config), parallel.replicate(state.params)
+        sample, params = samplers.make_sampler(config), parallel.replicate(state.params)
 
         def work():
             sample(params, np.arange(cell.size))

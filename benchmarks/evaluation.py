@@ -15,7 +15,7 @@ from absl import app, flags
 from ddpm_jax import configs, cpu, parallel
 from ddpm_jax.core import unet
 from ddpm_jax.metrics import features, inception
-from ddpm_jax.runs import generate
+from ddpm_jax.runs import samplers
 
 CONFIG = flags.DEFINE_string("config", "configs/cifar10.py", "whose network and T are used")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "images at a time")
@@ -41,7 +41,7 @@ def main(_):
     shapes = unet.param_shapes(configs.make_model(config), shape)
     params = jax.tree.map(lambda s: np.full(s.shape, 0.01, s.dtype), shapes)
     params = parallel.replicate(params)
-    sample = generate.make_sampler(config)
+    sample = samplers.make_sampler(config)
     sampling = seconds(lambda: sample(params, np.arange(size))) * num_timesteps / STEPS
 
     images = np.random.default_rng(0).integers(0, 256, (size, *shape)).astype(np.uint8)

@@ -18,7 +18,7 @@ from absl import app, flags
 
 from ddpm_jax import configs, cpu
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import data
+from ddpm_jax.files import data, row_files
 from ddpm_jax.metrics import neighbours
 
 COUNT = flags.DEFINE_integer("count", 50_000, "rows of each set")
@@ -42,7 +42,7 @@ def main(_):
         ("CIFAR-10", lambda field: pixels_of(field, count)),
     ):
         try:
-            queries, references = draw("eval_split"), neighbours.in_memory(draw("split"))
+            queries, references = draw("eval_split"), row_files.in_memory(draw("split"))
         except UserError as error:
             print(f"{name}: not measured, {error}")
             continue

@@ -20,11 +20,11 @@ import numpy as np
 from absl import app, flags, logging
 
 from benchmarks import digits_quality, quality
-from ddpm_jax import configs, cpu, parallel
+from ddpm_jax import checks, configs, cpu, parallel
 from ddpm_jax.core import diffusion, unet
 from ddpm_jax.files import checkpoint, data, images
 from ddpm_jax.metrics import classifier
-from ddpm_jax.runs import evaluate, generate, objective, reference, train
+from ddpm_jax.runs import evaluate, objective, reference, samplers, train
 
 DATA = flags.DEFINE_enum("data", "digits", ["digits", "mnist"], "what to train on")
 RUNS = flags.DEFINE_string("runs", "runs/objectives", "the folder for the runs")
@@ -137,7 +137,7 @@ def sample(config, params, kind, workdir):
     fast = {"sampler": "dpmpp_sde", "num_steps": min(10, config.diffusion.num_timesteps)}
     config.sample.update(fast if kind == "fast" else {})
     config.sample.batch_size = quality.BATCH_SIZE
-    sampler, count = generate.make_sampler(config), SAMPLES[kind][DATA.value]
+    sampler, count = samplers.make_sampler(config), SAMPLES[kind][DATA.value]
     name = f"{kind}_{config.sample.ema_decay}"
     return quality.generate_in_parts(
         lambda indices: sampler(params, indices).x, count, workdir / "parts", name
@@ -155,7 +155,7 @@ def scores_of(config, workdir, kind, distance):
         return {"bits/dim": bits_per_dim(config, params, source)}
     if kind == "sure":
         config.sample.batch_size = quality.BATCH_SIZE
-        found = generate.make_sampler(config)(params, np.arange(1000)).x
+        found = samplers.make_sampler(config)(params, np.arange(1000)).x
         return {"sure": digits_quality.confident(digits_quality.make_judge()[0], found / 255)[0]}
     return {kind: distance(sample(config, params, kind, workdir))}
 
@@ -196,7 +196,7 @@ def main(_):
         if (*map(str, row), first_score) in quality.measured(path, COLUMNS[:5]):
             continue
         config, workdir = config_of(choice, seed), workdir_of(choice, seed)
-        configs.check(config)
+        checks.check(config)
         if checkpoint.latest_step(workdir) != steps and train.train(config, workdir):
             return  # by a signal
         config.sample.ema_decay = decay

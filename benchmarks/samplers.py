@@ -18,12 +18,12 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import quality
-from ddpm_jax import configs, cpu
+from ddpm_jax import checks, configs, cpu
 from ddpm_jax.core import solvers
 from ddpm_jax.files import checkpoint
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.metrics import classifier
-from ddpm_jax.runs import generate, reference
+from ddpm_jax.runs import generate, reference, samplers
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/digits", "a run with labelled data")
 CSV = flags.DEFINE_string("csv", "docs/samplers.csv", "the file to add rows to")
@@ -69,13 +69,13 @@ def measure(config, step, params, distance):
     done = quality.measured(path, COLUMNS[:-2])
     for sampler, order, spacing, steps in cases(config.diffusion.num_timesteps):
         config.sample.update(sampler=sampler, order=order, spacing=spacing, num_steps=steps)
-        chain = generate.make_chain(config)
-        nfe, sample = solvers.num_calls(generate.make_solver(config, chain)), None
+        chain = samplers.make_chain(config)
+        nfe, sample = solvers.num_calls(samplers.make_solver(config, chain)), None
         for seed in range(SEEDS.value):
             row = [name, sampler, order, spacing, steps, nfe, seed, SAMPLES.value]
             if tuple(map(str, row)) in done:
                 continue
-            sample = sample or generate.make_sampler(config)
+            sample = sample or samplers.make_sampler(config)
             images = quality.generate_in_parts(
                 lambda indices, sample=sample, seed=seed: sample(params, indices, seed=seed).x,
                 SAMPLES.value,
@@ -116,7 +116,7 @@ def main(_):
     if config.data.num_classes:
         print_guidance(config, judge, distance)
     else:
-        configs.check(config, "sample")
+        checks.check(config, "sample")
         measure(config, *checkpoint.restore_params(config, WORKDIR.value), distance)
 
 

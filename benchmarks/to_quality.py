@@ -30,7 +30,7 @@ from benchmarks import digits_quality
 from ddpm_jax import configs, cpu, progress
 from ddpm_jax.files import data
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.runs import generate, networks, schedulers, show, train
+from ddpm_jax.runs import networks, samplers, schedulers, show, train
 
 STOPS = 10  # times that the quality is measured, evenly
 SAMPLES = 1000
@@ -221,7 +221,7 @@ def make_quality():
     """Returns quality(name, folder, step) -> that of the images of one stop."""
     config, judge = configs.named_config("digits"), digits_quality.make_judge()[0]
     config.sample.update(sampler="dpmpp_sde", num_steps=20, batch_size=SAMPLES)
-    sampler = generate.make_sampler(config)
+    sampler = samplers.make_sampler(config)
 
     def quality(name, folder, step):
         if name == "ours":

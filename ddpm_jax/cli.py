@@ -32,7 +32,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ddpm_jax import compilation, configs, cpu, parallel, signals
+from ddpm_jax import checks, compilation, configs, cpu, parallel, signals
 from ddpm_jax.errors import UserError, is_disk_full, one_line, printable
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.runs import compare, edit, evaluate, generate, interop, show, train
@@ -236,7 +236,7 @@ def execute(command, argv):
     if mode == "import":  # checks the config itself, with the fields from the weights
         interop.import_run(config, weights, workdir, command.overrides)
         return 0
-    configs.check(config, mode)
+    checks.check(config, mode)
     for name in WRITES.get(mode, ()):
         run_files.check_writable(workdir / name)
     if mode == "train":
@@ -250,7 +250,7 @@ def execute(command, argv):
         log.info("done: %s", workdir)
     else:
         if mode != "show" or run_files.load_config(workdir) is not None:
-            configs.check_same_run(run_files.saved_config(workdir), config, workdir, "use")
+            checks.check_same_run(run_files.saved_config(workdir), config, workdir, "use")
         if mode in INTERRUPTIBLE:
             with signals.catch() if command.processes else nullcontext(signals.never) as stop:
                 INTERRUPTIBLE[mode](config, workdir, stop)

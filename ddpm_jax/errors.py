@@ -20,6 +20,12 @@ def is_disk_full(error):
     return getattr(error, "errno", None) in full or any(os.strerror(n) in str(error) for n in full)
 
 
+def require(condition, name, value, allowed):
+    """Raises a UserError with a field's name, its value and what is allowed, unless it fits."""
+    if not condition:
+        raise UserError(f"{name}={value!r}: {allowed}")
+
+
 def listed(names, most=5):
     """The first few names, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from ddpm_jax import compilation, configs, cpu, parallel
+from ddpm_jax import checks, compilation, configs, cpu, parallel
 from ddpm_jax.core import diffusion
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint as checkpoints
 from ddpm_jax.files import data
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.runs import generate, interop
+from ddpm_jax.runs import generate, interop, samplers
 from ddpm_jax.runs import train as training
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Run(NamedTuple):
         t = jnp.broadcast_to(jnp.asarray(t, jnp.int32), jnp.shape(x_t)[:1])
         if num_classes:
             labels = jnp.full(t.shape, num_classes) if labels is None else jnp.asarray(labels)
-        predict_fn = generate.predict_for(self.config, schedule, self.params, labels)
+        predict_fn = samplers.predict_for(self.config, schedule, self.params, labels)
         variance = self.config.diffusion.variance
         p = diffusion.p_mean_variance(schedule, predict_fn, x_t, t, variance=variance)
         return p.x0_pred, p.log_variance
@@ -143,7 +143,7 @@ def load(
     cpu.prepare(False, configs.positions(config, "sample"))
     choice = dict(use_ema=use_ema, ema_decay=float(ema_decay), checkpoint=str(checkpoint))
     config.sample.update(choice)
-    configs.check_parameters(config)
+    checks.check_parameters(config)
     step, params = checkpoints.restore_params(config, path)
     return Run(config, step, params, generate.class_names(config, path))
 
@@ -174,7 +174,7 @@ def sample(run: Run | str | os.PathLike, num_samples: int, **options) -> np.ndar
         configs.check_kind(f"sample.{name}", value, type(config.sample[name]))
         config.sample[name] = value
     config = configs.normalize(config)
-    configs.check(config, "sample")
+    checks.check(config, "sample")
     seed = config.sample.seed
     config.sample.update(num_samples=1, seed=0)  # the compiled sampler does not depend on them
     trained = _state_of(config.sample.classifier) if config.sample.classifier else None
@@ -199,7 +199,7 @@ def _sampler(frozen, label_names, trained):
       trained: _state_of the classifier.
     """
     config = ConfigDict(frozen)
-    return generate.make_sampler(config, **generate.guidance_for(config, label_names))
+    return samplers.make_sampler(config, **generate.guidance_for(config, label_names))
 
 
 def train(
@@ -238,7 +238,7 @@ def train(
         arrays = _as_batch(images, labels)
         config = _config_of_arrays(config, arrays)
     cpu.prepare(True, configs.positions(config, "train"))
-    configs.check(config, "train")
+    checks.check(config, "train")
     if training.train(config, workdir, arrays):
         raise KeyboardInterrupt
     return load(workdir, config.sample.use_ema, config.sample.ema_decay)
@@ -256,7 +256,7 @@ def _as_batch(images, labels):
         return data.Batch(images, None)
     labels = np.asarray(labels)
     whole = labels.shape == images.shape[:1] and np.issubdtype(labels.dtype, np.integer)
-    most = configs.LARGEST["data.num_classes"]
+    most = checks.LARGEST["data.num_classes"]
     if not whole or labels.min() < 0 or labels.max() >= most:
         kind = f"{labels.dtype} {list(labels.shape)}"
         raise UserError(f"labels: {kind}, not {len(images)} whole numbers from 0 to {most - 1}")

@@ -75,7 +75,12 @@ MADE = {}
 
 def functions():
     """Those that a program may call; a test that replaces one of them gets programs of its own."""
-    runs = "ddpm_jax.runs.generate", "ddpm_jax.runs.objective", "ddpm_jax.runs.state"
+    runs = (
+        "ddpm_jax.configs",
+        "ddpm_jax.runs.samplers",
+        "ddpm_jax.runs.objective",
+        "ddpm_jax.runs.state",
+    )
     names = "ddpm_jax.core.", *runs
     modules = [module for name, module in sorted(sys.modules.items()) if name.startswith(names)]
     items = (item for module in modules for item in sorted(vars(module).items()))
@@ -105,7 +110,7 @@ def once(make, sections, rest):
 def each_program_once(monkeypatch):
     """Runs of equal configs share their programs: tracing them is most of a short run's time."""
     from ddpm_jax.core import unet
-    from ddpm_jax.runs import generate, objective
+    from ddpm_jax.runs import objective, samplers
     from ddpm_jax.runs import state as states
 
     def is_network(model):
@@ -118,8 +123,8 @@ def each_program_once(monkeypatch):
     def eval_loss(config, model, schedule, source):
         return () if config.data.name == "digits" else None
 
-    def sampler(config, label=None, frames_at=(), x0_at=(), task=generate.from_noise, **more):
-        other = task is not generate.from_noise or any(more.values())
+    def sampler(config, label=None, frames_at=(), x0_at=(), task=samplers.from_noise, **more):
+        other = task is not samplers.from_noise or any(more.values())
         return None if other else (label, frames_at, x0_at)
 
     def state(config, model, optimizer):
@@ -128,7 +133,7 @@ def each_program_once(monkeypatch):
     for module, name, rest in (
         (objective, "make_train_step", step),
         (objective, "make_eval_loss", eval_loss),
-        (generate, "make_sampler", sampler),
+        (samplers, "make_sampler", sampler),
         (states, "create_state", state),
     ):
         monkeypatch.setattr(module, name, once(getattr(module, name), SECTIONS[name], rest))

@@ -43,7 +43,7 @@ from ddpm_jax.core import unet
 from ddpm_jax.files import checkpoint, data, image_files
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.metrics import features, inception
-from ddpm_jax.runs import evaluate, generate, interop, networks, show, train
+from ddpm_jax.runs import evaluate, interop, networks, samplers, show, train
 
 SECONDS = 20  # for an example; most take a hundredth
 MEMORY = 4 * 2**30  # bytes that it may ask for
@@ -104,7 +104,7 @@ def no_computing(tmp_path_factory):
         sampler(*arguments, **options)
         return enough
 
-    restore, sampler = checkpoint.restore_params, generate.make_sampler
+    restore, sampler = checkpoint.restore_params, samplers.make_sampler
     root, names = logging.getLogger(), ("absl", "asyncio", "ddpm_jax")
     handlers, levels = root.handlers[:], [logging.getLogger(name).level for name in names]
     with pytest.MonkeyPatch.context() as patch:
@@ -114,7 +114,7 @@ def no_computing(tmp_path_factory):
         patch.setattr(train.scores, "make_score", enough)
         patch.setattr(show, "show", enough)
         patch.setattr(checkpoint, "restore_params", restore_params)
-        patch.setattr(generate, "make_sampler", make_sampler)
+        patch.setattr(samplers, "make_sampler", make_sampler)
         patch.setattr(evaluate, "make_vlb_rows", enough)
         patch.setattr(inception, "load", lambda path: inception.Weights({}, None, "0"))
         patch.setattr(features, "make_extractor", lambda *_: enough)

@@ -18,7 +18,7 @@ from programs import ROOT
 from benchmarks import __main__ as benchmark
 from benchmarks import chart, gpu, memory, objectives, objectives_chart, to_quality
 from benchmarks.contestants import OTHER, Cell
-from ddpm_jax import configs, cpu
+from ddpm_jax import checks, configs, cpu
 from ddpm_jax.core import unet
 from ddpm_jax.files import data
 from ddpm_jax.runs import objective
@@ -156,7 +156,7 @@ def test_mean_and_spread_of_seeds():
 @flagsaver.as_parsed(data="digits")
 @pytest.mark.parametrize("choice", objectives.CHOICES)
 def test_each_choice_is_allowed(choice):
-    configs.check(objectives.config_of(choice, 0))
+    checks.check(objectives.config_of(choice, 0))
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])

@@ -12,12 +12,12 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
-from ddpm_jax import cli, configs, parallel
+from ddpm_jax import checks, cli, configs, parallel
 from ddpm_jax.core import diffusion, likelihood, sampling, solvers, unet
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, data
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.runs import edit, generate, objective, train
+from ddpm_jax.runs import edit, generate, objective, samplers, train
 from ddpm_jax.runs import state as states
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -130,7 +130,7 @@ def test_bad_labels_and_weights_are_known_before_anything_is_written(conditional
     conditional.train.label_dropout = 0.0
     conditional.sample.guidance = 2.0
     with pytest.raises(UserError, match=r"sample\.guidance=2\.0: must be 1: .* label dropout"):
-        configs.check(conditional)
+        checks.check(conditional)
 
 
 def test_numbers_do_where_names_are_lost(conditional, tmp_path):
@@ -174,7 +174,7 @@ def test_guidance_in_the_sampler(conditional):
 
     def sample(guidance, label, indices=(0, 1, 2, 3)):
         config.sample.guidance = guidance
-        return generate.make_sampler(config, label)(params, np.array(indices)).x.astype(int)
+        return samplers.make_sampler(config, label)(params, np.array(indices)).x.astype(int)
 
     np.testing.assert_array_equal(sample(0.0, 3), sample(0.0, 8))
     assert (sample(1.0, 3) != sample(1.0, 8)).any()
@@ -209,8 +209,8 @@ def test_guidance_by_hand(conditional, monkeypatch, kind):
     classifier = ("model", "p") if kind == "classifier" else None
     a = np.cumprod(1 - np.linspace(1e-4, 0.4, 20))[12]
     labels, x_t = jnp.array([2, 0, 9]), jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
-    chain = generate.make_chain(conditional)
-    predict_fn = generate.guided_predict(conditional, chain, {}, labels, classifier)
+    chain = samplers.make_chain(conditional)
+    predict_fn = samplers.guided_predict(conditional, chain, {}, labels, classifier)
     given = (1 + np.array([2, 0, 9])) / 10
     eps = 1.1 + 3 * (given - 1.1)
     if classifier:
@@ -219,7 +219,7 @@ def test_guidance_by_hand(conditional, monkeypatch, kind):
     np.testing.assert_allclose(predict_fn(x_t, jnp.full(3, 3)).x0, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("task", [generate.from_noise, edit.img2img_task])
+@pytest.mark.parametrize("task", [samplers.from_noise, edit.img2img_task])
 @pytest.mark.parametrize("sampler", solvers.SOLVERS)
 def test_every_sampler_is_guided(conditional, monkeypatch, sampler, task):
     """The network knows one image of class c, (c - 5) / 10: guided, x0_u + 2 (x0_c - x0_u).
@@ -241,14 +241,14 @@ def test_every_sampler_is_guided(conditional, monkeypatch, sampler, task):
 
     monkeypatch.setattr(unet, "net_fn", net_fn)
     conditional.sample.update(sampler=sampler, num_steps=4, guidance=2.0, batch_size=4, t=15)
-    sample = generate.make_sampler(conditional, label=3, task=task)
+    sample = samplers.make_sampler(conditional, label=3, task=task)
     inputs = {"image": np.full((4, 8, 8, 1), 200, np.uint8)}
     # jax.pmap takes in_axes for those of the leaves where there are as many; a network has more.
     params = parallel.replicate({str(i): np.zeros(1) for i in range(20)})
     images = sample(params, np.arange(4), inputs if task is edit.img2img_task else None).x
     expected = 0.5 + 2 * (-0.2 - 0.5)  # no class is label 10
     assert np.abs(images - (expected + 1) * 127.5).max() <= 1
-    chain = generate.make_chain(conditional)
+    chain = samplers.make_chain(conditional)
     nfe = solvers.num_calls(task(conditional, chain).solver)
     jax.effects_barrier()
     assert calls == nfe * 4 * [2]  # on 4 devices
@@ -257,9 +257,9 @@ def test_every_sampler_is_guided(conditional, monkeypatch, sampler, task):
 @pytest.mark.parametrize(
     "label, task, expected",
     [
-        ("", generate.from_noise, None),
+        ("", samplers.from_noise, None),
         ("", edit.img2img_task, 10),
-        ("3", generate.from_noise, 3),
+        ("3", samplers.from_noise, 3),
         ("3", edit.img2img_task, 3),
     ],
 )
@@ -420,9 +420,9 @@ def test_a_variance_that_was_learned_is_part_of_the_network(config, tmp_path):
     config.diffusion.update(loss="vlb", variance="learned")
     for purpose in ("train", "use"):
         with pytest.raises(UserError, match=r"diffusion\.variance"):
-            configs.check_same_run(saved, config, tmp_path, purpose)
+            checks.check_same_run(saved, config, tmp_path, purpose)
     saved.diffusion.update(loss="vlb", variance="fixed_small")
     config.diffusion.variance = "fixed_large"
-    configs.check_same_run(saved, config, tmp_path, "use")
+    checks.check_same_run(saved, config, tmp_path, "use")
     with pytest.raises(UserError, match=r"diffusion\.variance"):  # it is in the loss
-        configs.check_same_run(saved, config, tmp_path, "train")
+        checks.check_same_run(saved, config, tmp_path, "train")

@@ -19,7 +19,7 @@ from ddpm_jax.core import unet
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.runs import generate
+from ddpm_jax.runs import generate, samplers
 
 
 @pytest.mark.parametrize(
@@ -385,8 +385,8 @@ def test_samples_that_are_not_finite(diverged):
         cli.run(["main.py", "--mode=sample", f"--workdir={diverged}"])
     assert not (diverged / "samples").exists()
     with pytest.raises(UserError, match=r"images 1, 7 of a batch are not finite"):
-        generate.check_finite([5, 7, 1, 1], [True, False, False, False])
-    generate.check_finite([5, 7], [True, True])
+        samplers.check_finite([5, 7, 1, 1], [True, False, False, False])
+    samplers.check_finite([5, 7], [True, True])
 
 
 @pytest.mark.parametrize("mode", ["sample", "evaluate", "show"])

@@ -13,11 +13,11 @@ import jax
 import pytest
 
 import ddpm_jax
-from ddpm_jax import cli, configs
+from ddpm_jax import checks, cli, configs
 from ddpm_jax.core import likelihood, solvers, unet
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, workdir
-from ddpm_jax.runs import generate
+from ddpm_jax.runs import samplers
 
 FILES = sorted((pathlib.Path(__file__).parent.parent / "configs").rglob("*.py"))
 PARAMETERS = {
@@ -35,7 +35,7 @@ def load(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_builds(path):
     config = load(path)
-    configs.check(config)
+    checks.check(config)
     configs.make_schedule(config)
     model = configs.make_model(config)
     params = unet.param_shapes(model, configs.image_shape(config))
@@ -50,7 +50,7 @@ def test_scores_take_little_of_a_training(path):
     train = config.train
     if not train.score_every:
         return
-    chain = generate.make_chain(configs.for_show(config))
+    chain = samplers.make_chain(configs.for_show(config))
     scoring = train.num_steps / train.score_every * train.score_samples * len(chain.timesteps)
     assert 0 < scoring < 0.06 * 3 * train.num_steps * train.batch_size
 
@@ -91,7 +91,7 @@ def test_overrides_of_tutorials(path, flags):
         with contextlib.suppress(ValueError):  # a string is meant as it is
             value = ast.literal_eval(value)
         config.update_from_flattened_dict({field.removeprefix("config."): value})
-    configs.check(config)
+    checks.check(config)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
@@ -178,7 +178,7 @@ V = {"diffusion.prediction": "v", "diffusion.zero_terminal_snr": True}
 def test_a_sampler_that_cannot_be(config, changes, mode, message):
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError) as error:
-        configs.check(config, mode)
+        checks.check(config, mode)
     assert message in str(error.value)
 
 
@@ -187,10 +187,10 @@ def test_samplers_that_can_be(config):
     for sampler in solvers.SOLVERS:
         config.sample.sampler = sampler
         for mode in ("sample", "train", "img2img", "interpolate", "evaluate", "show"):
-            configs.check(config, mode)
+            checks.check(config, mode)
     config.update_from_flattened_dict(V)
     config.show.spacing = "trailing"
-    configs.check(config, "train")
+    checks.check(config, "train")
 
 
 def test_every_field_has_a_comment_and_a_reader():
@@ -227,12 +227,12 @@ def test_a_learned_variance_is_of_all_steps(config):
     config.diffusion.update(loss="vlb", variance="learned")
     for num_steps in (0, 20):
         config.sample.num_steps = num_steps
-        configs.check(config, "sample")
+        checks.check(config, "sample")
     config.sample.num_steps = 10
     with pytest.raises(UserError, match=r"sample\.num_steps=10: a learned variance needs all 20"):
-        configs.check(config, "sample")
+        checks.check(config, "sample")
     config.sample.sampler = "ddim"
-    configs.check(config, "sample")
+    checks.check(config, "sample")
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_a_run_is_not_used_with_another_network_or_chain(config, name, value):
     saved = config.copy_and_resolve_references()
     config.update_from_flattened_dict({name: value})
     with pytest.raises(UserError, match=rf"workdir=runs/x: .*{name} "):
-        configs.check_same_run(saved, config, "runs/x", "use")
+        checks.check_same_run(saved, config, "runs/x", "use")
 
 
 def test_a_run_is_used_with_another_dropout_seed_or_sampler(config):
@@ -268,4 +268,4 @@ def test_a_run_is_used_with_another_dropout_seed_or_sampler(config):
             "train.batch_size": 4,
         }
     )
-    configs.check_same_run(saved, config, "runs/x", "use")
+    checks.check_same_run(saved, config, "runs/x", "use")

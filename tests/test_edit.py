@@ -12,7 +12,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.runs import edit as edit_module
-from ddpm_jax.runs import generate
+from ddpm_jax.runs import generate, samplers
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_where_img2img_and_interpolation_start(config):
     """
     config.diffusion.update(schedule="linear", beta_end=0.4)
     config.sample.update(num_steps=5, t=13)
-    chain = generate.make_chain(config)
+    chain = samplers.make_chain(config)
     a = np.cumprod(1 - np.linspace(1e-4, 0.4, 20))[12]
     keys = sampling.image_keys(0, jnp.arange(256))
     white, black = (np.full((256, 8, 8, 1), level, np.uint8) for level in (255, 0))
@@ -179,7 +179,7 @@ def test_a_start_between_or_below_the_steps(config, caplog):
 
 def test_inpainting_draws_new_noise_at_every_visit(config):
     config.sample.update(resamplings=2, jump_length=4)
-    solver, _, step_of = edit_module.inpaint_task(config, generate.make_chain(config))
+    solver, _, step_of = edit_module.inpaint_task(config, samplers.make_chain(config))
     up = solver.steps < 0
     inputs = {"image": np.zeros((2, 8, 8, 1), np.uint8), "known_mask": np.ones((2, 8, 8, 1), bool)}
     zeros = jnp.zeros((2, 8, 8, 1))
@@ -196,7 +196,7 @@ def test_inpainting_draws_new_noise_at_every_visit(config):
 def test_known_and_generated_pixels_have_their_own_noise(config):
     """x0 = 0 and is predicted so: both are N(0, 1 - ᾱ_{t-1}) or less, and independent."""
     config.sample.update(sampler="ddim", eta=1.0)
-    chain = generate.make_chain(config)
+    chain = samplers.make_chain(config)
     _, _, step_of = edit_module.inpaint_task(config, chain)
     zeros, keys = jnp.zeros((64, 8, 8, 1)), sampling.image_keys(0, jnp.arange(64))
     image = np.full((64, 8, 8, 1), 127.5, np.float32)  # 0 in [-1, 1]

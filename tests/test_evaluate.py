@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 
-from ddpm_jax import cli, configs, signals
+from ddpm_jax import checks, cli, configs, signals
 from ddpm_jax.core import diffusion, likelihood, sampling, schedules, unet
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import checkpoint, data
+from ddpm_jax.files import checkpoint, data, row_files
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.metrics import distances, features, inception, neighbours
-from ddpm_jax.runs import evaluate, generate, memorisation, reference
+from ddpm_jax.runs import evaluate, memorisation, reference, samplers
 
 NAMES = """
     fid fid_test kid precision recall inception_score bits_per_dim rate distortion num_samples
@@ -176,12 +176,12 @@ def asked(monkeypatch):
 
     def make_sampler(config, **options):
         asked.append(options)
-        return lambda params, i, seed, **_: generate.Generated(DRAWN[seed, i], None, None)
+        return lambda params, i, seed, **_: samplers.Generated(DRAWN[seed, i], None, None)
 
     monkeypatch.setattr(inception, "FEATURES", 4)
     monkeypatch.setattr(inception, "load", lambda path: inception.Weights({}, None, "linear"))
     monkeypatch.setattr(features, "make_extractor", lambda *_: linear)
-    monkeypatch.setattr(generate, "make_sampler", make_sampler)
+    monkeypatch.setattr(samplers, "make_sampler", make_sampler)
     return asked
 
 
@@ -256,13 +256,13 @@ def test_what_is_left_of_several_seeds_is_computed(idle, asked, monkeypatch):
     assert vlbs == [1]
     lost = [path for path in rows(workdir / "evaluation") if path.name.endswith("4.npy")]
     lost[0].unlink()
-    drawn, make = [], generate.make_sampler
+    drawn, make = [], samplers.make_sampler
 
     def counting(config, **options):
         sample = make(config, **options)
         return lambda params, i, seed, **rest: drawn.append(i[0]) or sample(params, i, seed)
 
-    monkeypatch.setattr(generate, "make_sampler", counting)
+    monkeypatch.setattr(samplers, "make_sampler", counting)
     assert evaluate.evaluate(config, workdir) == whole
     assert drawn == [4] and len(lost) == 3
 
@@ -394,7 +394,7 @@ def test_nearest_images_resume(idle, asked, monkeypatch):
     workdir, config, _ = idle
     config.evaluate.update(num_samples=0, nearest_images=6, bits_per_dim_images=0)
     drawn, searched = [], []
-    make, search = generate.make_sampler, neighbours.nearest
+    make, search = samplers.make_sampler, neighbours.nearest
 
     def make_sampler(*args, **options):
         sample = make(*args, **options)
@@ -406,7 +406,7 @@ def test_nearest_images_resume(idle, asked, monkeypatch):
             raise KeyboardInterrupt
         return search(queries, *args)
 
-    monkeypatch.setattr(generate, "make_sampler", make_sampler)
+    monkeypatch.setattr(samplers, "make_sampler", make_sampler)
     monkeypatch.setattr(neighbours, "nearest", nearest)
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(config, workdir)
@@ -457,8 +457,8 @@ def test_nearest_images_need_two_images(idle, field):
 
 def test_features_are_read_by_number(tmp_path):
     rows = np.random.default_rng(0).standard_normal((10, 3)).astype(np.float32)
-    features.collect(tmp_path, 10, 4, lambda first, last: rows[first:last], "rows")
-    reader = features.reader(tmp_path)
+    row_files.collect(tmp_path, 10, 4, lambda first, last: rows[first:last], "rows")
+    reader = row_files.reader(tmp_path)
     numbers = np.array([9, 0, 3, 4, 4, 8, 7])
     assert reader.count == 10
     np.testing.assert_array_equal(reader.read(numbers), rows[numbers])
@@ -588,7 +588,7 @@ def test_rows_that_another_program_computes_are_waited_for(tmp_path):
         computed.append((first, last))
         return np.zeros((last - first, 1))
 
-    waiting = threading.Thread(target=features.collect, args=(tmp_path, 6, 4, rows_of, "wait"))
+    waiting = threading.Thread(target=row_files.collect, args=(tmp_path, 6, 4, rows_of, "wait"))
     with run_files.lock(tmp_path, "rows"):
         waiting.start()
         waiting.join(0.3)
@@ -596,7 +596,7 @@ def test_rows_that_another_program_computes_are_waited_for(tmp_path):
         np.save(tmp_path / "rows_0000000.npy", np.ones((4, 1)))
     waiting.join()
     assert computed == [(4, 6)]
-    np.testing.assert_array_equal(features.rows(tmp_path, 6)[:, 0], [1, 1, 1, 1, 0, 0])
+    np.testing.assert_array_equal(row_files.rows(tmp_path, 6)[:, 0], [1, 1, 1, 1, 0, 0])
 
 
 def test_the_paper_s_numbers_stand_beside_its_model_only():
@@ -648,18 +648,18 @@ def test_bad_input(run, field, value):
 def test_seeds_and_steps_that_cannot_be(config):
     config.evaluate.update(num_samples=0, steps=(1,))
     with pytest.raises(UserError, match=r"evaluate\.steps=\(1,\): scores samples; evaluate.num_s"):
-        configs.check(config, "evaluate")
+        checks.check(config, "evaluate")
     config.evaluate.update(num_samples=2, num_seeds=3)
     config.sample.seed = 2**32 - 2
     with pytest.raises(UserError, match=r"evaluate\.num_seeds=3: must be at most 2, with sample"):
-        configs.check(config, "evaluate")
+        checks.check(config, "evaluate")
 
 
 def test_four_channels_are_not_for_inception(config):
     config.data.channels = 4
-    configs.check(config, "sample")
+    checks.check(config, "sample")
     with pytest.raises(UserError, match=r"data\.channels=4: .*evaluate\.num_samples=0"):
-        configs.check(config, "evaluate")
+        checks.check(config, "evaluate")
 
 
 def test_runs_that_are_older_than_some_fields(run):
@@ -674,10 +674,10 @@ def test_runs_that_are_older_than_some_fields(run):
     assert command.config.evaluate.num_samples == 50_000
     assert command.config.sample.sampler == "ancestral"
     saved = run_files.load_config(workdir)
-    configs.check_same_run(saved, config, workdir, "train")
+    checks.check_same_run(saved, config, workdir, "train")
     config.data.num_classes = 10
     with pytest.raises(UserError, match=r"data\.num_classes 0 -> 10"):
-        configs.check_same_run(saved, config, workdir, "train")
+        checks.check_same_run(saved, config, workdir, "train")
 
 
 def test_progressive_images_are_of_whole_steps(config, tmp_path, monkeypatch):
@@ -689,7 +689,7 @@ def test_progressive_images_are_of_whole_steps(config, tmp_path, monkeypatch):
         asked.append(options)
         raise UserError("enough")
 
-    monkeypatch.setattr(generate, "make_sampler", make_sampler)
+    monkeypatch.setattr(samplers, "make_sampler", make_sampler)
     with pytest.raises(UserError, match="enough"):
         evaluate.draw_progressive(config, tmp_path, {}, {}, None)
     assert asked == [{"x0_at": {0, 2, 4}}]
@@ -698,12 +698,12 @@ def test_progressive_images_are_of_whole_steps(config, tmp_path, monkeypatch):
 def test_more_files_of_features_than_a_process_may_open(tmp_path):
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((120, 3)).astype(np.float32)
-    features.collect(tmp_path, 120, 2, lambda first, last: rows[first:last], "rows")
+    row_files.collect(tmp_path, 120, 2, lambda first, last: rows[first:last], "rows")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 30, limits[1]))
     try:
-        np.testing.assert_array_equal(features.rows(tmp_path, 119), rows[:119])
-        some, read = rng.permutation(120), features.reader(tmp_path)
+        np.testing.assert_array_equal(row_files.rows(tmp_path, 119), rows[:119])
+        some, read = rng.permutation(120), row_files.reader(tmp_path)
         np.testing.assert_array_equal(read.read(some), rows[some])
         assert read.count == 120
     finally:
@@ -720,7 +720,7 @@ def test_the_inception_score_is_of_the_head_without_its_bias(config, tmp_path, m
     monkeypatch.setattr(inception, "FEATURES", 4)
     rng = np.random.default_rng(0)
     rows, kernel = (rng.standard_normal(shape).astype(np.float32) for shape in ((20, 7), (4, 3)))
-    features.collect(tmp_path, 20, 8, lambda first, last: rows[first:last], "rows")
+    row_files.collect(tmp_path, 20, 8, lambda first, last: rows[first:last], "rows")
     config.evaluate.num_samples = 20
     parts = [distances.statistics([x]) for x in (rows[:, :4], rows[:, 4:])]
     split = reference.Reference(*parts, rows[:, :4], tmp_path)

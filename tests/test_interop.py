@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from references import FIXTURES
 
 import ddpm_jax
-from ddpm_jax import cli, configs
+from ddpm_jax import checks, cli, configs
 from ddpm_jax.core import unet
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint
@@ -223,7 +223,7 @@ def test_a_network_of_the_family_survives(fields):
     given = json.loads(json.dumps({**networks.DEFAULTS, **network_json(**fields)}))
     config = configs.default_config()
     config.update_from_flattened_dict(networks.network_fields(network_json(**fields), "f"))
-    configs.check(config, "import")
+    checks.check(config, "import")
     found = json.loads(json.dumps(networks.diffusers_network(config)))
     # Import turns the embedding round, and keeps a dropout of which the file says nothing.
     same = found.keys() - {"_diffusers_version", "flip_sin_to_cos", "dropout"}
@@ -255,7 +255,7 @@ def test_all_of_the_family_survive(given):
     """The same config.json comes back, but for heads that are one head."""
     config = configs.default_config()
     config.update_from_flattened_dict(networks.network_fields(given, "f"))
-    configs.check(config, "import")
+    checks.check(config, "import")
     found = json.loads(json.dumps(networks.diffusers_network(config)))
     same = given.keys() - {"attention_head_dim"}
     size = given["sample_size"]

@@ -11,6 +11,7 @@ from scipy.spatial.distance import cdist
 from sklearn.datasets import load_digits
 
 from ddpm_jax import configs, parallel
+from ddpm_jax.files import row_files
 from ddpm_jax.metrics import neighbours
 from ddpm_jax.runs import evaluate, train
 
@@ -57,7 +58,7 @@ def duplicates():
 def check(queries, references, k):
     expected = cdist(np.float64(queries), np.float64(references))
     order = np.argsort(expected, axis=1, kind="stable")[:, :k]
-    found, numbers = neighbours.nearest(queries, neighbours.in_memory(references), k)
+    found, numbers = neighbours.nearest(queries, row_files.in_memory(references), k)
     assert found.dtype == np.float64 and found.shape == numbers.shape == (len(queries), k)
     least = np.take_along_axis(expected, order, axis=1)
     np.testing.assert_allclose(found, least, rtol=1e-6, atol=1e-6)
@@ -123,7 +124,7 @@ def test_memory_does_not_depend_on_the_references(monkeypatch):
         asked.append(len(numbers))
         return DIGITS[numbers]
 
-    neighbours.nearest(DIGITS[:100] + 1, neighbours.Rows(len(DIGITS), read), 5)
+    neighbours.nearest(DIGITS[:100] + 1, row_files.Rows(len(DIGITS), read), 5)
     assert max(asked) == 64
 
 
@@ -184,7 +185,7 @@ def scores_of(samples, train, held_out):
     """Both shares, for samples against training and held-out images."""
     size = min(len(train), len(held_out))
     sets = (samples, train), (held_out, train), (samples, train[:size]), (samples, held_out[:size])
-    found = [neighbours.nearest(x, neighbours.in_memory(y), 1) for x, y in sets]
+    found = [neighbours.nearest(x, row_files.in_memory(y), 1) for x, y in sets]
     d_samples, d_held_out, *pair = [(d[:, 0], n[:, 0]) for d, n in found]
     return (
         neighbours.closer_than_held_out(d_samples[0], d_held_out[0]),

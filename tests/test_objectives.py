@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from references import gaussian_eps
 
-from ddpm_jax import configs, parallel
+from ddpm_jax import checks, configs, parallel
 from ddpm_jax.core import diffusion, likelihood, schedules, timesteps, unet, weights
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import data
@@ -326,7 +326,7 @@ def test_the_history_has_the_last_losses(most):
 def test_objectives_that_do_not_fit(config, changes, message):
     config.diffusion.update(changes)
     with pytest.raises(UserError) as error:
-        configs.check(config)
+        checks.check(config)
     assert message in str(error.value)
 
 

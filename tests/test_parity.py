@@ -17,7 +17,7 @@ from flax import traverse_util
 from hypothesis import given, settings
 from references import assert_same_gradients, gradients
 
-from ddpm_jax import cli, configs
+from ddpm_jax import checks, cli, configs
 from ddpm_jax.core import diffusion, sampling, schedules, solvers, spacings, unet
 from ddpm_jax.files import checkpoint
 from ddpm_jax.files import workdir as run_files
@@ -100,7 +100,7 @@ def converted(network, folder):
     config = configs.default_config()
     fields = json.loads((folder / "config.json").read_text())
     config.update_from_flattened_dict(networks.network_fields(fields, "config.json"))
-    configs.check(config, "import")
+    checks.check(config, "import")
     flip = fields["flip_sin_to_cos"]
     params = interop.read_params(folder / interop.TENSORS, config, flip_sin_to_cos=flip)
     return configs.make_model(config), params

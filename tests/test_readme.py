@@ -8,7 +8,7 @@ import shlex
 import pytest
 import references
 
-from ddpm_jax import cli, configs
+from ddpm_jax import checks, cli, configs
 from ddpm_jax.files import workdir as run_files
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -172,4 +172,4 @@ def parse(words, tmp_path, monkeypatch):
         run_files.save_config(configs.named_config(paths[0]), given["workdir"])
     command = cli.parse(words)
     if command.config is not None:
-        configs.check(command.config, command.mode)
+        checks.check(command.config, command.mode)

@@ -11,7 +11,7 @@ from references import gaussian_predict, run_solver
 from ddpm_jax import configs, parallel
 from ddpm_jax.core import diffusion, sampling, schedules, solvers, spacings, unet
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.runs import edit, generate, state
+from ddpm_jax.runs import edit, generate, samplers, state
 
 HO = schedules.make_schedule("linear", 1000, 1e-4, 0.02)
 
@@ -284,7 +284,7 @@ def test_segments_of_the_reverse_process(num_timesteps):
     """At most two lengths, so that two programs are compiled; each frame is in its segment."""
     kept = {0, num_timesteps // 2, num_timesteps - 1}
     for most in {min(20, num_timesteps), min(6, num_timesteps), num_timesteps, 1}:
-        segments = generate.split_rows(num_timesteps, kept, most)
+        segments = samplers.split_rows(num_timesteps, kept, most)
         rows = np.concatenate([segment.rows for segment in segments])
         np.testing.assert_array_equal(rows, np.arange(num_timesteps))
         assert len({len(segment.rows) for segment in segments}) <= 2
@@ -300,11 +300,11 @@ def test_little_work_is_done_at_once():
     """The digits' ten steps in one segment, their 200 in six; CIFAR-10's in as many as can be."""
     digits, cifar10 = configs.named_config("digits"), configs.named_config("cifar10")
     params = {"kernel": np.zeros(650_000, np.int8)}
-    assert generate.most_segments(digits, params, 64, 10) == 1
-    assert generate.most_segments(digits, params, 64, 200) == 6
+    assert samplers.most_segments(digits, params, 64, 10) == 1
+    assert samplers.most_segments(digits, params, 64, 200) == 6
     params = {"kernel": np.zeros(35_700_000, np.int8)}
-    assert generate.most_segments(cifar10, params, 64, 10) == 10
-    assert generate.most_segments(cifar10, params, 1, 1000) == 20
+    assert samplers.most_segments(cifar10, params, 64, 10) == 10
+    assert samplers.most_segments(cifar10, params, 1, 1000) == 20
 
 
 def some_params(config):
@@ -317,7 +317,7 @@ def some_params(config):
 
 def sample(config, batch_size, num_samples, seed=5, frames_at=(), x0_at=()):
     config.sample.update(batch_size=batch_size, seed=seed)
-    sampler = generate.make_sampler(config, frames_at=frames_at, x0_at=x0_at)
+    sampler = samplers.make_sampler(config, frames_at=frames_at, x0_at=x0_at)
     return sampler(some_params(config), np.arange(num_samples))
 
 
@@ -379,9 +379,9 @@ def test_the_noise_of_a_config_s_step(config, changes, sigma2):
     config.update_from_flattened_dict(changes)
     a = np.cumprod(1 - np.linspace(1e-4, 0.4, 20))[::4]
     keys, zeros = sampling.image_keys(0, jnp.arange(256)), jnp.zeros((256, 8, 8, 1))
-    chain = generate.make_chain(config)
-    step = generate.make_step(
-        generate.make_solver(config, chain),
+    chain = samplers.make_chain(config)
+    step = samplers.make_step(
+        samplers.make_solver(config, chain),
         chain,
         lambda *_: diffusion.Prediction(zeros, None),
         keys,
@@ -399,7 +399,7 @@ def test_x0_is_clipped_where_the_config_says_so(config, monkeypatch, clip):
     config.diffusion.update(schedule="linear", beta_end=0.4, clip_x0=bool(clip))
     config.sample.dynamic_threshold = 0.5 if clip == 0.5 else 0.0
     monkeypatch.setattr(unet, "net_fn", lambda *_: lambda x_t, t: jnp.zeros_like(x_t))
-    predict_fn = generate.guided_predict(config, generate.make_chain(config), {}, None)
+    predict_fn = samplers.guided_predict(config, samplers.make_chain(config), {}, None)
     x_t = jnp.linspace(-2, 2, 64).reshape(1, 8, 8, 1)
     expected = x_t / np.sqrt(np.prod(1 - np.linspace(1e-4, 0.4, 20)))
     bound = np.median(np.abs(expected)) if clip == 0.5 else 1
@@ -429,20 +429,20 @@ def test_a_config_s_steps_and_solver(config, changes, times, solver):
     config.diffusion.variance = "fixed_large"
     config.sample.num_steps = 5
     config.update_from_flattened_dict(changes)
-    chain = generate.make_chain(config)
+    chain = samplers.make_chain(config)
     np.testing.assert_array_equal(chain.timesteps, times)
     expected = solver(configs.make_alpha_bars(config)[times])
-    np.testing.assert_array_equal(generate.make_solver(config, chain).weights, expected.weights)
+    np.testing.assert_array_equal(samplers.make_solver(config, chain).weights, expected.weights)
 
 
 def test_grids_and_reports_take_few_steps(config):
     """Whatever sampler the images of --mode=sample have; and T steps where T is smaller."""
     config.sample.update(sampler="ddim", eta=0.5, spacing="quadratic", num_steps=3)
-    described = generate.describe_sampler(configs.for_show(config))
+    described = samplers.describe_sampler(configs.for_show(config))
     assert "dpmpp_sde, 10 steps, 10 network" in described
     config.diffusion.num_timesteps = 5
-    assert "dpmpp_sde, 5 steps" in generate.describe_sampler(configs.for_show(config))
-    assert "ddim, 3 steps, 3 network evaluations" in generate.describe_sampler(config)
+    assert "dpmpp_sde, 5 steps" in samplers.describe_sampler(configs.for_show(config))
+    assert "ddim, 3 steps, 3 network evaluations" in samplers.describe_sampler(config)
 
 
 def test_a_learned_variance_scales_the_noise():
@@ -511,9 +511,9 @@ def test_samples_of_other_settings_have_other_names(config, tmp_path):
 def test_calls_of_the_network_of_a_part_of_the_chain(config):
     """From t = 9 of 20: at 8, 6, 4, 2 and 0; Heun calls it twice, but for the last."""
     config.sample.update(sampler="heun", num_steps=10, t=9)
-    found = generate.describe_sampler(config, edit.img2img_task)
+    found = samplers.describe_sampler(config, edit.img2img_task)
     assert found == "heun, 10 steps, 9 network evaluations"
-    assert generate.describe_sampler(config) == "heun, 10 steps, 19 network evaluations"
+    assert samplers.describe_sampler(config) == "heun, 10 steps, 19 network evaluations"
 
 
 @pytest.mark.parametrize("sampler, spacing, warns",

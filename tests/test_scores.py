@@ -8,12 +8,12 @@ import signal
 import numpy as np
 import pytest
 
-from ddpm_jax import configs, interface
+from ddpm_jax import checks, configs, interface
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import checkpoint, data, images
+from ddpm_jax.files import checkpoint, data, images, row_files
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.metrics import classifier, distances, features, inception
-from ddpm_jax.runs import generate, reference, scores, show, train
+from ddpm_jax.runs import generate, reference, samplers, scores, show, train
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -63,7 +63,7 @@ def test_scores_of_a_resumed_run(scored, whole, tmp_path):
 
 def test_a_killed_score_goes_on(scored, whole, tmp_path, monkeypatch):
     """The step is saved before; images that were sampled are not sampled again."""
-    make, sampled = generate.make_sampler, []
+    make, sampled = samplers.make_sampler, []
 
     class Killed(BaseException):
         """Which no code of the run catches."""
@@ -79,7 +79,7 @@ def test_a_killed_score_goes_on(scored, whole, tmp_path, monkeypatch):
 
         return one_batch
 
-    monkeypatch.setattr(generate, "make_sampler", killed_once)
+    monkeypatch.setattr(samplers, "make_sampler", killed_once)
     with pytest.raises(Killed):
         train.train(scored, tmp_path / "parts")
     assert sampled == [0, 4]  # the score's first and second batch after two of four steps
@@ -93,14 +93,14 @@ def test_a_killed_score_of_other_parameters(scored, tmp_path, monkeypatch):
     """Is not finished by a run that took other steps; the checkpoint of its step was lost."""
     scored.train.num_steps = 2
     train.train(scored, tmp_path / "whole")
-    collect = features.collect
+    collect = row_files.collect
 
     def stopped(folder, count, size, rows, name, stop):
         collect(folder, count, size, rows, name, lambda: 15)
 
     scored.seed = 1
     with monkeypatch.context() as patched:
-        patched.setattr(features, "collect", stopped)
+        patched.setattr(row_files, "collect", stopped)
         train.train(scored, tmp_path / "other")
     (folder,) = (tmp_path / "other" / "scores").iterdir()
     shutil.copytree(folder, tmp_path / "parts" / "scores" / folder.name)
@@ -112,13 +112,13 @@ def test_a_killed_score_of_other_parameters(scored, tmp_path, monkeypatch):
 def test_a_killed_score_with_another_sampler(scored, tmp_path, monkeypatch):
     """Is sampled again from the beginning, not finished by other samples."""
     scored.train.num_steps = 2
-    collect = features.collect
+    collect = row_files.collect
 
     def stopped(folder, count, size, rows, name, stop):
         collect(folder, count, size, rows, name, lambda: 15)
 
     with monkeypatch.context() as patched:
-        patched.setattr(features, "collect", stopped)
+        patched.setattr(row_files, "collect", stopped)
         train.train(scored, tmp_path / "parts")
     assert len(list((tmp_path / "parts" / "scores").rglob("rows_*.npy"))) == 1
     scored.show.num_steps = 3
@@ -230,7 +230,7 @@ def test_no_best_without_scores(config, tmp_path):
 def test_scores_that_cannot_be(scored, changes, message):
     scored.update_from_flattened_dict(changes)
     with pytest.raises(UserError) as error:
-        configs.check(scored)
+        checks.check(scored)
     assert message in str(error.value)
 
 

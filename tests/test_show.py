@@ -14,7 +14,7 @@ from ddpm_jax.core import schedules, unet
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, data, images
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.runs import frames, generate, show, train
+from ddpm_jax.runs import frames, generate, samplers, show, train
 
 OF_CONFIG = {"schedule.png", "data.png", "forward.png"}
 OF_RUN = {"samples.png", "denoising.png", "denoising_x0.png", "reverse.gif", "reverse.mp4"}
@@ -216,10 +216,10 @@ def test_grids_and_report_share_a_program(config, tmp_path, monkeypatch):
     asked = []
 
     def make_sampler(config, **options):
-        asked.append((config.to_json(), {"task": generate.from_noise} | options))
+        asked.append((config.to_json(), {"task": samplers.from_noise} | options))
         raise UserError("enough")
 
-    monkeypatch.setattr(generate, "make_sampler", make_sampler)
+    monkeypatch.setattr(samplers, "make_sampler", make_sampler)
     monkeypatch.setattr(checkpoint, "restore_params", lambda *_: (1, None))
     with pytest.raises(UserError, match="enough"):
         train.make_grid_sampler(config, generate.guidance_for_run(config, tmp_path))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import configs, packing, parallel, signals
+from ddpm_jax import checks, configs, packing, parallel, signals
 from ddpm_jax.core import timesteps, unet
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, data
@@ -391,7 +391,7 @@ def test_another_config_is_refused(config, tmp_path, field, value):
     from ml_collections import ConfigDict
 
     with pytest.raises(UserError, match=f"workdir=.*{field} ") as error:
-        configs.check_same_run(ConfigDict(saved), config, "runs/x", "train")
+        checks.check_same_run(ConfigDict(saved), config, "runs/x", "train")
     assert str(error.value).count("->") == 1
 
 
@@ -402,7 +402,7 @@ def test_training_longer_is_not_another_config(config):
     config.train.num_steps = 1000
     config.optim.learning_rate = 1e-5
     config.diffusion.variance = "fixed_large"
-    configs.check_same_run(saved, config, "runs/x", "train")
+    checks.check_same_run(saved, config, "runs/x", "train")
 
 
 def test_a_chain_that_does_not_end_in_noise_is_reported(config, caplog):
@@ -438,7 +438,7 @@ def test_what_saves_memory_changes_no_gradient(config, section, field, value):
 def test_the_batch_must_divide_into_parts(config):
     config.optim.accumulate = 3
     with pytest.raises(UserError, match=r"train\.batch_size=8: .* 4 devices times optim\.accum"):
-        configs.check(config)
+        checks.check(config)
 
 
 def test_one_copy_of_the_state_a_device(config):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from ddpm_jax import configs, cpu
+from ddpm_jax import configs, cpu, winograd
 from ddpm_jax.core import unet
 
 TINY = dict(
@@ -101,7 +101,7 @@ def test_winograd_is_the_same_convolution():
     with jax.enable_x64():
         keys = jax.random.split(jax.random.key(0), 3)
         x, kernel, dy = map(jax.random.normal, keys, ((2, 8, 6, 5), (3, 3, 5, 7), (2, 8, 6, 7)))
-        both = (all_of(f, x, kernel, dy) for f in (cpu.conv3x3_winograd, direct))
+        both = (all_of(f, x, kernel, dy) for f in (winograd.convolve, direct))
         for found, wanted in zip(*both, strict=True):
             np.testing.assert_allclose(found, wanted, atol=1e-13)
 
@@ -114,7 +114,7 @@ def test_wide_layers_are_as_exact_as_direct_ones(channels, monkeypatch):
     x, kernel, dy = map(jax.random.normal, keys, shapes)
     calls = []
     monkeypatch.setattr(
-        cpu, "conv3x3_winograd", lambda *a, f=cpu.conv3x3_winograd: calls.append(1) or f(*a)
+        winograd, "convolve", lambda *a, f=winograd.convolve: calls.append(1) or f(*a)
     )
     layer = unet.make_layers(1, 1e-6, jnp.float32, cpu.convolve).conv3x3(channels)
 

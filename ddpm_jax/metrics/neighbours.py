@@ -6,7 +6,6 @@ its standard error  DeLong, DeLong & Clarke-Pearson 1988, "Comparing the Areas u
                     Correlated Receiver Operating Characteristic Curves"
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -20,18 +19,6 @@ BLOCK_BYTES = 2**27  # of a block of rows, as float32
 MAX_ROWS = 4096  # of a block
 MORE = 11  # candidates beside the k nearest
 ROUNDING = 2.0**-24  # unit roundoff of float32
-
-
-class Rows(NamedTuple):
-    """A matrix that is read by rows: images or features."""
-
-    count: int
-    read: Callable[[np.ndarray], np.ndarray]  # numbers [B] to rows [B, D], uint8 or float32
-
-
-def in_memory(rows):
-    """The Rows of an array [N, D]."""
-    return Rows(len(rows), rows.__getitem__)
 
 
 def nearest(queries, references, k, description="nearest neighbours"):

@@ -1,6 +1,6 @@
 """Image editing: interpolation, inpainting, image-to-image, and DDIM inversion.
 
-Each is a task of generate.make_sampler, which defines the first x, the step, and the order of the
+Each is a task of samplers.make_sampler, which defines the first x, the step, and the order of the
 steps. Images and masks are files of exactly the model's size.
 """
 
@@ -23,7 +23,7 @@ from ddpm_jax.core import diffusion, sampling, solvers
 from ddpm_jax.errors import UserError, one_line, printable
 from ddpm_jax.files import image_files, images
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.runs import generate
+from ddpm_jax.runs import generate, samplers
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def start_index(config, chain):
 
 def start_t(config):
     """The network's t at start_index; warns if it is not `sample.t`."""
-    chain = generate.make_chain(config)
+    chain = samplers.make_chain(config)
     t, steps = int(chain.timesteps[start_index(config, chain)]), len(chain.timesteps)
     if t != config.sample.t >= 0:
         text = "sample.t=%d is none of the %d steps: starting at t = %d, the next lower one"
@@ -69,7 +69,7 @@ def img2img_task(config, chain):
     def start(keys, inputs):
         return diffuse_images(chain, first, inputs["image"], keys, config.diffusion.num_timesteps)
 
-    return generate.from_noise(config, chain.until(first + 1))._replace(start=start)
+    return samplers.from_noise(config, chain.until(first + 1))._replace(start=start)
 
 
 def interpolate_task(config, chain):
@@ -95,7 +95,7 @@ def inpaint_task(config, chain):
 
     Pixels where known_mask is False are generated.
     """
-    task, section = generate.from_noise(config, chain), config.sample
+    task, section = samplers.from_noise(config, chain), config.sample
     repaint, levels = solvers.repaint(
         task.solver, chain.alpha_bars, section.jump_length, section.resamplings
     )
@@ -123,13 +123,13 @@ def ddim_inversion_task(config, chain):
     def start(keys, inputs):
         return images.to_float(inputs["image"])
 
-    step_of = functools.partial(generate.make_step, solver, chain)
-    return generate.Task(solver, start, step_of)
+    step_of = functools.partial(samplers.make_step, solver, chain)
+    return samplers.Task(solver, start, step_of)
 
 
 def ddim_sampling_task(config, chain):
     """The task of sampling from given noise; inputs are {"noise": [B, H, W, C]}."""
-    task = generate.from_noise(config, chain)
+    task = samplers.from_noise(config, chain)
     return task._replace(start=lambda keys, inputs: inputs["noise"])
 
 
@@ -175,7 +175,7 @@ def inpaint(config, workdir, paths, mask):
     """Generates the pixels where a mask is white; the other pixels do not change."""
     x = read_images(config, paths)
     known_mask = read_mask(config, mask, len(x))
-    jump, steps = config.sample.jump_length, len(generate.make_chain(config).timesteps)
+    jump, steps = config.sample.jump_length, len(samplers.make_chain(config).timesteps)
     if config.sample.resamplings > 1 and jump >= steps:
         raise UserError(f"sample.jump_length={jump}: must be below the {steps} sampling steps")
     step, sampler = generate.restore_sampler(config, workdir, inpaint_task)

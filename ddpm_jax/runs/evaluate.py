@@ -16,12 +16,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogFormatter
 
-from ddpm_jax import configs, parallel, signals
+from ddpm_jax import checks, configs, parallel, signals
 from ddpm_jax.core import diffusion, likelihood, sampling, solvers
-from ddpm_jax.files import checkpoint, data, images
+from ddpm_jax.files import checkpoint, data, images, row_files
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.metrics import distances, features, inception, neighbours
-from ddpm_jax.runs import compare, generate, memorisation, reference
+from ddpm_jax.metrics import distances, features, inception
+from ddpm_jax.runs import compare, generate, memorisation, reference, samplers
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ def sampling_provenance(config, step, params, classifier):
         "seed": config.sample.seed,
         "sampler": config.sample.sampler,
         "sampler_order": config.sample.order,
-        "nfe": solvers.num_calls(generate.make_solver(config, generate.make_chain(config))),
+        "nfe": solvers.num_calls(samplers.make_solver(config, samplers.make_chain(config))),
         "dynamic_threshold": config.sample.dynamic_threshold,
         "sampler_steps": configs.sampling_steps(config),
         "spacing": config.sample.spacing,
@@ -194,7 +194,7 @@ def sampling_provenance(config, step, params, classifier):
 
 def make_draw(config, guidance, stop):
     """Builds draw(params, seed, first, last) → samples with these numbers, uint8 [N, H, W, C]."""
-    sample, size = generate.make_sampler(config, **guidance), config.sample.batch_size
+    sample, size = samplers.make_sampler(config, **guidance), config.sample.batch_size
 
     def draw(params, seed, first, last):
         # A smaller last batch would compile again.
@@ -241,14 +241,10 @@ def nearest_in_features(workdir, of_samples, of_train, of_test, samples, train, 
       train: the images of data.split.
       stop: from signals.catch.
     """
-    stored = [features.reader(split.folder) for split in (of_train, of_test)]
-    pooled = [
-        neighbours.Rows(r.count, lambda numbers, r=r: features.pooled(r.read(numbers)))
-        for r in stored
-    ]
+    pooled = [row_files.reader(split.folder, features.pooled) for split in (of_train, of_test)]
     names = {"neighbours_in": [of_train.folder.name, of_test.folder.name]}
     inside = reference.provenance_folder(of_samples, names)
-    rows = features.pooled(features.rows(of_samples, len(samples)))
+    rows = features.pooled(row_files.rows(of_samples, len(samples)))
     return memorisation.in_features(workdir, inside, samples, rows, *pooled, train, stop)
 
 
@@ -281,7 +277,7 @@ def make_sample_quality(config, workdir, draw, weights, train, test, stop):
                 run_files.write_npz(folder / f"images_{first:07d}.npz", images=x)
             return extract(x)
 
-        features.collect(folder, count, size, features_of_samples, "evaluate samples", stop)
+        row_files.collect(folder, count, size, features_of_samples, "evaluate samples", stop)
         return folder
 
     def score(provenance, params, samples=()):
@@ -311,7 +307,7 @@ def sample_scores(config, folder, of_train, of_test, head):
     folder; Inception Score if there is a head (see inception.Weights)."""
     count = config.evaluate.num_samples
     statistics, spatial = features.statistics(folder, count)
-    fakes = features.pooled(features.rows(folder, min(config.evaluate.max_features, count)))
+    fakes = features.pooled(row_files.rows(folder, min(config.evaluate.max_features, count)))
     kid = distances.kernel_distance(of_train.features, fakes)
     precision, recall = distances.precision_recall(of_train.features, fakes)
     found = {
@@ -327,7 +323,7 @@ def sample_scores(config, folder, of_train, of_test, head):
     if head is not None:
         # Without the bias, as in the original Inception Score.
         kernel, _ = head
-        chunks = map(features.pooled, features.chunks(folder, count))
+        chunks = map(features.pooled, row_files.chunks(folder, count))
         log_probs = (np.asarray(jax.nn.log_softmax(chunk @ kernel)) for chunk in chunks)
         score = distances.inception_score(log_probs, count)
         found |= {"inception_score": score.value, "inception_score_error": score.error}
@@ -388,8 +384,8 @@ def bits_per_dim(config, workdir, provenance, params, test, stop):
     provenance = {name: value for name, value in provenance.items() if name not in SAMPLING}
     folder = reference.provenance_folder(workdir / "evaluation", {**provenance, **description})
     vlb_rows = make_vlb_rows(config, params, source)
-    features.collect(folder, count, config.sample.batch_size, vlb_rows, "evaluate bits/dim", stop)
-    rows = features.rows(folder, count)
+    row_files.collect(folder, count, config.sample.batch_size, vlb_rows, "evaluate bits/dim", stop)
+    rows = row_files.rows(folder, count)
 
     num_timesteps, variances = config.diffusion.num_timesteps, vlb_variances(config)
     prior, *split_rows = np.split(rows, range(1, rows.shape[1], num_timesteps), axis=1)
@@ -447,7 +443,7 @@ def make_vlb_rows(config, params, source):
         x0, keys = images.to_float(batch.images), sampling.image_keys(config.sample.seed, indices)
         vlb = likelihood.vlb(
             schedule,
-            generate.predict_for(config, schedule, params, batch.labels),
+            samplers.predict_for(config, schedule, params, batch.labels),
             x0,
             lambda t: sampling.noise(keys, t, x0.shape[1:]),
             variances=vlb_variances(config),
@@ -512,11 +508,11 @@ def draw_steps(path, evaluations, batch_size, published):
 
 def draw_progressive(config, workdir, params, guidance, stop):
     """Draws the x0 predicted along the reverse process, to evaluation_progressive.png."""
-    chain = generate.make_chain(config)
-    rows = solvers.rows_of_steps(generate.make_solver(config, chain))
+    chain = samplers.make_chain(config)
+    rows = solvers.rows_of_steps(samplers.make_solver(config, chain))
     chosen = np.linspace(len(chain.timesteps) - 1, 0, 10).round().astype(int).tolist()
     x0_at = {rows[i][0] for i in chosen}
-    sample = generate.make_sampler(config, **guidance, x0_at=x0_at)
+    sample = samplers.make_sampler(config, **guidance, x0_at=x0_at)
     frames = sample(params, np.arange(PROGRESSIVE_IMAGES), stop=stop).x0_frames
     images.write_png(workdir / "evaluation_progressive.png", images.strips(frames))
 
@@ -525,7 +521,7 @@ def is_papers(config):
     """Whether a config is the paper's CIFAR-10 model, with the paper's evaluation."""
     fields, papers = configs.flatten(config), configs.flatten(configs.default_config())
     # A run may be used with other values of these; but the paper's was trained with this loss.
-    free = set(configs.FREE["use"]) - {"diffusion.loss", "diffusion.loss_weight"}
+    free = set(checks.FREE["use"]) - {"diffusion.loss", "diffusion.loss_weight"}
     names = {name for name in papers if name.startswith(("diffusion.", "model."))} - free
     names |= {"data.name", "data.split", "data.eval_split", "data.image_size", "data.num_classes"}
     names |= {f"sample.{name}" for name in ("use_ema", "sampler", "num_steps")}

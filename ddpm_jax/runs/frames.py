@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ddpm_jax.core import solvers
-from ddpm_jax.runs import generate
+from ddpm_jax.runs import samplers
 
 
 class Frames(NamedTuple):
@@ -18,7 +18,7 @@ class Frames(NamedTuple):
     timesteps: np.ndarray  # [S], of the chain
     strip: list  # columns of the strips: after the step, and x0_pred
     animation: list  # frames of the animation, after the step
-    options: dict  # frames_at and x0_at, for generate.make_sampler
+    options: dict  # frames_at and x0_at, for samplers.make_sampler
 
     def numbers(self, steps):
         """Where the frames of these steps are among those that the sampler returns."""
@@ -35,8 +35,8 @@ def timesteps(config):
 
 def of_reverse(config):
     """The Frames of a config; its sampler is that of the show section (configs.for_show)."""
-    chain = generate.make_chain(config)
-    taus, rows = chain.timesteps, solvers.rows_of_steps(generate.make_solver(config, chain))
+    chain = samplers.make_chain(config)
+    taus, rows = chain.timesteps, solvers.rows_of_steps(samplers.make_solver(config, chain))
     # With fewer steps than T, the nearest ones.
     strip = {int(np.abs(taus - t).argmin()) for t in timesteps(config)}
     last, count = len(taus) - 1, min(config.show.num_frames, len(taus))

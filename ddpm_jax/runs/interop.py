@@ -25,7 +25,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from ddpm_jax import configs
+from ddpm_jax import checks, configs
 from ddpm_jax.core import diffusion, unet
 from ddpm_jax.errors import UserError, listed, one_line
 from ddpm_jax.files import checkpoint
@@ -135,14 +135,14 @@ def read_run(config, weights, overrides=()):
             fields["diffusion.loss"] = "simple"
     for name in fields.keys() & set(overrides):
         of_network = fields[name] in learned or user_fields[name] in learned
-        if name in configs.FREE["use"] and not of_network:
+        if name in checks.FREE["use"] and not of_network:
             fields[name] = user_fields[name]
         elif fields[name] != user_fields[name]:
             text = f"{weights} has {fields[name]!r}"
             raise UserError(f"--config.{name}={user_fields[name]!r}: {text}")
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(fields)
-    configs.check(config, "import")
+    checks.check(config, "import")
     flip = network.get("flip_sin_to_cos", networks.DEFAULTS["flip_sin_to_cos"])
     tensors = _tensors_beside(path) if folder == pathlib.Path(weights) else pathlib.Path(weights)
     params = read_params(tensors, config, flip_sin_to_cos=flip)

@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import images
+from ddpm_jax.files import images, row_files
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.metrics import features, neighbours
+from ddpm_jax.metrics import neighbours
 
 NEAREST = 5  # training images of a sample
 DRAWN = 8  # samples in the picture
@@ -24,7 +24,7 @@ class Split(NamedTuple):
     """The images of a split, in pixels or features."""
 
     size: int  # images
-    rows: neighbours.Rows  # of the images, then perhaps of their mirror images
+    rows: row_files.Rows  # of the images, then perhaps of their mirror images
 
 
 class Nearest(NamedTuple):
@@ -61,8 +61,8 @@ def keep_samples(config, folder, draw, train, held_out, stop):
             raise UserError(f"data.{field}={config.data[field]!r}: {text}")
     most = config.evaluate.nearest_images
     count, size = min(config.evaluate.num_samples or most, most), config.sample.batch_size
-    features.collect(folder, count, size, draw, "samples", stop)
-    return features.rows(folder, count)
+    row_files.collect(folder, count, size, draw, "samples", stop)
+    return row_files.rows(folder, count)
 
 
 def in_pixels(config, workdir, folder, samples, train, held_out, stop):
@@ -106,8 +106,8 @@ def in_features(workdir, folder, samples, rows, train_rows, held_out_rows, train
       folder: for intermediate results.
       samples: uint8 [N, H, W, C].
       rows: [N, D], their features.
-      train_rows: the training images' features, neighbours.Rows.
-      held_out_rows: the held-out images' features, neighbours.Rows.
+      train_rows: the training images' features, row_files.Rows.
+      held_out_rows: the held-out images' features, row_files.Rows.
       train: the Source of the training images.
       stop: from signals.catch.
 
@@ -130,7 +130,7 @@ def pixels(source, mirrored):
         return x.reshape(len(x), -1)
 
     count = source.size * (2 if mirrored else 1)
-    return Split(source.size, neighbours.Rows(count, read))
+    return Split(source.size, row_files.Rows(count, read))
 
 
 def part(split, images):
@@ -138,7 +138,7 @@ def part(split, images):
     copies = split.rows.count // split.size
     chosen = np.concatenate([images + split.size * copy for copy in range(copies)])
     read = split.rows.read
-    return Split(len(images), neighbours.Rows(len(chosen), lambda rows: read(chosen[rows])))
+    return Split(len(images), row_files.Rows(len(chosen), lambda rows: read(chosen[rows])))
 
 
 def search(folder, samples, train, held_out, stop):
@@ -166,8 +166,8 @@ def search(folder, samples, train, held_out, stop):
 
         block = neighbours.block_rows(queries.shape[1])
         here = folder / name.replace(" ", "_")
-        features.collect(here, len(queries), block, rows_of, f"{name}, all", stop)
-        rows = features.rows(here, len(queries))
+        row_files.collect(here, len(queries), block, rows_of, f"{name}, all", stop)
+        rows = row_files.rows(here, len(queries))
         return rows[:, :k], rows[:, k:].astype(int)
 
     k = min(NEAREST, train.rows.count)

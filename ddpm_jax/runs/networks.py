@@ -4,7 +4,7 @@ Its levels are blocks with names; ours are numbered, and each field of the confi
 that have something. Level 0 has the highest resolution, on both paths.
 """
 
-from ddpm_jax import configs
+from ddpm_jax import checks, configs
 from ddpm_jax.core import diffusion
 from ddpm_jax.errors import UserError
 from ddpm_jax.runs.schedulers import VERSION, is_size, json_text
@@ -193,10 +193,10 @@ def _check_network(fields, origin, num_classes):
         require(supported, name, "is not supported by our U-Net")
     widths, groups = fields["block_out_channels"], fields["norm_num_groups"]
     for name, ours in (("layers_per_block", "num_res_blocks"), ("norm_num_groups", "widths")):
-        most = configs.LARGEST[f"model.{ours}"]
+        most = checks.LARGEST[f"model.{ours}"]
         fits = is_size(fields[name]) and fields[name] <= most
         require(fits, name, f"must be a whole number above 0, at most {most}")
-    most, levels = configs.LARGEST["model.widths"], configs.MAX_LEVELS
+    most, levels = checks.LARGEST["model.widths"], checks.MAX_LEVELS
     fits = _are_sizes(widths) and max(widths) <= most and len(widths) <= levels
     allowed = f"must be a list of whole numbers above 0, at most {levels}, each at most {most}"
     require(fits, "block_out_channels", allowed)
@@ -227,7 +227,7 @@ def _check_images(fields, require, num_classes):
     """The part of _check_network for images, channels and classes."""
     size, classes = fields["sample_size"], fields["num_class_embeds"]
     factor = 2 ** (len(fields["block_out_channels"]) - 1)
-    most = configs.LARGEST["data.image_size"]
+    most = checks.LARGEST["data.image_size"]
     fits = _are_sizes(size) and len(size) == 2
     fits = fits and all(side % factor == 0 and side <= most for side in size)
     allowed = f"must be the images' height and width, multiples of {factor}, at most {most}"
@@ -235,7 +235,7 @@ def _check_images(fields, require, num_classes):
     for name in ("in_channels", "out_channels"):
         require(is_size(fields[name]), name, "must be a whole number above 0")
     extra = _label_channels(fields)
-    channels, choices = fields["in_channels"] - extra, configs.CHOICES["data.channels"]
+    channels, choices = fields["in_channels"] - extra, checks.CHOICES["data.channels"]
     name = "out_channels" if extra else "in_channels"
     require(channels in choices, name, f"choose from {', '.join(map(str, choices))}")
     allowed = f"must be in_channels={channels}, or twice as many, with a learned variance"
@@ -326,7 +326,7 @@ def _head_channels(model):
     """diffusers' attention_head_dim, channels a head; None is one head."""
     if model.head_channels or model.num_heads == 1:
         return model.head_channels or None
-    sizes = {width // model.num_heads for width in configs.attention_widths(model)}
+    sizes = {width // model.num_heads for width in checks.attention_widths(model)}
     if len(sizes) > 1:
         text = f"diffusers needs the same channels a head; they have {sorted(sizes)}"
         raise UserError(f"model.num_heads={model.num_heads}: {text}")

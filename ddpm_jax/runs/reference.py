@@ -15,6 +15,7 @@ import numpy as np
 
 from ddpm_jax import configs, parallel, signals
 from ddpm_jax.errors import UserError
+from ddpm_jax.files import row_files
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.metrics import classifier, distances, features
 
@@ -74,7 +75,7 @@ def features_of_split(config, field, source, extract, provenance, stop=signals.n
     def features_of_images(first, last):
         return extract(source.read(np.arange(first, last)).images)
 
-    features.collect(folder, source.size, IMAGES_PER_FILE, features_of_images, name, stop)
+    row_files.collect(folder, source.size, IMAGES_PER_FILE, features_of_images, name, stop)
     paths = folder / "statistics.npz", folder / "statistics_spatial.npz"
     if all(path.exists() for path in paths):
         of_both = map(_read_statistics, paths)
@@ -82,7 +83,7 @@ def features_of_split(config, field, source, extract, provenance, stop=signals.n
         of_both = features.statistics(folder, source.size)
         for path, statistics in zip(paths, of_both, strict=True):
             run_files.write_npz(path, **statistics._asdict())
-    first_rows = features.rows(folder, min(config.evaluate.max_features, source.size))
+    first_rows = row_files.rows(folder, min(config.evaluate.max_features, source.size))
     return Reference(*of_both, features.pooled(first_rows), folder)
 
 

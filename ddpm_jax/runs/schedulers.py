@@ -9,7 +9,7 @@ import logging
 
 import numpy as np
 
-from ddpm_jax import configs
+from ddpm_jax import errors
 from ddpm_jax.core import schedules, solvers
 from ddpm_jax.core.diffusion import FIXED_VARIANCES
 from ddpm_jax.errors import UserError
@@ -333,7 +333,7 @@ def write_scheduler(config):
     variances = (*FIXED_VARIANCES, "learned_range") if has_learned else FIXED_VARIANCES
     for field, supported in (("prediction", predictions), ("variance", variances)):
         text = f"{kind} has only {', '.join(supported)}"
-        configs.require(diffusion[field] in supported, f"diffusion.{field}", diffusion[field], text)
+        errors.require(diffusion[field] in supported, f"diffusion.{field}", diffusion[field], text)
     betas = schedules.SCHEDULES[diffusion.schedule](
         diffusion.num_timesteps, diffusion.beta_start, diffusion.beta_end
     )
@@ -358,13 +358,13 @@ def _written_sampler(config, kind):
     fields = {name: ours for name, (_, ours) in FIXED.get(kind, {}).items()}
     fields.pop("lambda_min_clipped", None)  # JSON has no -∞; it is the default
     zero_snr, name = diffusion.zero_terminal_snr, "diffusion.zero_terminal_snr"
-    configs.require(
+    errors.require(
         not zero_snr or "rescale_betas_zero_snr" in has, name, zero_snr, f"{kind} has none"
     )
     if "rescale_betas_zero_snr" in has:
         fields["rescale_betas_zero_snr"] = zero_snr
     name = "sample.dynamic_threshold"
-    configs.require(not quantile or "thresholding" in has, name, quantile, f"{kind} has none")
+    errors.require(not quantile or "thresholding" in has, name, quantile, f"{kind} has none")
     if quantile or (diffusion.clip_x0 and "thresholding" in has and "clip_sample" not in has):
         fields["thresholding"] = True
         fields["sample_max_value"] = UNBOUNDED if quantile else 1.0
@@ -373,7 +373,7 @@ def _written_sampler(config, kind):
         fields["clip_sample"] = diffusion.clip_x0
     else:
         clips, name = diffusion.clip_x0, "diffusion.clip_x0"
-        configs.require(not clips or "thresholding" in has, name, clips, f"{kind} does not clip")
+        errors.require(not clips or "thresholding" in has, name, clips, f"{kind} does not clip")
     fields |= _written_spacing(section.spacing, section.sampler, kind)
     if kind in PLAIN:
         return fields | {"variance_type": diffusion.variance}
@@ -397,7 +397,7 @@ def _written_spacing(spacing, sampler, kind):
         *(name for name, flag in flags.items() if flag in FIELDS[kind]),
     ]
     text = f"{kind} has only {', '.join(supported)}"
-    configs.require(spacing in supported, "sample.spacing", spacing, text)
+    errors.require(spacing in supported, "sample.spacing", spacing, text)
     # Which scheduler reads a DDPMScheduler's file, the pipeline decides; for ddim it is this one.
     _warn_of_spacing("DDIMScheduler" if sampler == "ddim" else kind, spacing)
     if spacing in EVEN:

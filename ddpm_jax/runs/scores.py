@@ -9,7 +9,7 @@ import numpy as np
 
 from ddpm_jax import configs, parallel, signals
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import data
+from ddpm_jax.files import data, row_files
 from ddpm_jax.metrics import classifier, distances, features, inception
 from ddpm_jax.runs import reference
 
@@ -94,7 +94,7 @@ def make_score(config, source, chosen, sample, workdir, stop):
             x = sample(params, np.arange(first, first + size), stop=stop).x
             return features_of(x)[: last - first]
 
-        features.collect(folder, count, size, rows, f"score step {step}", stop)
+        row_files.collect(folder, count, size, rows, f"score step {step}", stop)
         found = measure(folder)
         parallel.barrier()  # all processes have read the features
         if parallel.is_first():
@@ -122,7 +122,7 @@ def fid_and_kid(config, source, weights, stop):
 
     def measure(folder):
         statistics, _ = features.statistics(folder, count)
-        rows = features.pooled(features.rows(folder, min(count, config.evaluate.max_features)))
+        rows = features.pooled(row_files.rows(folder, min(count, config.evaluate.max_features)))
         return {
             "fid": distances.frechet_distance(of_data.statistics, statistics),
             "kid": distances.kernel_distance(of_data.features, rows).value,
@@ -136,7 +136,7 @@ def classifier_distance(config, source, labelled):
     small = reference.cached_classifier(config, source, labelled)
 
     def measure(folder):
-        statistics = distances.statistics(features.chunks(folder, config.train.score_samples))
+        statistics = distances.statistics(row_files.chunks(folder, config.train.score_samples))
         return {"distance": distances.frechet_distance(small.statistics, statistics)}
 
     return measure, lambda images: classifier.features(small.layer, images)

@@ -28,7 +28,7 @@ from ddpm_jax.core import diffusion, sampling
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, data, images
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.runs import frames, generate
+from ddpm_jax.runs import frames, generate, samplers
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ def draw_reverse(config, workdir, folder):
     """Draws samples, their frames during the reverse process, and an animation; returns the step
     of the checkpoint."""
     config = configs.for_show(config)
-    log.info("samples: %s", generate.describe_sampler(config))
+    log.info("samples: %s", samplers.describe_sampler(config))
     shown = frames.of_reverse(config)
     step, sample = generate.restore_sampler(config, workdir, **shown.options)
     samples = sample(np.arange(min(config.sample.num_samples, generate.GRID_IMAGES)))

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ddpm_jax import configs, packing, parallel, progress, signals
+from ddpm_jax import checks, configs, packing, parallel, progress, signals
 from ddpm_jax.core import likelihood
 from ddpm_jax.errors import UserError, one_line, printable
 from ddpm_jax.files import checkpoint, data, images
 from ddpm_jax.files import workdir as run_files
-from ddpm_jax.runs import frames, generate, objective, scores
+from ddpm_jax.runs import frames, generate, objective, samplers, scores
 from ddpm_jax.runs import state as states
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def train(config, workdir, arrays=None):
     """Trains a run from scratch, or resumes it from its newest checkpoint.
 
     Args:
-      config: checked (see configs.py).
+      config: checked (see checks.py).
       workdir: the run's folder; nothing is written before all inputs are checked.
       arrays: a data.Batch of all images, if they are not in files.
 
@@ -127,7 +127,7 @@ def open_data(config, workdir, arrays):
     # A run at step 0 was imported: it does not depend on data and seed yet.
     trained = saved is not None and checkpoint.latest_step(workdir) != 0
     if saved is not None:
-        configs.check_same_run(saved, config, workdir, "train" if trained else "use")
+        checks.check_same_run(saved, config, workdir, "train" if trained else "use")
     source, eval_source = (
         data.open_source(config.data, field, arrays) for field in ("split", "eval_split")
     )
@@ -149,7 +149,7 @@ def make_actions(config, workdir, span, metrics, eval_loss, sample, score, stop)
       span: the steps to do.
       metrics: a run_files.Metrics.
       eval_loss: from objective.make_eval_loss.
-      sample: from generate.make_sampler; None for a classifier.
+      sample: from samplers.make_sampler; None for a classifier.
       score: from scores.make_score; None for none.
       stop: from signals.catch.
     """
@@ -365,8 +365,8 @@ def make_grid_sampler(config, guidance):
     if config.model.kind == "classifier":
         return None
     config = configs.for_show(config)
-    log.info("sample grids: %s", generate.describe_sampler(config))
-    return generate.make_sampler(config, **guidance, **frames.of_reverse(config).options)
+    log.info("sample grids: %s", samplers.describe_sampler(config))
+    return samplers.make_sampler(config, **guidance, **frames.of_reverse(config).options)
 
 
 def parameters(config, state):
