@@ -208,7 +208,10 @@ def write(workdir, suffix, samples, nearest, train, unit=1.0):
     distances, numbers = nearest.distances / unit, nearest.numbers
     path = workdir / f"evaluation_neighbours{suffix}.npz"
     run_files.write_npz(path, distances=distances, numbers=numbers)
-    first = np.argsort(distances[:, 0], kind="stable")[:DRAWN]
+    # Those that are nearest to training images for what they show: simple images are always near.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = nearest.distances[:, 0] / nearest.pair.held_out
+    first = np.argsort(ratio, kind="stable")[:DRAWN]
     rows, columns = len(first), 1 + numbers.shape[1]
     figure = Figure(figsize=(1.25 * columns, 1.5 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
