@@ -2,7 +2,7 @@
 
     python main.py --config=configs/digits.py
 
-On 2 cores (AMD EPYC): 109 to 189 s in total, 835 to 1,930 images/s; held-out loss 0.142. A
+On 2 cores (AMD EPYC): 109 to 150 s in total, 835 to 1,930 images/s; held-out loss 0.142. A
 classifier of real digits is confident about 0.78 of 512 samples, and about 0.85 of real digits
 (benchmarks/digits_quality.py).
 """

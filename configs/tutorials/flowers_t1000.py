@@ -1,10 +1,10 @@
 """Tutorial B: photographs of flowers, or any folder of images, at 32×32.
 
     python main.py --config=configs/tutorials/flowers_t1000.py --config.data.path=FOLDER
-    python main.py --mode=sample --workdir=runs/flowers_t1000 \\
+    python main.py --mode=sample --workdir=runs/flowers_t1000 \
         --config.sample.num_samples=256 --config.sample.columns=32
-    python main.py --mode=show --config=configs/tutorials/flowers_t1000.py \\
-        --config.data.path=FOLDER --workdir=runs/flowers_data \\
+    python main.py --mode=show --config=configs/tutorials/flowers_t1000.py \
+        --config.data.path=FOLDER --workdir=runs/flowers_data \
         --config.sample.num_samples=128 --config.sample.columns=16
 
 Recipe: images resized to 32×32 without cropping, random flips; T = 1000, linear β rescaled by 1000
