@@ -24,7 +24,7 @@ from ddpm_jax import checks, configs, cpu, parallel
 from ddpm_jax.core import diffusion, unet
 from ddpm_jax.files import checkpoint, data, images
 from ddpm_jax.metrics import classifier
-from ddpm_jax.runs import evaluate, objective, reference, samplers, train
+from ddpm_jax.runs import bound, objective, reference, samplers, train
 
 DATA = flags.DEFINE_enum("data", "digits", ["digits", "mnist"], "what to train on")
 RUNS = flags.DEFINE_string("runs", "runs/objectives", "the folder for the runs")
@@ -121,14 +121,14 @@ def held_out_mse(config, params, source):
 
 def bits_per_dim(config, params, source):
     """Of the first held-out images; the better of both fixed variances, unless it is learned."""
-    rows, size = evaluate.make_vlb_rows(config, params, source), config.sample.batch_size
-    count, num_timesteps = VLB_IMAGES[DATA.value], config.diffusion.num_timesteps
+    rows_of, size = bound.make_rows(config, params, source), config.sample.batch_size
+    count = VLB_IMAGES[DATA.value]
     firsts = range(0, count, size)
-    found = np.concatenate([rows(first, min(first + size, count)) for first in firsts])
-    variances = evaluate.vlb_variances(config)
-    terms = found[:, 1:].reshape(count, -1, num_timesteps)[:, : len(variances)].sum(axis=2)
-    bits = dict(zip(variances, (found[:, :1] + terms).mean(axis=0), strict=True))
-    return bits.get("learned_range") or min(bits.values())
+    rows = np.concatenate([rows_of(first, min(first + size, count)) for first in firsts])
+    found, _ = bound.summarize(config, bound.unpack(config, rows))
+    own = config.diffusion.variance
+    measured = (own,) if own in diffusion.LEARNED_VARIANCES else bound.variances(config)
+    return min(found[f"bits_per_dim_{variance}"] for variance in measured)
 
 
 def sample(config, params, kind, workdir):

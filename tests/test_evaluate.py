@@ -22,7 +22,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, data, row_files
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.metrics import distances, features, inception, neighbours
-from ddpm_jax.runs import evaluate, memorisation, reference, samplers
+from ddpm_jax.runs import bound, evaluate, memorisation, reference, samplers
 
 NAMES = """
     fid fid_test kid precision recall inception_score bits_per_dim rate distortion num_samples
@@ -249,7 +249,7 @@ def test_what_is_left_of_several_seeds_is_computed(idle, asked, monkeypatch):
     """The features of finished batches are read; bits/dim are computed once."""
     workdir, config, _ = idle
     vlbs = []
-    monkeypatch.setattr(evaluate, "bits_per_dim", lambda *_: vlbs.append(1) or {})
+    monkeypatch.setattr(bound, "bits_per_dim", lambda *_: vlbs.append(1) or {})
     monkeypatch.setattr(evaluate, "draw_progressive", lambda *_: None)
     config.evaluate.update(num_samples=6, num_seeds=3)
     whole = evaluate.evaluate(config, workdir)
@@ -503,9 +503,9 @@ def test_evaluations_with_another_vlb_are_not_mixed(idle, monkeypatch):
     """Each of the first changes gives another VLB; the way of sampling does not."""
     workdir, config, _ = idle
     rows = np.ones((5, 1 + 3 * 20))
-    monkeypatch.setattr(evaluate, "make_vlb_rows", lambda *_: lambda a, b: rows[a:b])
-    for drawing in ("draw_progressive", "draw_curves"):
-        monkeypatch.setattr(evaluate, drawing, lambda *_: None)
+    monkeypatch.setattr(bound, "make_rows", lambda *_: lambda a, b: rows[a:b])
+    for module, drawing in ((evaluate, "draw_progressive"), (bound, "draw")):
+        monkeypatch.setattr(module, drawing, lambda *_: None)
     config.evaluate.num_samples = 0
     vlbs = {
         "evaluate.num_samples": 0,  # none yet
@@ -533,7 +533,7 @@ def test_bits_per_dim_by_hand(idle, monkeypatch):
     """Two images and T = 2: L_T, then L_0 and L_1 of both variances, then the errors of x0."""
     workdir, config, _ = idle
     rows = np.array([[0.5, 3, 1, 4, 2, 0.01, 0.04], [0.25, 5, 1, 7, 2, 0.03, 0.12]])
-    monkeypatch.setattr(evaluate, "make_vlb_rows", lambda *_: lambda a, b: rows[a:b])
+    monkeypatch.setattr(bound, "make_rows", lambda *_: lambda a, b: rows[a:b])
     monkeypatch.setattr(evaluate, "draw_progressive", lambda *_: None)
     config.diffusion.num_timesteps = 2
     config.evaluate.update(num_samples=0, bits_per_dim_images=2)
@@ -563,7 +563,7 @@ def test_the_vlb_is_of_the_clipped_network_with_labels(config, monkeypatch):
 
     monkeypatch.setattr(unet, "net_fn", lambda *_: net)
     source = data.open_source(config.data, "eval_split")
-    vlb_rows = evaluate.make_vlb_rows(config, {"w": np.zeros(1)}, source)
+    vlb_rows = bound.make_rows(config, {"w": np.zeros(1)}, source)
     found = np.concatenate([vlb_rows(0, 4), vlb_rows(4, 5)])
 
     images, labels = source.read(np.arange(5))

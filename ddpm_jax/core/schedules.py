@@ -135,13 +135,16 @@ def make_schedule(*args, **kwargs):
 
 
 def from_alpha_bars(alpha_bars):
-    """Computes every coefficient in float64 and rounds it to float32.
+    """The Schedule of ᾱ: its `coefficients`, rounded to float32."""
+    return Schedule(**{k: jnp.asarray(v, jnp.float32) for k, v in coefficients(alpha_bars).items()})
+
+
+def coefficients(alpha_bars):
+    """Every coefficient of a Schedule in float64: {name: [T]}.
 
     Args:
-      alpha_bars: [T] float64, descending, in (0, 1); the last one may be 0.
-
-    Returns:
-      A Schedule. Where ᾱ = 0, 1 / √ᾱ is infinite.
+      alpha_bars: [T] float64, descending, in (0, 1); the last one may be 0, where 1 / √ᾱ is
+        infinite.
     """
     alpha_bars_prev = np.append(1.0, alpha_bars[:-1])
     alphas = alpha_bars / alpha_bars_prev
@@ -151,7 +154,7 @@ def from_alpha_bars(alpha_bars):
     posterior_variance = betas * (1 - alpha_bars_prev) / (1 - alpha_bars)  # Eq. (7)
     # β̃ is 0 at t = 0, where no noise is added; its logarithm is replaced by that of t = 1.
     first = posterior_variance[1] if len(betas) > 1 else betas[0]
-    coefficients = dict(
+    return dict(
         betas=betas,
         alpha_bars=alpha_bars,
         sqrt_alpha_bars=np.sqrt(alpha_bars),
@@ -164,4 +167,3 @@ def from_alpha_bars(alpha_bars):
         fixed_small_log_variance=np.log(np.append(first, posterior_variance[1:])),
         fixed_large_log_variance=np.log(np.append(first, betas[1:])),
     )
-    return Schedule(**{k: jnp.asarray(v, jnp.float32) for k, v in coefficients.items()})

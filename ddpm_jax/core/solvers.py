@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ddpm_jax.core import diffusion
+from ddpm_jax.core import diffusion, schedules
 
 
 class Solver(NamedTuple):
@@ -49,20 +49,17 @@ def ancestral(alpha_bars, variance="fixed_small"):
       A Solver, NFE = S.
     """
     x, x0, eps = np.eye(3)
-    rows, lines, steps = [], [], range(len(alpha_bars))[::-1]
-    alpha_bars_prev = np.append(1.0, alpha_bars[:-1])
-    for i in steps:
-        a, a_prev = alpha_bars[i], alpha_bars_prev[i]
-        beta = 1 - a / a_prev
-        mean = np.sqrt(a_prev) * beta / (1 - a) * x0
-        mean += np.sqrt(1 - beta) * (1 - a_prev) / (1 - a) * x
-        small = beta * (1 - a_prev) / (1 - a) if i > 0 else beta  # no noise at i = 0
-        line = diffusion.log_variance_line(np.log(small), np.log(beta), variance)
-        std = {"fixed_small": np.sqrt(small), "fixed_large": np.sqrt(beta)}.get(variance, 1.0)
-        rows.append([mean + (std if i > 0 else 0.0) * eps])
-        lines.append(line)
-    learned = variance in diffusion.LEARNED_VARIANCES
-    return Solver(np.array(steps), np.array(rows), np.array(lines) if learned else None)
+    c = schedules.coefficients(alpha_bars)
+    variances = {"fixed_small": c["posterior_variance"], "fixed_large": c["betas"]}
+    std = np.sqrt(variances.get(variance, np.ones_like(alpha_bars)))
+    std[0] = 0
+    rows = np.outer(c["posterior_mean_coef_x0"], x0) + np.outer(c["posterior_mean_coef_x_t"], x)
+    rows += np.outer(std, eps)
+    lines = None
+    if variance in diffusion.LEARNED_VARIANCES:
+        small, large = c["fixed_small_log_variance"], np.log(c["betas"])
+        lines = np.stack(diffusion.log_variance_line(small, large, variance), axis=1)[::-1]
+    return Solver(np.arange(len(alpha_bars))[::-1], rows[::-1, None], lines)
 
 
 def ddim(alpha_bars, eta=0.0):

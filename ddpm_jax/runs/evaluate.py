@@ -11,26 +11,20 @@ import logging
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogFormatter
 
 from ddpm_jax import checks, configs, parallel, signals
-from ddpm_jax.core import diffusion, likelihood, sampling, solvers
+from ddpm_jax.core import solvers
 from ddpm_jax.files import checkpoint, data, images, row_files
 from ddpm_jax.files import workdir as run_files
 from ddpm_jax.metrics import distances, features, inception
-from ddpm_jax.runs import compare, generate, memorisation, reference, samplers
+from ddpm_jax.runs import bound, compare, generate, memorisation, reference, samplers
 
 log = logging.getLogger(__name__)
 
 PROGRESSIVE_IMAGES = 8
-# Fields that bits/dim do not depend on (they are computed for every variance).
-SAMPLING = """
-    variance sampler sampler_order sampler_steps nfe spacing eta dynamic_threshold label guidance
-    classifier_sha256
-""".split()
 # Ho et al. 2020, Tables 1, 2 and 4, for configs/cifar10.py.
 PUBLISHED = {
     "fid": "3.17",
@@ -100,7 +94,7 @@ def evaluate(config, workdir, stop=signals.never):
         score = make_sample_quality(config, workdir, draw, weights, train, test, stop)
         results |= score(provenance, params, samples)
     if section.bits_per_dim_images:
-        results |= bits_per_dim(config, workdir, provenance, params, test, stop)
+        results |= bound.bits_per_dim(config, workdir, provenance, params, test, stop)
         draw_progressive(config, workdir, params, guidance, stop)
     run_files.write_json(workdir / "evaluation.json", results)
     if parallel.is_first():
@@ -365,115 +359,6 @@ def warn_of_few_images(config, of_train, of_test):
     for warning in warnings:
         log.warning("%s", warning)
     return warnings
-
-
-def bits_per_dim(config, workdir, provenance, params, test, stop):
-    """The mean VLB over images, its parts, and progressive lossy compression.
-
-    Writes evaluation.npz (the terms over t, and bits/dim, rate and distortion of each image) and
-    evaluation.png.
-    """
-    section, source = config.data, test
-    split = config.evaluate.split or section.eval_split
-    if split != section.eval_split:
-        section = section.copy_and_resolve_references()
-        section.eval_split = split
-        source = data.open_source(section, "eval_split")
-    count = min(config.evaluate.bits_per_dim_images, source.size)
-    description = reference.describe(section, split, source)
-    provenance = {name: value for name, value in provenance.items() if name not in SAMPLING}
-    folder = reference.provenance_folder(workdir / "evaluation", {**provenance, **description})
-    vlb_rows = make_vlb_rows(config, params, source)
-    row_files.collect(folder, count, config.sample.batch_size, vlb_rows, "evaluate bits/dim", stop)
-    rows = row_files.rows(folder, count)
-
-    num_timesteps, variances = config.diffusion.num_timesteps, vlb_variances(config)
-    prior, *split_rows = np.split(rows, range(1, rows.shape[1], num_timesteps), axis=1)
-    *terms, x0_mse = split_rows
-    terms = dict(zip(variances, terms, strict=True))
-    results = {"bits_per_dim_split": split, "bits_per_dim_images": count}
-    results |= {"bits_per_dim_sha256": description["images_sha256"]}
-    of_images = {}
-    for variance, values in terms.items():
-        rate = prior[:, 0] + values[:, 1:].sum(axis=1, dtype=np.float64)
-        parts = {"bits_per_dim": rate + values[:, 0], "rate": rate, "distortion": values[:, 0]}
-        for name, per_image in parts.items():
-            mean, error = _mean(per_image)
-            results |= {f"{name}_{variance}": mean, f"{name}_{variance}_error": error}
-            if variance == config.diffusion.variance:
-                results |= {name: mean, f"{name}_error": error}
-                of_images[f"{compare.OF_IMAGES}{name}"] = per_image
-
-    curves = {f"terms_{name}": values.mean(0, dtype=np.float64) for name, values in terms.items()}
-    rates, mse = curves[f"terms_{config.diffusion.variance}"], x0_mse.mean(0, dtype=np.float64)
-    rate, rmse = likelihood.progressive_code(rates, mse, prior.mean(dtype=np.float64))
-    curves |= {"rate": rate, "rmse": rmse}
-    arrays = {"prior": prior.mean(dtype=np.float64), **curves, **of_images}
-    run_files.write_npz(workdir / "evaluation.npz", **arrays)
-    draw_curves(workdir / "evaluation.png", curves)
-    tenths = np.unique(np.linspace(0, num_timesteps, 11).round().astype(int))[1:]
-    return results | {
-        "prior_bits_per_dim": float(prior.mean(dtype=np.float64)),
-        "rmse": rmse[-1],
-        "progressive": [
-            {"steps": int(steps), "rate": rate[steps - 1], "rmse": rmse[steps - 1]}
-            for steps in tenths
-        ],
-    }
-
-
-def _mean(values):
-    """The mean, and its standard error (None of a single value)."""
-    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else None
-    return float(values.mean()), error and float(error)
-
-
-def vlb_variances(config):
-    """The variances that bits/dim are computed for: the fixed ones, and the learned one if any."""
-    variance, fixed = config.diffusion.variance, diffusion.FIXED_VARIANCES
-    return (*fixed, variance) if variance in diffusion.LEARNED_VARIANCES else fixed
-
-
-def make_vlb_rows(config, params, source):
-    """Builds (first, last) → [N, 1 + (V + 1) T]: for each image L_T, the VLB's terms for each of V
-    variances, and the MSE of x0. A conditional network gets the labels."""
-    schedule, size = configs.make_schedule(config), config.sample.batch_size
-
-    def rows(params, batch, indices):
-        x0, keys = images.to_float(batch.images), sampling.image_keys(config.sample.seed, indices)
-        vlb = likelihood.vlb(
-            schedule,
-            samplers.predict_for(config, schedule, params, batch.labels),
-            x0,
-            lambda t: sampling.noise(keys, t, x0.shape[1:]),
-            variances=vlb_variances(config),
-        )
-        terms = [vlb.terms[variance].T for variance in vlb_variances(config)]
-        return jnp.concatenate([vlb.prior[:, None], *terms, vlb.x0_mse.T], axis=1)
-
-    rows = parallel.pmap(rows, in_axes=(None, 0, 0))
-
-    def vlb_rows(first, last):
-        indices = np.minimum(first + np.arange(size), last - 1)  # padded with the last image
-        local = parallel.local_shard(indices)
-        out = rows(params, *parallel.shard((source.read(local), local)))
-        return parallel.gather(out)[: last - first]
-
-    return vlb_rows
-
-
-def draw_curves(path, curves):
-    """Plots the VLB's terms over t, and distortion over rate."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    over_t, trade = figure.subplots(1, 2)
-    for name in sorted(name for name in curves if name.startswith("terms_")):
-        over_t.semilogy(curves[name], label=name.removeprefix("terms_"))
-    over_t.set(xlabel="t", ylabel="bits/dim", title="terms of the VLB")
-    over_t.legend()
-    trade.plot(curves["rate"], curves["rmse"])
-    title = "progressive lossy compression"
-    trade.set(xlabel="rate (bits/dim)", ylabel="RMSE of x0 (0 to 255)", title=title)
-    images.write_figure(path, figure)
 
 
 def draw_steps(path, evaluations, batch_size, published):
