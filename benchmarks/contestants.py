@@ -24,8 +24,7 @@ from benchmarks.memory import peak
 from ddpm_jax import configs, cpu, packing, parallel
 from ddpm_jax.core import solvers, unet
 from ddpm_jax.files import data
-from ddpm_jax.runs import networks, objective, samplers, schedulers
-from ddpm_jax.runs import state as states
+from ddpm_jax.runs import networks, objective, samplers, schedulers, states
 
 DIFFUSERS = ("eager", "channels_last", "compile")  # modes of diffusers
 OTHER = "denoising-diffusion-pytorch"

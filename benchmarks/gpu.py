@@ -37,10 +37,8 @@ from tqdm import tqdm
 from benchmarks import contestants
 from ddpm_jax import compilation, configs, cpu, packing, parallel
 from ddpm_jax.core import unet
-from ddpm_jax.files import data
-from ddpm_jax.files import workdir as run_files
-from ddpm_jax.runs import objective
-from ddpm_jax.runs import state as states
+from ddpm_jax.files import data, run_files
+from ddpm_jax.runs import objective, states
 
 MAIN = pathlib.Path(__file__).resolve().parent.parent / "main.py"
 SECONDS = 3  # of each measurement

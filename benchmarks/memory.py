@@ -24,8 +24,7 @@ import psutil
 
 from ddpm_jax import configs, cpu, packing, parallel
 from ddpm_jax.files import data
-from ddpm_jax.runs import objective
-from ddpm_jax.runs import state as states
+from ddpm_jax.runs import objective, states
 
 STEPS = 3
 

@@ -4,8 +4,7 @@ import csv
 
 import numpy as np
 
-from ddpm_jax.files import data
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import data, disk
 from ddpm_jax.metrics import classifier, distances
 
 BATCH_SIZE = 500
@@ -60,7 +59,7 @@ def generate_in_parts(sample, count, folder, name):
         path = folder / f"{name}_{first}.npy"
         if not path.exists():
             folder.mkdir(exist_ok=True)
-            with run_files.atomic_write(path) as part, part.open("wb") as file:
+            with disk.atomic_write(path) as part, part.open("wb") as file:
                 np.save(file, sample(np.arange(first, min(first + BATCH_SIZE, count))))
         parts.append(path)
     images = np.concatenate([np.load(part) for part in parts])

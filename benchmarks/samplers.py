@@ -20,8 +20,7 @@ from absl import app, flags
 from benchmarks import quality
 from ddpm_jax import checks, configs, cpu
 from ddpm_jax.core import solvers
-from ddpm_jax.files import checkpoint
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import checkpoint, run_files
 from ddpm_jax.metrics import classifier
 from ddpm_jax.runs import generate, reference, samplers
 

@@ -28,8 +28,7 @@ import numpy as np
 import ddpm_jax
 from benchmarks import digits_quality
 from ddpm_jax import configs, cpu, progress
-from ddpm_jax.files import data
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import data, run_files
 from ddpm_jax.runs import networks, samplers, schedulers, show, train
 
 STOPS = 10  # times that the quality is measured, evenly

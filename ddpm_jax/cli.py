@@ -34,7 +34,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ddpm_jax import checks, compilation, configs, cpu, parallel, signals
 from ddpm_jax.errors import UserError, is_disk_full, one_line, printable
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import disk, run_files
 from ddpm_jax.runs import compare, edit, evaluate, generate, interop, show, train
 
 EDITS = {
@@ -238,7 +238,7 @@ def execute(command, argv):
         return 0
     checks.check(config, mode)
     for name in WRITES.get(mode, ()):
-        run_files.check_writable(workdir / name)
+        disk.check_writable(workdir / name)
     if mode == "train":
         caught = train.train(config, workdir)
         if caught:

@@ -15,8 +15,7 @@ from ddpm_jax import checks, compilation, configs, cpu, parallel
 from ddpm_jax.core import diffusion
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint as checkpoints
-from ddpm_jax.files import data
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import data, run_files
 from ddpm_jax.runs import generate, interop, samplers
 from ddpm_jax.runs import train as training
 

@@ -79,7 +79,7 @@ def functions():
         "ddpm_jax.configs",
         "ddpm_jax.runs.samplers",
         "ddpm_jax.runs.objective",
-        "ddpm_jax.runs.state",
+        "ddpm_jax.runs.states",
     )
     names = "ddpm_jax.core.", *runs
     modules = [module for name, module in sorted(sys.modules.items()) if name.startswith(names)]
@@ -110,8 +110,7 @@ def once(make, sections, rest):
 def each_program_once(monkeypatch):
     """Runs of equal configs share their programs: tracing them is most of a short run's time."""
     from ddpm_jax.core import unet
-    from ddpm_jax.runs import objective, samplers
-    from ddpm_jax.runs import state as states
+    from ddpm_jax.runs import objective, samplers, states
 
     def is_network(model):
         return type(model).__module__ == unet.__name__

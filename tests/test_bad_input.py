@@ -40,8 +40,7 @@ from references import FIXTURES
 
 from ddpm_jax import cli, configs, cpu, parallel, progress
 from ddpm_jax.core import unet
-from ddpm_jax.files import checkpoint, data, image_files
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import checkpoint, data, image_files, run_files
 from ddpm_jax.metrics import features, inception
 from ddpm_jax.runs import evaluate, interop, networks, samplers, show, train
 

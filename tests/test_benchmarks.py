@@ -21,8 +21,7 @@ from benchmarks.contestants import OTHER, Cell
 from ddpm_jax import checks, configs, cpu
 from ddpm_jax.core import unet
 from ddpm_jax.files import data
-from ddpm_jax.runs import objective
-from ddpm_jax.runs import state as states
+from ddpm_jax.runs import objective, states
 
 
 def rate_of(text):

@@ -15,10 +15,8 @@ from sklearn.svm import SVC
 from ddpm_jax import checks, cli, configs, parallel
 from ddpm_jax.core import diffusion, likelihood, sampling, solvers, unet
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import checkpoint, data
-from ddpm_jax.files import workdir as run_files
-from ddpm_jax.runs import edit, generate, objective, samplers, train
-from ddpm_jax.runs import state as states
+from ddpm_jax.files import checkpoint, data, run_files
+from ddpm_jax.runs import edit, generate, objective, samplers, states, train
 
 pytestmark = pytest.mark.usefixtures("no_report")
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -17,8 +17,7 @@ from programs import DIGITS, ROOT, TINY, finish, start
 from ddpm_jax import cli, configs, progress
 from ddpm_jax.core import unet
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import checkpoint
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import checkpoint, run_files
 from ddpm_jax.runs import generate, samplers
 
 

@@ -16,7 +16,7 @@ import ddpm_jax
 from ddpm_jax import checks, cli, configs
 from ddpm_jax.core import likelihood, solvers, unet
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import checkpoint, workdir
+from ddpm_jax.files import checkpoint, run_files
 from ddpm_jax.runs import samplers
 
 FILES = sorted((pathlib.Path(__file__).parent.parent / "configs").rglob("*.py"))
@@ -108,8 +108,8 @@ def test_rejects_a_typo(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_is_the_same_after_being_saved(path, tmp_path):
     config = load(path)
-    workdir.save_config(config, tmp_path)
-    assert workdir.load_config(tmp_path).to_dict() == config.to_dict()
+    run_files.save_config(config, tmp_path)
+    assert run_files.load_config(tmp_path).to_dict() == config.to_dict()
 
 
 OLD_VALUES = ["--config.diffusion.loss=bound", "--config.sample.spacing=uniform"]

@@ -9,8 +9,7 @@ from PIL import Image
 from ddpm_jax import cli, configs
 from ddpm_jax.core import diffusion, sampling, unet
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import checkpoint
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import checkpoint, disk, run_files
 from ddpm_jax.runs import edit as edit_module
 from ddpm_jax.runs import generate, samplers
 
@@ -92,7 +91,7 @@ def test_interpolation_begins_and_ends_at_the_images(run, pictures):
     found = edit("interpolate", run, folder, "--config.sample.t=12")
     assert found["images"].shape == (2, 11, 8, 8, 1)
     np.testing.assert_allclose(found["weights"], np.arange(11) / 10)
-    run_files.write_npz(folder.parent / "firsts.npz", images=given[::2])
+    disk.write_npz(folder.parent / "firsts.npz", images=given[::2])
     firsts = edit("img2img", run, folder.parent / "firsts.npz", "--config.sample.t=12")["images"]
     np.testing.assert_array_equal(found["images"][:, 0], firsts)
     # λ = 1 is another image's, denoised with the same noise but for its own q-sample's.
@@ -133,7 +132,7 @@ def test_both_directions_of_inversion_have_the_same_parameters(run, pictures, mo
 def test_interpolation_with_hardly_any_noise_is_a_mixture(run, pictures):
     """Of a pair of equal images, and of a pair of others."""
     folder, given = pictures
-    run_files.write_npz(folder.parent / "pairs.npz", images=given[[0, 0, 1, 2]])
+    disk.write_npz(folder.parent / "pairs.npz", images=given[[0, 0, 1, 2]])
     found = edit("interpolate", run, folder.parent / "pairs.npz", "--config.sample.t=0")["images"]
     weights = np.linspace(0, 1, 11).reshape(11, 1, 1, 1)
     for images, (one, other) in zip(found, (given[[0, 0]], given[[1, 2]]), strict=True):

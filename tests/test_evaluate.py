@@ -19,8 +19,7 @@ from scipy.spatial.distance import cdist
 from ddpm_jax import checks, cli, configs, signals
 from ddpm_jax.core import diffusion, likelihood, sampling, schedules, unet
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import checkpoint, data, row_files
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import checkpoint, data, disk, row_files, run_files
 from ddpm_jax.metrics import distances, features, inception, neighbours
 from ddpm_jax.runs import bound, evaluate, memorisation, reference, samplers
 
@@ -589,7 +588,7 @@ def test_rows_that_another_program_computes_are_waited_for(tmp_path):
         return np.zeros((last - first, 1))
 
     waiting = threading.Thread(target=row_files.collect, args=(tmp_path, 6, 4, rows_of, "wait"))
-    with run_files.lock(tmp_path, "rows"):
+    with disk.lock(tmp_path, "rows"):
         waiting.start()
         waiting.join(0.3)
         assert not computed

@@ -19,8 +19,7 @@ from programs import DIGITS, ROOT, TINY, finish, start
 from ddpm_jax import cli
 from ddpm_jax.core import diffusion
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import checkpoint, data
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import checkpoint, data, disk
 from ddpm_jax.runs import generate, interop, train
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -244,9 +243,9 @@ def test_a_second_program_is_refused(tmp_path):
     finally:
         process.kill()
         process.communicate()
-    with run_files.lock(run, "train"):
+    with disk.lock(run, "train"):
         assert lock.read_text().split()[0] == str(os.getpid())
-        with run_files.lock(run, "rows"):
+        with disk.lock(run, "rows"):
             pass
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import videos
 
-from ddpm_jax.files import images, workdir
+from ddpm_jax.files import disk, images
 
 
 def test_range():
@@ -48,7 +48,7 @@ def test_large_images_keep_their_size():
 def test_a_failed_write_leaves_what_was_there(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(ZeroDivisionError), workdir.atomic_write(path) as temporary:
+    with pytest.raises(ZeroDivisionError), disk.atomic_write(path) as temporary:
         temporary.write_text("half")
         raise ZeroDivisionError
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
@@ -58,9 +58,9 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 def test_two_writers_at_the_same_time(tmp_path):
     """The last one wins, whole."""
     path = tmp_path / "file"
-    with workdir.atomic_write(path) as one:
+    with disk.atomic_write(path) as one:
         one.write_text("one")
-        with workdir.atomic_write(path) as two:
+        with disk.atomic_write(path) as two:
             two.write_text("two")
         assert path.read_text() == "two"
     assert path.read_text() == "one" and [p.name for p in tmp_path.iterdir()] == ["file"]

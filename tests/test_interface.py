@@ -14,8 +14,7 @@ from sklearn.datasets import load_digits
 import ddpm_jax
 from ddpm_jax import cli, configs
 from ddpm_jax.core import diffusion, sampling
-from ddpm_jax.files import checkpoint
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import checkpoint, run_files
 from ddpm_jax.runs import generate
 
 

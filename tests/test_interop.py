@@ -17,10 +17,8 @@ import ddpm_jax
 from ddpm_jax import checks, cli, configs
 from ddpm_jax.core import unet
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import checkpoint
-from ddpm_jax.files import workdir as run_files
-from ddpm_jax.runs import interop, networks, schedulers
-from ddpm_jax.runs import state as states
+from ddpm_jax.files import checkpoint, run_files
+from ddpm_jax.runs import interop, networks, schedulers, states
 
 TENSORS = f"unet/{interop.TENSORS}"
 

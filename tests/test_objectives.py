@@ -15,8 +15,7 @@ from ddpm_jax import checks, configs, parallel
 from ddpm_jax.core import diffusion, likelihood, schedules, timesteps, unet, weights
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import data
-from ddpm_jax.runs import objective
-from ddpm_jax.runs import state as states
+from ddpm_jax.runs import objective, states
 
 ALPHA_BARS = schedules.make_alpha_bars("linear", 1000)
 # ᾱ / (1 - ᾱ) at t = 0, 99, 499 and 999, in float64 from the products of 1 - β.

@@ -13,7 +13,7 @@ from references import FIXTURES
 
 from ddpm_jax import cli
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import run_files
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ import pytest
 
 from ddpm_jax import configs, cpu, packing, parallel
 from ddpm_jax.files import data
-from ddpm_jax.runs import objective
-from ddpm_jax.runs import state as states
+from ddpm_jax.runs import objective, states
 
 LIMIT = 100  # elements; the tiny network has arrays below and above it
 

@@ -19,8 +19,7 @@ from references import assert_same_gradients, gradients
 
 from ddpm_jax import checks, cli, configs
 from ddpm_jax.core import diffusion, sampling, schedules, solvers, spacings, unet
-from ddpm_jax.files import checkpoint
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import checkpoint, run_files
 from ddpm_jax.runs import interop, networks, schedulers, state
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]

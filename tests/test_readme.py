@@ -9,7 +9,7 @@ import pytest
 import references
 
 from ddpm_jax import checks, cli, configs
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import run_files
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -10,7 +10,7 @@ from references import gaussian_predict, run_solver
 
 from ddpm_jax import configs, parallel
 from ddpm_jax.core import diffusion, sampling, schedules, solvers, spacings, unet
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import run_files
 from ddpm_jax.runs import edit, generate, samplers, state
 
 HO = schedules.make_schedule("linear", 1000, 1e-4, 0.02)

@@ -10,8 +10,7 @@ import pytest
 
 from ddpm_jax import checks, configs, interface
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import checkpoint, data, images, row_files
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import checkpoint, data, images, row_files, run_files
 from ddpm_jax.metrics import classifier, distances, features, inception
 from ddpm_jax.runs import generate, reference, samplers, scores, show, train
 

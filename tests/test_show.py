@@ -12,8 +12,7 @@ import videos
 from ddpm_jax import cli, configs
 from ddpm_jax.core import schedules, unet
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import checkpoint, data, images
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import checkpoint, data, images, run_files
 from ddpm_jax.runs import frames, generate, samplers, show, train
 
 OF_CONFIG = {"schedule.png", "data.png", "forward.png"}

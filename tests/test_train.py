@@ -15,10 +15,8 @@ from PIL import Image
 from ddpm_jax import checks, configs, packing, parallel, signals
 from ddpm_jax.core import timesteps, unet
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import checkpoint, data
-from ddpm_jax.files import workdir as run_files
-from ddpm_jax.runs import generate, objective, train
-from ddpm_jax.runs import state as states
+from ddpm_jax.files import checkpoint, data, run_files
+from ddpm_jax.runs import generate, objective, states, train
 
 pytestmark = pytest.mark.usefixtures("no_report")
 

@@ -26,7 +26,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from ddpm_jax import configs, parallel
 from ddpm_jax.core import unet
 from ddpm_jax.errors import UserError, is_disk_full
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import run_files
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ddpm_jax.files.workdir import atomic_write
+from ddpm_jax.files.disk import atomic_write
 
 # Without this, ffmpeg is started by a fork, for which JAX warns.
 os.environ.setdefault("IMAGEIO_FFMPEG_NO_PREVENT_SIGINT", "1")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ddpm_jax import parallel, progress, signals
-from ddpm_jax.files.workdir import atomic_write, lock, wait_for_files
+from ddpm_jax.files.disk import atomic_write, lock, wait_for_files
 
 
 class Rows(NamedTuple):

@@ -6,8 +6,7 @@ from matplotlib.figure import Figure
 
 from ddpm_jax import configs, parallel
 from ddpm_jax.core import diffusion, likelihood, sampling
-from ddpm_jax.files import data, images, row_files
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import data, disk, images, row_files
 from ddpm_jax.runs import compare, reference, samplers
 
 # Of sampling_provenance: fields that the bound does not depend on (it has every variance).
@@ -47,7 +46,7 @@ def bits_per_dim(config, workdir, provenance, params, test, stop):
     rows_of, size = make_rows(config, params, source), config.sample.batch_size
     row_files.collect(folder, count, size, rows_of, "evaluate bits/dim", stop)
     results, arrays = summarize(config, unpack(config, row_files.rows(folder, count)))
-    run_files.write_npz(workdir / "evaluation.npz", **arrays)
+    disk.write_npz(workdir / "evaluation.npz", **arrays)
     draw(workdir / "evaluation.png", arrays)
     of_images = {"bits_per_dim_split": split, "bits_per_dim_images": count}
     return {**of_images, "bits_per_dim_sha256": description["images_sha256"], **results}

@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 
 from ddpm_jax.errors import UserError, one_line
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import disk
 from ddpm_jax.metrics import distances
 
 # Evaluations cannot be compared by a score if they differ in one of its fields.
@@ -51,7 +51,7 @@ def compare(workdirs):
         path = pathlib.Path(workdir) / "evaluation.json"
         if not path.is_file():
             raise UserError(f"--workdirs={workdir}: has no evaluation.json; evaluate it first")
-        evaluation = run_files.read_json(path, run_files.nan_for_null)
+        evaluation = disk.read_json(path, disk.nan_for_null)
         of_images = scores_of_images(path.with_suffix(".npz"), evaluation)
         results[str(workdir)] = {**evaluation, "of_images": of_images}
     for score, fields in COMPARABLE.items():
@@ -84,7 +84,7 @@ def scores_of_images(path, evaluation):
             names = [name for name in arrays if name.startswith(OF_IMAGES)]
             found = {name.removeprefix(OF_IMAGES): arrays[name] for name in names}
             means = {score: values.mean() for score, values in found.items()}
-    except run_files.ARCHIVE_ERRORS as error:
+    except disk.ARCHIVE_ERRORS as error:
         raise UserError(f"{path}: {one_line(error)}; evaluate the run again") from None
     return {
         score: values

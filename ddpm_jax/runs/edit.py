@@ -21,8 +21,7 @@ import numpy as np
 from ddpm_jax import configs
 from ddpm_jax.core import diffusion, sampling, solvers
 from ddpm_jax.errors import UserError, one_line, printable
-from ddpm_jax.files import image_files, images
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import disk, image_files, images
 from ddpm_jax.runs import generate, samplers
 
 log = logging.getLogger(__name__)
@@ -225,7 +224,7 @@ def write(config, workdir, step, name, inputs, rows, **arrays):
     digest = hashlib.sha256(inputs.tobytes()).hexdigest()[:8]
     settings = f"{step:06d}_{generate.settings(config, workdir)}_{digest}"
     path = pathlib.Path(workdir) / "samples" / f"{name}_{settings}.npz"
-    run_files.write_npz(path, **arrays)
+    disk.write_npz(path, **arrays)
     rows = rows[: max(1, generate.GRID_IMAGES // rows.shape[1])]
     images.write_png(path.with_suffix(".png"), images.strips(rows.swapaxes(0, 1)))
     log.info("wrote %s and .png", path)
@@ -308,7 +307,7 @@ def _images_of(path):
             member = archive.getinfo("images.npy")
             with archive.open(member) as file:
                 yield file, member.file_size
-    except run_files.ARCHIVE_ERRORS as error:
+    except disk.ARCHIVE_ERRORS as error:
         raise UserError(f"--images={path}: {one_line(error)}") from None
 
 

@@ -17,8 +17,7 @@ from matplotlib.ticker import EngFormatter, LogFormatter
 
 from ddpm_jax import checks, configs, parallel, signals
 from ddpm_jax.core import solvers
-from ddpm_jax.files import checkpoint, data, images, row_files
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import checkpoint, data, disk, images, row_files, run_files
 from ddpm_jax.metrics import distances, features, inception
 from ddpm_jax.runs import bound, compare, generate, memorisation, reference, samplers
 
@@ -96,7 +95,7 @@ def evaluate(config, workdir, stop=signals.never):
     if section.bits_per_dim_images:
         results |= bound.bits_per_dim(config, workdir, provenance, params, test, stop)
         draw_progressive(config, workdir, params, guidance, stop)
-    run_files.write_json(workdir / "evaluation.json", results)
+    disk.write_json(workdir / "evaluation.json", results)
     if parallel.is_first():
         published = PUBLISHED if is_papers(config) else {}
         print("\n".join(compare.table({str(workdir): results}, published)))
@@ -136,7 +135,7 @@ def evaluate_steps(config, workdir, weights, train, test, stop):
         provenance = sampling_provenance(config, step, params, guidance["classifier"])
         results = {**provenance, "images_seen": step * size, **of_data}
         evaluations.append(results | score(provenance, params))
-        run_files.write_json(workdir / "evaluation_steps.json", evaluations)
+        disk.write_json(workdir / "evaluation_steps.json", evaluations)
         draw_steps(workdir / "evaluation_steps.png", evaluations, size, published)
     if parallel.is_first():
         print("\n".join(compare.table_of_steps(evaluations, published)))
@@ -268,7 +267,7 @@ def make_sample_quality(config, workdir, draw, weights, train, test, stop):
             there = seed == config.sample.seed and last <= len(samples)
             x = samples[first:last] if there else draw(params, seed, first, last)
             if section.keep_images:
-                run_files.write_npz(folder / f"images_{first:07d}.npz", images=x)
+                disk.write_npz(folder / f"images_{first:07d}.npz", images=x)
             return extract(x)
 
         row_files.collect(folder, count, size, features_of_samples, "evaluate samples", stop)

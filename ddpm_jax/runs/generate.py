@@ -11,8 +11,7 @@ import numpy as np
 from ddpm_jax import checks, configs, signals
 from ddpm_jax.core import likelihood
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import checkpoint, images
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import checkpoint, disk, images, run_files
 from ddpm_jax.runs import samplers
 
 log = logging.getLogger(__name__)
@@ -252,6 +251,6 @@ def sample(config, workdir, stop=signals.never):
     log.info(text, count, which, step, samplers.describe_sampler(config))
     x = sampler(np.arange(count), stop=stop).x
     path = pathlib.Path(workdir) / "samples" / f"{sample_name(config, workdir, step)}.npz"
-    run_files.write_npz(path, images=x)
+    disk.write_npz(path, images=x)
     write_grid(path.with_suffix(".png"), config, x)
     log.info("wrote %s and .png", path)

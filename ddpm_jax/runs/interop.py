@@ -28,8 +28,7 @@ from flax import traverse_util
 from ddpm_jax import checks, configs
 from ddpm_jax.core import diffusion, unet
 from ddpm_jax.errors import UserError, listed, one_line
-from ddpm_jax.files import checkpoint
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import checkpoint, disk, run_files
 from ddpm_jax.runs import networks, schedulers
 
 log = logging.getLogger(__name__)
@@ -86,10 +85,10 @@ def import_run(config, weights, workdir, overrides=()):
       UserError: for a network that our U-Net does not support, an incomplete folder, or a workdir
         that is not empty; nothing is written then.
     """
-    run_files.check_free("workdir", workdir)
+    disk.check_free("workdir", workdir)
     checkpoint.check_path(workdir)
     config, params = read_run(config, weights, overrides)
-    with run_files.new_folder("workdir", workdir) as folder:
+    with disk.new_folder("workdir", workdir) as folder:
         checkpoint.save_imported(folder, params)
         run_files.save_config(config, folder)
     log.info("wrote %s", workdir)
@@ -98,7 +97,7 @@ def import_run(config, weights, workdir, overrides=()):
 def is_diffusers(weights):
     """Whether a folder or a file has the config of a diffusers network."""
     path = _find(_folder_of(weights), "unet", "config.json")
-    return path is not None and "_class_name" in run_files.read_json(path)
+    return path is not None and "_class_name" in disk.read_json(path)
 
 
 def read_run(config, weights, overrides=()):
@@ -123,10 +122,10 @@ def read_run(config, weights, overrides=()):
     path = _find(folder, "unet", "config.json")
     if path is None:
         raise UserError(f"weights={weights}: has no config.json (nor unet/config.json)")
-    network, schedule = run_files.read_json(path), _find(folder, *SCHEDULER)
+    network, schedule = disk.read_json(path), _find(folder, *SCHEDULER)
     fields = read_fields(config, network, path, overrides)
     if schedule is not None:
-        fields = with_scheduler(fields, run_files.read_json(schedule), schedule)
+        fields = with_scheduler(fields, disk.read_json(schedule), schedule)
 
     user_fields, learned = configs.flatten(config), diffusion.LEARNED_VARIANCES
     if config.diffusion.variance in learned:  # the network may have none
@@ -191,7 +190,7 @@ def export_run(config, workdir, weights):
       UserError: for a network that diffusers does not support, a missing checkpoint, or a folder
         that is not empty; nothing is written then.
     """
-    run_files.check_free("weights", weights)
+    disk.check_free("weights", weights)
     scheduler = schedulers.write_scheduler(config)
     files = {
         "model_index.json": {
@@ -205,9 +204,9 @@ def export_run(config, workdir, weights):
     }
     step, params = checkpoint.restore_params(config, workdir)
     tensors = diffusers_tensors(params, len(configs.widths(config.model)))
-    with run_files.new_folder("weights", weights) as folder:
+    with disk.new_folder("weights", weights) as folder:
         for name, content in files.items():
-            run_files.write_json(folder / name, content)
+            disk.write_json(folder / name, content)
         try:  # PyTorch's readers require this metadata
             safetensors.numpy.save_file(tensors, folder / "unet" / TENSORS, {"format": "pt"})
         except safetensors.SafetensorError as error:  # the disk is full
@@ -380,7 +379,7 @@ def _open_tensors(path, stack):
     if path.suffix != ".json":
         file = stack.enter_context(_open(path))
         return dict.fromkeys(file.keys(), file)
-    weight_map = run_files.read_json(path).get("weight_map")
+    weight_map = disk.read_json(path).get("weight_map")
     fits = isinstance(weight_map, dict) and all(map(_is_file_name, weight_map.values()))
     if not fits:
         raise UserError(f"{path}: weight_map: must give each tensor the name of a file beside it")
@@ -436,7 +435,7 @@ def _check_pipeline(folder):
     """Raises a UserError for a pipeline with other components than a network and a scheduler."""
     index = _pipeline_of(folder) / "model_index.json"
     if os.path.isfile(index):
-        stored = run_files.read_json(index).items()
+        stored = disk.read_json(index).items()
         components = {name for name, kind in stored if kind != [None, None]}
         components = {name for name in components if not name.startswith("_")}
         if others := components - {"unet", "scheduler"}:

@@ -11,8 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import images, row_files
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import disk, images, row_files
 from ddpm_jax.metrics import neighbours
 
 NEAREST = 5  # training images of a sample
@@ -207,7 +206,7 @@ def write(workdir, suffix, samples, nearest, train, unit=1.0):
     """
     distances, numbers = nearest.distances / unit, nearest.numbers
     path = workdir / f"evaluation_neighbours{suffix}.npz"
-    run_files.write_npz(path, distances=distances, numbers=numbers)
+    disk.write_npz(path, distances=distances, numbers=numbers)
     # Those that are nearest to training images for what they show: simple images are always near.
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = nearest.distances[:, 0] / nearest.pair.held_out

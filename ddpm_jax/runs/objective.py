@@ -11,7 +11,7 @@ import optax
 from ddpm_jax import configs, cpu, packing, parallel, signals
 from ddpm_jax.core import diffusion, likelihood, timesteps, unet
 from ddpm_jax.files import images
-from ddpm_jax.runs import state as states
+from ddpm_jax.runs import states
 
 # The held-out loss always uses the same noise, whatever the run's seed.
 EVAL_SEED = 20200619

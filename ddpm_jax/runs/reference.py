@@ -15,8 +15,7 @@ import numpy as np
 
 from ddpm_jax import configs, parallel, signals
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import row_files
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import disk, row_files
 from ddpm_jax.metrics import classifier, distances, features
 
 log = logging.getLogger(__name__)
@@ -82,7 +81,7 @@ def features_of_split(config, field, source, extract, provenance, stop=signals.n
     else:
         of_both = features.statistics(folder, source.size)
         for path, statistics in zip(paths, of_both, strict=True):
-            run_files.write_npz(path, **statistics._asdict())
+            disk.write_npz(path, **statistics._asdict())
     first_rows = row_files.rows(folder, min(config.evaluate.max_features, source.size))
     return Reference(*of_both, features.pooled(first_rows), folder)
 
@@ -96,7 +95,7 @@ def cache_folder(config, provenance):
     """The folder of what is cached for several runs, `evaluate.cache_dir`."""
     name, chosen = "evaluate.cache_dir", config.evaluate.cache_dir
     cache = pathlib.Path(configs.at_home(name, chosen or "~/.cache/ddpm_jax"))
-    with run_files.named_errors(name, cache):
+    with disk.named_errors(name, cache):
         return provenance_folder(cache, provenance)
 
 
@@ -111,10 +110,10 @@ def digest_of(params):
 def provenance_folder(parent, provenance):
     """The folder of results with this provenance, which is written to provenance.json in it."""
     provenance = {"format": FORMAT, **provenance}
-    text = run_files.to_json(provenance, indent=2, sort_keys=True) + "\n"
+    text = disk.to_json(provenance, indent=2, sort_keys=True) + "\n"
     folder = parent / hashlib.sha256(text.encode()).hexdigest()[:16]
     if not (folder / "provenance.json").exists():
-        with run_files.atomic_write(folder / "provenance.json") as path:
+        with disk.atomic_write(folder / "provenance.json") as path:
             path.write_text(text)
     return folder
 
@@ -148,7 +147,7 @@ def cached_classifier(config, source, labelled):
         return all(path.exists() for path in paths)
 
     if parallel.broadcast_from_first(not is_cached()):
-        with run_files.lock(folder, "rows", waits=True):
+        with disk.lock(folder, "rows", waits=True):
             if parallel.is_first() and not is_cached():
                 text = "training a small classifier of %s for the scores, once for this dataset"
                 log.info(text, config.data.name)
@@ -159,10 +158,10 @@ def cached_classifier(config, source, labelled):
                 log.info("it classifies %.1f %% of the held-out images correctly", 100 * accuracy)
                 layer = classifier.hidden_layer(trained)
                 statistics = classifier.statistics(layer, source)
-                run_files.write_npz(paths[0], **layer._asdict(), accuracy=accuracy)
-                run_files.write_npz(paths[1], **statistics._asdict())
+                disk.write_npz(paths[0], **layer._asdict(), accuracy=accuracy)
+                disk.write_npz(paths[1], **statistics._asdict())
         parallel.barrier()
-    run_files.wait_for_files(is_cached, folder)
+    disk.wait_for_files(is_cached, folder)
     with np.load(paths[0]) as arrays:
         layer = classifier.Layer(arrays["kernel"], arrays["bias"])
     return Classifier(layer, _read_statistics(paths[1]))

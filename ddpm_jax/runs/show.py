@@ -26,8 +26,7 @@ from matplotlib.figure import Figure
 from ddpm_jax import configs
 from ddpm_jax.core import diffusion, sampling
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import checkpoint, data, images
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import checkpoint, data, disk, images, run_files
 from ddpm_jax.runs import frames, generate, samplers
 
 log = logging.getLogger(__name__)
@@ -264,7 +263,7 @@ def write_report(config, workdir, step, lines):
     settings = rows(configs.flatten(config))
     parts.append(f"<h2>Settings</h2><details><summary>all fields</summary>{settings}</details>")
     title = html.escape(f"{config.data.name or 'imported'}: {workdir.name}")
-    with run_files.atomic_write(workdir / "report.html") as path:
+    with disk.atomic_write(workdir / "report.html") as path:
         text = PAGE.format(title=title, body="\n".join(parts))
         path.write_text(text, "utf-8", errors="replace")  # a path may not be UTF-8
 

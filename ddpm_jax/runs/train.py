@@ -18,10 +18,8 @@ import numpy as np
 from ddpm_jax import checks, configs, packing, parallel, progress, signals
 from ddpm_jax.core import likelihood
 from ddpm_jax.errors import UserError, one_line, printable
-from ddpm_jax.files import checkpoint, data, images
-from ddpm_jax.files import workdir as run_files
-from ddpm_jax.runs import frames, generate, objective, samplers, scores
-from ddpm_jax.runs import state as states
+from ddpm_jax.files import checkpoint, data, disk, images, run_files
+from ddpm_jax.runs import frames, generate, objective, samplers, scores, states
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +76,7 @@ def train(config, workdir, arrays=None):
     schedule, model = configs.make_schedule(config), configs.make_model(config)
     optimizer = states.make_optimizer(config.optim, last)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(run_files.lock(workdir, "train"))
+        stack.enter_context(disk.lock(workdir, "train"))
         run_files.save_config(config, workdir)
         run_files.save_data(source, workdir)
         stop = stack.enter_context(signals.catch())

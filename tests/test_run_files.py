@@ -8,7 +8,7 @@ import types
 import pytest
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import workdir as run_files
+from ddpm_jax.files import disk, run_files
 from ddpm_jax.runs import train
 
 
@@ -76,20 +76,20 @@ def test_what_is_not_finite_is_null_in_a_file_and_nan_again_when_read(tmp_path):
 def test_json_of_anything():
     value = {"a": [1.5, -math.inf, {"b": (math.nan, "nan", None, True)}], "c": 2}
     expected = {"a": [1.5, None, {"b": [None, "nan", None, True]}], "c": 2}
-    assert strict(run_files.to_json(value, indent=2)) == expected
+    assert strict(disk.to_json(value, indent=2)) == expected
 
 
 def test_files_of_another_process_may_come_late(tmp_path, monkeypatch):
     answers = [True, False, False]
-    run_files.wait_for_files(answers.pop, tmp_path)
+    disk.wait_for_files(answers.pop, tmp_path)
     assert not answers
-    monkeypatch.setattr(run_files, "SECONDS_FOR_FILES", 0.3)
+    monkeypatch.setattr(disk, "SECONDS_FOR_FILES", 0.3)
     with pytest.raises(UserError, match="does not see its files there; all must share workdir"):
-        run_files.wait_for_files(lambda: False, tmp_path)
+        disk.wait_for_files(lambda: False, tmp_path)
 
 
 def test_a_file_of_results_is_json_whatever_they_are(tmp_path):
     """null for what is not finite, at every depth; the folder is made."""
     path = tmp_path / "run" / "evaluation.json"
-    run_files.write_json(path, {"fid": math.nan, "per_seed": [{"kid": -math.inf}, {"kid": 0.5}]})
+    disk.write_json(path, {"fid": math.nan, "per_seed": [{"kid": -math.inf}, {"kid": 0.5}]})
     assert strict(path.read_text()) == {"fid": None, "per_seed": [{"kid": None}, {"kid": 0.5}]}

@@ -7,7 +7,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from ddpm_jax.runs import state as states
+from ddpm_jax.runs import states
 
 OPTIM = dict(
     learning_rate=0.1,
