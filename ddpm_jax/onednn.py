@@ -20,11 +20,14 @@ log = logging.getLogger(__name__)
 
 NEWEST_TESTED = (0, 12)
 TARGET = "__onednn$convolution"
+# Channels from which `kernel_gradient` pays, with bfloat16. On an AMD with AVX-512, CIFAR-10's
+# network trains 1.14 times as fast; with 64, MNIST's 0.95 times. With float32 it never pays.
+WIDE = 128
 
 
 @jax.custom_vjp
 def convolve(x, kernel):
-    """A convolution with stride 1 and SAME padding; the gradient of the kernel is XLA's.
+    """A convolution with stride 1 and SAME padding, and its gradients.
 
     Args:
       x: [B, H, W, C], float32 or bfloat16.
@@ -39,11 +42,41 @@ def convolve(x, kernel):
 def _gradients(residuals, dy):
     x, kernel = residuals
     dx = forward(dy, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+    if x.dtype == jnp.bfloat16 and min(kernel.shape[2:]) >= WIDE:
+        return dx, kernel_gradient(x, dy, len(kernel))
     (dkernel,) = jax.vjp(lambda kernel: by_xla(x, kernel), kernel)[1](dy)
     return dx, dkernel
 
 
 convolve.defvjp(lambda x, kernel: (forward(x, kernel), (x, kernel)), _gradients)
+
+
+def kernel_gradient(x, dy, size):
+    """The gradient of a convolution's kernel as products of matrices, one for each of its rows.
+
+    oneDNN has this gradient, but XLA's interface to it has not. Here each product is a convolution
+    of size 1, whose input channels are the pixels.
+
+    Args:
+      x: [B, H, W, C].
+      dy: [B, H, W, D], the gradient of the output.
+      size: K, odd.
+
+    Returns:
+      [K, K, C, D].
+    """
+    (height, width, channels), features = x.shape[1:], dy.shape[-1]
+    around = size // 2
+    # Without barriers, XLA computes the copies below in float32, and converts each of them.
+    x, dy = jax.lax.optimization_barrier((x, dy))
+    x = jnp.pad(x, ((0, 0), (around, around), (around, around), (0, 0)))
+    # What a row of the kernel sees of each pixel, as further channels.
+    x = jnp.concatenate([x[:, :, i : i + width] for i in range(size)], axis=-1)
+    x = jax.lax.optimization_barrier(x)
+    dy = dy.reshape(-1, features).T.reshape(1, features, 1, -1)
+    rows = [x[:, i : i + height].reshape(1, 1, dy.shape[-1], -1) for i in range(size)]
+    products = jnp.stack([forward(dy, row, padding="VALID") for row in rows])
+    return products.reshape(size, features, size, channels).transpose(0, 2, 3, 1)
 
 
 def by_xla(x, kernel, strides=(1, 1), padding="SAME"):

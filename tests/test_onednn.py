@@ -33,7 +33,13 @@ def arrays(x_shape, features, size=3):
 @pytest.mark.parametrize("dtype, error", [("float32", 1e-6), ("bfloat16", 0.01)])
 @pytest.mark.parametrize(
     "x_shape, features, size",
-    [((4, 8, 8, 16), 16, 3), ((2, 7, 10, 9), 12, 3), ((2, 5, 4, 8), 8, 5)],
+    [
+        ((4, 8, 8, 16), 16, 3),
+        ((2, 7, 10, 9), 12, 3),
+        ((2, 5, 4, 8), 8, 5),
+        ((2, 6, 4, 128), 130, 3),  # with bfloat16, another gradient of the kernel
+        ((2, 5, 4, 130), 128, 5),
+    ],
 )
 def test_it_is_the_same_convolution(dtype, error, x_shape, features, size):
     """Values and gradients, against XLA in float64."""
