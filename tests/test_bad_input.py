@@ -42,7 +42,7 @@ from ddpm_jax import cli, configs, cpu, parallel, progress
 from ddpm_jax.core import unet
 from ddpm_jax.files import checkpoint, data, image_files, run_files
 from ddpm_jax.metrics import features, inception
-from ddpm_jax.runs import evaluate, interop, networks, samplers, show, train
+from ddpm_jax.runs import bound, interop, networks, samplers, show, train
 
 SECONDS = 20  # for an example; most take a hundredth
 MEMORY = 4 * 2**30  # bytes that it may ask for
@@ -114,7 +114,7 @@ def no_computing(tmp_path_factory):
         patch.setattr(show, "show", enough)
         patch.setattr(checkpoint, "restore_params", restore_params)
         patch.setattr(samplers, "make_sampler", make_sampler)
-        patch.setattr(evaluate, "make_vlb_rows", enough)
+        patch.setattr(bound, "make_rows", enough)
         patch.setattr(inception, "load", lambda path: inception.Weights({}, None, "0"))
         patch.setattr(features, "make_extractor", lambda *_: enough)
         patch.setattr(interop, "diffusers_tensors", enough)
