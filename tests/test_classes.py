@@ -267,7 +267,7 @@ def test_images_to_edit_are_of_no_class_unless_one_is_given(
     asked = []
     monkeypatch.setattr(checkpoint, "restore_params", lambda *_: (5, {}))
     monkeypatch.setattr(
-        generate, "make_sampler", lambda config, **options: asked.append(options) or max
+        samplers, "make_sampler", lambda config, **options: asked.append(options) or max
     )
     conditional.sample.label = label
     generate.restore_sampler(conditional, tmp_path, task)

@@ -845,11 +845,18 @@ def test_the_folder_of_an_ema(tmp_path, weights, caplog):
     of_ema = {"decay": 0.9999, "power": 0.75, "inv_gamma": 1.0, "optimization_step": 5}
     of_ema |= {"min_decay": 0.0, "update_after_step": 0, "use_ema_warmup": True}
     edit(average / "config.json", **of_ema)
+    tensors = safetensors.numpy.load_file(weights / TENSORS)
+    path = average / pathlib.Path(TENSORS).name
+    safetensors.numpy.save_file({name: 2 * tensors[name] for name in tensors}, path)
+    _, found = interop.read_run(references.fixture_config(), average)
+    np.testing.assert_array_equal(found["conv_in"]["bias"], 2 * tensors["conv_in.bias"])
     run("import", f"--workdir={tmp_path / 'ema'}", f"--weights={average}")
     assert run_files.load_config(tmp_path / "ema").diffusion.num_timesteps == 50
     assert "raw parameters" not in caplog.text
     run("import", f"--workdir={tmp_path / 'raw'}", f"--weights={weights}")
     assert f"for their EMA, --weights={average}" in caplog.text
+    (average / "config.json").unlink()
+    refused(tmp_path, average, "has no config.json")
 
 
 def test_overrides_of_what_the_folder_says(tmp_path, weights):

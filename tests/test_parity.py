@@ -20,7 +20,7 @@ from references import assert_same_gradients, gradients
 from ddpm_jax import checks, cli, configs
 from ddpm_jax.core import diffusion, sampling, schedules, solvers, spacings, unet
 from ddpm_jax.files import checkpoint, run_files
-from ddpm_jax.runs import interop, networks, schedulers, state
+from ddpm_jax.runs import interop, networks, schedulers, states
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -314,9 +314,9 @@ def test_optimisation(reference, tmp_path):
     config = configs.default_config()
     decay = settings.pop("ema_decay")
     config.optim.update(settings)
-    optimizer = state.make_optimizer(config.optim, 10)
+    optimizer = states.make_optimizer(config.optim, 10)
     params = jax.tree.map(jnp.asarray, params)
-    ours = state.TrainState(jnp.int32(0), params, (params,), optimizer.init(params))
+    ours = states.TrainState(jnp.int32(0), params, (params,), optimizer.init(params))
 
     @jax.jit
     def step(ours, x_t, t, eps):
@@ -324,7 +324,7 @@ def test_optimisation(reference, tmp_path):
             return jnp.mean(jnp.square(unet.net_fn(model, params)(x_t, t) - eps))
 
         grads = jax.grad(loss)(ours.params)
-        return state.apply_gradients(ours, grads, optimizer, (decay,))
+        return states.apply_gradients(ours, grads, optimizer, (decay,))
 
     for x_t, t, eps in batches:
         ours = step(ours, x_t, t, eps)

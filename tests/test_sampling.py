@@ -11,7 +11,7 @@ from references import gaussian_predict, run_solver
 from ddpm_jax import configs, parallel
 from ddpm_jax.core import diffusion, sampling, schedules, solvers, spacings, unet
 from ddpm_jax.files import run_files
-from ddpm_jax.runs import edit, generate, samplers, state
+from ddpm_jax.runs import edit, generate, samplers, states
 
 HO = schedules.make_schedule("linear", 1000, 1e-4, 0.02)
 
@@ -309,9 +309,9 @@ def test_little_work_is_done_at_once():
 
 def some_params(config):
     """Parameters that make the network's output depend on its input."""
-    optimizer = state.make_optimizer(config.optim, 10)
+    optimizer = states.make_optimizer(config.optim, 10)
     model = configs.make_model(config)
-    params = state.create_state(config, model, optimizer).params
+    params = states.create_state(config, model, optimizer).params
     return parallel.replicate(jax.tree.map(lambda p: p + 0.02, params))
 
 

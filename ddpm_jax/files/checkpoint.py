@@ -189,6 +189,8 @@ def chosen_step(config, workdir):
             raise UserError(f"workdir={workdir}: has no checkpoint yet; train it first")
         return newest
     steps = _steps(folder)
+    if chosen == "best" and not steps:
+        raise UserError(f"workdir={workdir}: has no checkpoint yet; train it first")
     found = run_files.best_step(workdir, steps) if chosen == "best" else int(chosen)
     if found is None:
         text = "no checkpoint has a score; train with train.score_every"

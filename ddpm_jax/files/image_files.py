@@ -35,6 +35,7 @@ ERRORS = (
     ValueError,
     struct.error,
     Image.DecompressionBombError,
+    Image.DecompressionBombWarning,  # an error where the user makes warnings errors
 )
 SMALL_RANGE = 32  # of 256 levels; images with fewer are probably scaled wrongly
 

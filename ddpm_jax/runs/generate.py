@@ -84,7 +84,7 @@ def guidance_for(config, label_names):
       label_names: of the run's classes.
 
     Returns:
-      {"label", "classifier"}, arguments of make_sampler.
+      {"label", "classifier"}, arguments of samplers.make_sampler.
 
     Raises:
       UserError: for an unknown label, a missing classifier, or one with other classes.
@@ -118,8 +118,8 @@ def restore_sampler(config, workdir, task=samplers.from_noise, **options):
     Args:
       config: the run's config, checked.
       workdir: the run's folder.
-      task: see make_sampler.
-      **options: other arguments of make_sampler.
+      task: see samplers.make_sampler.
+      **options: other arguments of samplers.make_sampler.
 
     Returns:
       (step of the checkpoint, sample(indices, inputs=None, stop=never) → Generated).

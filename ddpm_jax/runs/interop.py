@@ -447,6 +447,8 @@ def _check_pipeline(folder):
 
 def _find(folder, component, name):
     """The path of the file `name` of a pipeline's component, in either layout, or None."""
-    folders = [folder / component, folder, _pipeline_of(folder) / component]
+    folders = [folder / component, folder]
+    if component != "unet":
+        folders.append(_pipeline_of(folder) / component)
     paths = (folder / name for folder in folders)
     return next((path for path in paths if os.path.isfile(path)), None)  # no error for a long name

@@ -1,6 +1,6 @@
 """Whether a run copies its training images: the nearest ones of its samples, and two numbers.
 
-evaluation_neighbours.png            the samples that are nearest to training images, in pixels
+evaluation_neighbours.png            the samples that are relatively nearest, in pixels
 evaluation_neighbours.npz            the nearest training images of all samples
 evaluation_neighbours_features.png   the same in Inception's features, as the .npz
 """

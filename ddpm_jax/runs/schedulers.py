@@ -179,12 +179,13 @@ def read_scheduler(scheduler, origin):
         allowed = f"is not supported for {kind}"
         known = name in supported or name.startswith("_")
         require(known or fields[name] is None, name, allowed)
-    if ignored:
-        values = ", ".join(f"{name}={json_text(scheduler[name])}" for name in ignored)
-        log.warning("%s: ignored, as %s does: %s", origin, kind, values)
     for name, (_, ours) in fixed.items():
         require(fields[name] == ours, name, f"must be {json_text(ours)}")
-    return _diffusion(fields, require) | _clipping(fields, require) | _sampler(fields, require)
+    found = _diffusion(fields, require) | _clipping(fields, require) | _sampler(fields, require)
+    if ignored:  # after the checks: an error is one line
+        values = ", ".join(f"{name}={json_text(scheduler[name])}" for name in ignored)
+        log.warning("%s: ignored, as %s does: %s", origin, kind, values)
+    return found
 
 
 def _take(fields, require, name, choices):

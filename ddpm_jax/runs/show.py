@@ -55,8 +55,9 @@ EVALUATION = {
     "evaluation_steps.png": "FID and sFID of checkpoints",
     "evaluation.png": "the terms of the bound over t, and rate against distortion",
     "evaluation_progressive.png": "x<sub>0</sub> predicted along the reverse process",
-    "evaluation_neighbours.png": "the samples nearest to training images, the nearest five of "
-    "these, and the root mean square difference of their pixels (0 to 255)",
+    "evaluation_neighbours.png": "the samples that are nearest to training images, compared with "
+    "held-out images; the nearest five of the former, and the root mean square difference of their "
+    "pixels (0 to 255)",
     "evaluation_neighbours_features.png": "the same in Inception's features",
 }
 PAGE = """<!doctype html>
