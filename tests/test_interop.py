@@ -103,16 +103,8 @@ def test_the_published_networks_are_the_paper_s(name):
     }
     fields["down_block_types"][1 if cifar else 4] = "AttnDownBlock2D"
     fields["up_block_types"][2 if cifar else 1] = "AttnUpBlock2D"
-    scheduler = {
-        "_class_name": "DDPMScheduler",
-        "beta_end": 0.02,
-        "beta_schedule": "linear",
-        "beta_start": 0.0001,
-        "clip_sample": True,
-        "num_train_timesteps": 1000,
-        "trained_betas": None,
-        "variance_type": "fixed_large" if cifar else "fixed_small",
-    }
+    scheduler = {"_class_name": "DDPMScheduler", **PUBLISHED}
+    scheduler["variance_type"] = "fixed_large" if cifar else "fixed_small"
     found = networks.network_fields(fields, "f") | schedulers.read_scheduler(scheduler, "f")
     expected = configs.flatten(config)
     assert found == {name: expected[name] for name in found}
@@ -616,7 +608,7 @@ def test_a_sampler_that_is_not_ours(kind, fields, message):
     assert message in str(error.value)
 
 
-# google/ddpm-cifar10-32's scheduler, and what diffusers makes of it for a DPM-Solver.
+# The scheduler of google/ddpm-cifar10-32.
 PUBLISHED = {
     "beta_end": 0.02,
     "beta_schedule": "linear",

@@ -432,7 +432,10 @@ def _pipeline_of(folder):
 
 
 def _check_pipeline(folder):
-    """Raises a UserError for a pipeline with other components than a network and a scheduler."""
+    """Raises a UserError for a pipeline with other components than a network and a scheduler.
+
+    Warns if the EMA of the network is beside it.
+    """
     index = _pipeline_of(folder) / "model_index.json"
     if os.path.isfile(index):
         stored = disk.read_json(index).items()
