@@ -31,7 +31,7 @@ RUNS = flags.DEFINE_string("runs", "runs/objectives", "the folder for the runs")
 CSV = flags.DEFINE_string("csv", "docs/objectives.csv", "the file to add scores to")
 SEEDS = flags.DEFINE_integer("seeds", 3, "trainings of each choice")
 ONLY = flags.DEFINE_list("only", [], "rows to measure; all by default")
-SCORES = flags.DEFINE_list("scores", "mse bits fast sure full".split(), "what to measure")
+SCORES = flags.DEFINE_list("scores", "mse bits fast confident full".split(), "what to measure")
 COLUMNS = "data choice seed steps score value date".split()
 STEPS = {"digits": 1100, "mnist": 1000}
 VLB_IMAGES = {"digits": 297, "mnist": 128}
@@ -153,10 +153,12 @@ def scores_of(config, workdir, kind, distance):
         return {f"mse_q{i + 1}": mse for i, mse in enumerate(held_out_mse(config, params, source))}
     if kind == "bits":
         return {"bits/dim": bits_per_dim(config, params, source)}
-    if kind == "sure":
+    if kind == "confident":
         config.sample.batch_size = quality.BATCH_SIZE
         found = samplers.make_sampler(config)(params, np.arange(1000)).x
-        return {"sure": digits_quality.confident(digits_quality.make_judge()[0], found / 255)[0]}
+        return {
+            "confident": digits_quality.confident(digits_quality.make_judge()[0], found / 255)[0]
+        }
     return {kind: distance(sample(config, params, kind, workdir))}
 
 
@@ -188,7 +190,7 @@ def main(_):
     trained = classifier.train(*reference.first_images(source))
     distance = quality.distance_to(source, trained)
     for choice, seed, decay, kind in cases():
-        if kind == "sure" and DATA.value != "digits":
+        if kind == "confident" and DATA.value != "digits":
             continue
         steps = STEPS[DATA.value]
         row = DATA.value, row_name(choice, decay), seed, steps

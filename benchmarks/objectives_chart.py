@@ -20,7 +20,7 @@ SCORES = {
     "bits/dim": ("bits/dim", False),
     "full": ("Fréchet, all T steps", False),
     "fast": ("Fréchet, 10 steps", False),
-    "sure": ("sure", True),
+    "confident": ("confident", True),
 }
 
 

@@ -433,8 +433,8 @@ def widths(model):
 def make_model(config):
     """The network of a config."""
     fields = {**config.model, "dtype": jnp.dtype(config.model.dtype)}
-    fields |= {"num_classes": config.data.num_classes, "convolve": cpu.convolve}
-    fields |= {"widths": widths(config.model)}
+    fields |= {"num_classes": config.data.num_classes, "widths": widths(config.model)}
+    fields |= {"convolve": cpu.convolve, "dot_general": cpu.dot_general}
     del fields["channel_mults"]
     if fields.pop("kind") == "classifier":
         return unet.Classifier(**fields)

@@ -1,7 +1,8 @@
-"""oneDNN's convolutions against XLA's; where they are used; and what happens if they cannot be."""
+"""oneDNN's convolutions and products against XLA's; where they are used; and if they cannot be."""
 
 import functools
 import logging
+import os
 import platform
 import sys
 
@@ -30,29 +31,44 @@ def arrays(x_shape, features, size=3):
 
 
 @needs_onednn
-@pytest.mark.parametrize("dtype, error", [("float32", 1e-6), ("bfloat16", 0.01)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("by_products", [False, True])
 @pytest.mark.parametrize(
     "x_shape, features, size",
     [
         ((4, 8, 8, 16), 16, 3),
         ((2, 7, 10, 9), 12, 3),
         ((2, 5, 4, 8), 8, 5),
-        ((2, 6, 4, 128), 130, 3),  # with bfloat16, another gradient of the kernel
-        ((2, 5, 4, 130), 128, 5),
+        ((2, 6, 4, 128), 130, 3),
     ],
 )
-def test_it_is_the_same_convolution(dtype, error, x_shape, features, size):
-    """Values and gradients, against XLA in float64."""
+def test_it_is_the_same_convolution(dtype, by_products, x_shape, features, size):
     assert onednn.works(dtype)
-    x, kernel, dy = (a.astype(dtype) for a in arrays(x_shape, features, size))
-    found, vjp = jax.vjp(jax.jit(onednn.convolve), x, kernel)
+    found = functools.partial(onednn.convolve, by_products=by_products)
+    assert_same_with_gradients(found, onednn.by_xla, arrays(x_shape, features, size), dtype)
+
+
+def assert_same_with_gradients(function, expected, operands, dtype):
+    """Values and gradients; the expected ones are computed in float64."""
+    *operands, dy = (a.astype(dtype) for a in operands)
+    found, vjp = jax.vjp(jax.jit(function), *operands)
+    error = {"float32": 1e-6, "bfloat16": 0.01}[dtype]
     with jax.enable_x64():
-        exact = [a.astype(jnp.float64) for a in (x, kernel, dy)]
-        expected, exact_vjp = jax.vjp(onednn.by_xla, *exact[:2])
-        both = zip((found, *vjp(dy)), (expected, *exact_vjp(exact[2])), strict=True)
+        exact = [a.astype(jnp.float64) for a in operands]
+        wanted, exact_vjp = jax.vjp(expected, *exact)
+        both = zip((found, *vjp(dy)), (wanted, *exact_vjp(dy.astype(jnp.float64))), strict=True)
         for y, wanted in both:
             assert y.dtype == dtype
             assert jnp.linalg.norm(y - wanted) < error * jnp.linalg.norm(wanted)
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("positions", [(5,), (2, 4, 3), (2, 3, 5)])
+def test_it_is_the_same_linear_layer(dtype, positions):
+    shapes = (*positions, 8), (8, 6), (*positions, 6)
+    operands = map(jax.random.normal, jax.random.split(jax.random.key(0), 3), shapes)
+    assert_same_with_gradients(onednn.linear, lambda x, kernel: x @ kernel, operands, dtype)
 
 
 @needs_onednn
@@ -65,7 +81,7 @@ def test_a_network_that_is_not_trained(window, strides, padding):
     x, kernel = jax.random.normal(jax.random.key(0), (2, 9, 12, 3)), jnp.ones((*window, 3, 5))
     kernel += jax.random.normal(jax.random.key(1), kernel.shape)
     convolve = functools.partial(cpu.convolve_forward, strides=strides, padding=padding, **NUMBERS)
-    assert onednn.TARGET in jax.jit(convolve).lower(x, kernel).as_text()
+    assert onednn.CONVOLUTION in jax.jit(convolve).lower(x, kernel).as_text()
     found = jax.jit(convolve)(x, kernel)
     with jax.enable_x64():
         exact = (a.astype(jnp.float64) for a in (x, kernel))
@@ -113,29 +129,70 @@ LARGE = (16, 16, 16, 16)  # 4,096 positions
 )
 def test_only_large_differentiated_convolutions_use_it(uses, options):
     plain, gradient = programs_of(**options)
-    assert onednn.TARGET not in plain
-    assert (onednn.TARGET in gradient) == uses
+    assert onednn.CONVOLUTION not in plain
+    assert (onednn.CONVOLUTION in gradient) == uses
+
+
+@pytest.fixture
+def processor(monkeypatch):
+    """Replaces the processor by one that has the given instructions."""
+
+    def replace(names):
+        monkeypatch.setattr(cpu, "cpuinfo", lambda: f"flags : fpu {names} sse")
+        cpu.instructions.cache_clear()
+
+    yield replace
+    cpu.instructions.cache_clear()
 
 
 @needs_onednn
-@pytest.mark.parametrize("instructions, uses", [("avx512_bf16", True), ("avx512f", False)])
-def test_bfloat16_where_the_processor_has_it(instructions, uses, monkeypatch):
-    monkeypatch.setattr(cpu, "cpuinfo", lambda: f"flags : fpu {instructions} sse")
-    cpu.has_bfloat16.cache_clear()
-    _, gradient = programs_of((2, 4, 4, 8), dtype="bfloat16")
-    cpu.has_bfloat16.cache_clear()
-    assert (onednn.TARGET in gradient) == uses
+@pytest.mark.parametrize("names, uses", [("avx512f avx512_bf16", True), ("avx512f", False)])
+def test_bfloat16_where_the_processor_has_it(names, uses, processor):
+    processor(names)
+    for text in programs_of((2, 4, 4, 8), dtype="bfloat16"):
+        assert (onednn.CONVOLUTION in text) == uses
+    x, kernel = jnp.ones((2, 5, 8), jnp.bfloat16), jnp.ones((8, 3), jnp.bfloat16)
+    for dtype in ("float32", "bfloat16"):
+        layer = jax.jit(functools.partial(cpu.dot_general, dimensions=(((2,), (0,)), ((), ()))))
+        text = layer.lower(x.astype(dtype), kernel.astype(dtype)).as_text()
+        assert (onednn.MATMUL in text) == (uses and dtype == "bfloat16")
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    "names, channels, uses",
+    [("avx512_bf16", 64, False), ("avx512_bf16", 128, True), ("amx_bf16", 16, True)],
+)
+def test_kernel_gradients_that_are_products(names, channels, uses, processor):
+    """In bfloat16; with AMX, those of few channels too."""
+    processor(names)
+    _, gradient = programs_of((2, 4, 4, channels), channels, "bfloat16")
+    assert (onednn.MATMUL in gradient) == uses
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    "names, own", [("avx2", True), ("avx512f", False), ("avx512f amx_tile amx_bf16", True)]
+)
+def test_whose_convolutions_xla_takes(names, own, processor, monkeypatch):
+    """YNNPACK's, or its own."""
+    processor(names)
+    monkeypatch.setattr(cpu, "entry_points", lambda group: [])
+    monkeypatch.setenv("XLA_FLAGS", "--xla_flag=1")
+    cpu.prepare(True, positions=0)
+    assert ("ynn_fusion_type" in os.environ["XLA_FLAGS"]) == own
+    assert "CONVOLUTION" not in os.environ["XLA_FLAGS"]
 
 
 def is_not_used_but_computes():
     _, gradient = programs_of(LARGE)
-    return onednn.TARGET not in gradient
+    return onednn.CONVOLUTION not in gradient
 
 
 @needs_onednn
 @pytest.mark.usefixtures("a_new_trial")
 def test_a_name_that_xla_does_not_have(monkeypatch, caplog):
-    monkeypatch.setattr(onednn, "TARGET", "__onednn$another")
+    monkeypatch.setattr(onednn, "CONVOLUTION", "__onednn$another")
     assert is_not_used_but_computes()
     assert "oneDNN's convolutions cannot be used: " in caplog.text
 

@@ -34,7 +34,7 @@ class Layers(NamedTuple):
     group_norm: Callable  # (): its statistics are float32 for every dtype
 
 
-def make_layers(norm_groups, norm_eps, dtype, convolve):
+def make_layers(norm_groups, norm_eps, dtype, convolve, dot_general=jax.lax.dot_general):
     """The Layers of a network; the arguments are Network's attributes."""
     conv3x3 = functools.partial(
         nn.Conv,
@@ -45,7 +45,7 @@ def make_layers(norm_groups, norm_eps, dtype, convolve):
     )
     return Layers(
         conv3x3,
-        functools.partial(nn.Dense, kernel_init=ONE, dtype=dtype),
+        functools.partial(nn.Dense, kernel_init=ONE, dtype=dtype, dot_general=dot_general),
         functools.partial(nn.GroupNorm, norm_groups, epsilon=norm_eps, dtype=dtype),
     )
 
@@ -227,6 +227,7 @@ class Network(nn.Module):
         added to the embedding of t.
       remat: whether the backward pass recomputes each block's activations instead of storing them.
       convolve: computes the 3×3 convolutions; has the arguments of lax.conv_general_dilated.
+      dot_general: computes the linear layers; has the arguments of lax.dot_general.
     """
 
     channels: int
@@ -252,11 +253,13 @@ class Network(nn.Module):
     label_channels: int = 0
     remat: bool = False
     convolve: Callable = jax.lax.conv_general_dilated
+    dot_general: Callable = jax.lax.dot_general
 
     @property
     def layers(self):
         """Its Layers."""
-        return make_layers(self.norm_groups, self.norm_eps, self.dtype, self.convolve)
+        functions = self.convolve, self.dot_general
+        return make_layers(self.norm_groups, self.norm_eps, self.dtype, *functions)
 
     def time_embedding(self, t):
         """The embedding of t for every residual block, [B, 4 · channels]."""
