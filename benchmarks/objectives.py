@@ -156,9 +156,8 @@ def scores_of(config, workdir, kind, distance):
     if kind == "confident":
         config.sample.batch_size = quality.BATCH_SIZE
         found = samplers.make_sampler(config)(params, np.arange(1000)).x
-        return {
-            "confident": digits_quality.confident(digits_quality.make_judge()[0], found / 255)[0]
-        }
+        judge, _ = digits_quality.make_judge()
+        return {"confident": digits_quality.confident(judge, found / 255)[0]}
     return {kind: distance(sample(config, params, kind, workdir))}
 
 
