@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 NEWEST_TESTED = (0, 12)
 CONVOLUTION, MATMUL = "__onednn$convolution", "__onednn$matmul"
+# Nothing is fused or prepared.
 PLAIN = {"bias_broadcast": False, "user_scratchpad": False, "weights_prepacked": False}
 
 
@@ -191,7 +192,6 @@ def _trial(dtype):
     rng = np.random.default_rng(0)
     # Small integers: their products and sums are exact.
     x, kernel = (rng.integers(-3, 4, shape).astype(dtype) for shape in ((1, 5, 5, 8), (3, 3, 8, 8)))
-
     matrices = [rng.integers(-3, 4, shape).astype(dtype) for shape in ((9, 8), (9, 7), (8, 7))]
 
     def trial(convolve, matmul, x, kernel, a, b, c):
@@ -207,10 +207,10 @@ def _trial(dtype):
     try:
         found, expected = (np.asarray(_compiled(way, x, kernel, *matrices)) for way in ways)
     except jax.errors.JaxRuntimeError as error:
-        log.warning("oneDNN's convolutions cannot be used: %s", str(error).splitlines()[0])
+        log.warning("oneDNN cannot be used: %s", str(error).splitlines()[0])
         return False
     if (found != expected).any():
-        log.warning("oneDNN's convolutions differ from XLA's, so they are not used")
+        log.warning("what oneDNN computes differs from XLA's, so it is not used")
         return False
     return True
 

@@ -191,18 +191,21 @@ def is_not_used_but_computes():
 
 @needs_onednn
 @pytest.mark.usefixtures("a_new_trial")
-def test_a_name_that_xla_does_not_have(monkeypatch, caplog):
-    monkeypatch.setattr(onednn, "CONVOLUTION", "__onednn$another")
+@pytest.mark.parametrize("name", ["CONVOLUTION", "MATMUL"])
+def test_a_name_that_xla_does_not_have(name, monkeypatch, caplog):
+    monkeypatch.setattr(onednn, name, "__onednn$another")
     assert is_not_used_but_computes()
-    assert "oneDNN's convolutions cannot be used: " in caplog.text
+    assert "oneDNN cannot be used: " in caplog.text
 
 
 @needs_onednn
 @pytest.mark.usefixtures("a_new_trial")
-def test_another_result_than_xla_s(monkeypatch, caplog):
-    monkeypatch.setattr(onednn, "by_xla", lambda *a, f=onednn.by_xla: f(*a) + 1)
+@pytest.mark.parametrize("name", ["forward", "matmul"])
+def test_another_result_than_xla_s(name, monkeypatch, caplog):
+    function = getattr(onednn, name)
+    monkeypatch.setattr(onednn, name, lambda *arguments: function(*arguments) + 1)
     assert is_not_used_but_computes()
-    assert "differ from XLA's" in caplog.text
+    assert "what oneDNN computes differs from XLA's" in caplog.text
 
 
 @needs_onednn
