@@ -48,6 +48,8 @@ HEADLINE_GPU = [
 ]
 SMOKE = [Cell(task, "digits", 2, 2, 2, rounds=1) for task in ("forward", "train", "ddim", "unipc")]
 SMOKE.append(Cell("ancestral", "digits", 2, 2, 2, 2, 1))
+# Words of /proc/cpuinfo.
+INSTRUCTIONS = {"avx512f": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx_tile": "AMX"}
 # Ten network evaluations each.
 SAMPLERS = [
     Cell(task, network, 64, steps, steps)
@@ -92,12 +94,13 @@ def versions():
 
 
 def device_name():
-    """The name of the GPU, or of the CPU and whether it has AVX-512, on which ratios depend."""
+    """The name of the GPU, or of the CPU and which INSTRUCTIONS it has, on which ratios depend."""
     kind, text = jax.devices()[0].device_kind, cpu.cpuinfo()
     if kind != "cpu" or not text:
         return kind
     names = re.findall(r"^model name\s*: (.*)$", text, re.M) or [kind]
-    return names[0] + (", AVX-512" if "avx512f" in text else ", no AVX-512")
+    has = [name for word, name in INSTRUCTIONS.items() if word in cpu.instructions()]
+    return ", ".join((names[0], *(has or ["no AVX-512"])))
 
 
 def find_contestants(installed, modes):
