@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 from ddpm_jax import onednn, winograd
 
-# The least channels of a bfloat16 convolution whose kernel gradient is a product by oneDNN, without
-# and with AMX. With AMX, MNIST's network then trains 1.24 times as fast. Without (an AMD, measured
-# with an earlier way of computing it) it was 0.95 times as fast from 64 channels on.
-WIDE, WIDE_WITH_AMX = 128, 8
+# The least channels of a bfloat16 convolution whose kernel gradient is a product by oneDNN. With
+# AMX all are, and MNIST's network trains 1.24 times as fast. Without (an AMD, measured with an
+# earlier way of computing it) it was 0.95 times as fast from 64 channels on.
+WIDE = 128
 FEW_POSITIONS = 2**15  # in a batch; 64 digits have 4,096, 64 images of MNIST 50,176
 
 
@@ -132,8 +132,8 @@ def convolve(x, kernel, strides, padding, **options):
     pays = {"float32": count >= 4096, "bfloat16": has_bfloat16()}
     if pays.get(x.dtype.name) and channels >= 8 and onednn.works(x.dtype.name):
         if x.dtype == jnp.bfloat16:
-            wide = WIDE_WITH_AMX if "amx_bf16" in instructions() else WIDE
-            return onednn.convolve(x, kernel, channels >= wide)
+            by_products = "amx_bf16" in instructions() or channels >= WIDE
+            return onednn.convolve(x, kernel, by_products)
         differentiated = onednn.convolve
     if plain is differentiated:
         return direct(x, kernel)

@@ -13,6 +13,7 @@ from programs import DIGITS, TINY, finish, finish_several, result, start_several
 
 from ddpm_jax import cli
 from ddpm_jax.errors import UserError
+from ddpm_jax.files import checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -130,15 +131,9 @@ def test_two_processes_score_as_one_does(tmp_path):
             assert two[name] == value, name
 
 
-def saved_steps(run):
-    """The steps of the checkpoints that are written; those being written have longer names."""
-    names = [path.name for path in (run / "checkpoints").glob("*")]
-    return [int(name) for name in names if name.isdigit()]
-
-
 def wait_for_checkpoint(processes, run):
     deadline = time.monotonic() + 240
-    while not saved_steps(run):
+    while checkpoint.latest_step(run) is None:
         assert time.monotonic() < deadline
         assert all(process.poll() is None for process in processes)
         time.sleep(0.1)
@@ -155,7 +150,7 @@ def test_a_lost_process_ends_the_others(tmp_path, lost):
     assert time.monotonic() - since < 60
     assert code != 0 and "a process was lost, or cannot be reached; start all" in text, text
     result(processes[lost])
-    steps = max(saved_steps(tmp_path / "run"))
+    steps = checkpoint.latest_step(tmp_path / "run")
     ends = [*LONG, f"--config.train.num_steps={steps + 2}"]
     (code, text), _ = finish_several(*ends, cwd=tmp_path)
     assert code == 0 and f"resuming from the checkpoint of step {steps}" in text, text

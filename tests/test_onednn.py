@@ -40,6 +40,7 @@ def arrays(x_shape, features, size=3):
         ((2, 7, 10, 9), 12, 3),
         ((2, 5, 4, 8), 8, 5),
         ((2, 6, 4, 128), 130, 3),
+        ((2, 5, 4, 130), 128, 5),
     ],
 )
 def test_it_is_the_same_convolution(dtype, by_products, x_shape, features, size):
