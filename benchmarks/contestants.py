@@ -91,7 +91,7 @@ def use_one_gpu():
 def ours(cell, bfloat16):
     """This project, with main.py's setup."""
     config, mode = get_config(cell), "train" if cell.task == "train" else "sample"
-    cpu.prepare(mode == "train", configs.positions(config, mode))
+    cpu.prepare(configs.positions(config, mode))
     if cell.devices:
         jax.config.update("jax_num_cpu_devices", cell.devices)
     else:

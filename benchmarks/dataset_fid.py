@@ -20,7 +20,7 @@ CONFIG = flags.DEFINE_string("config", "configs/cifar10.py", "whose data section
 def main(_):
     """Prints the FID of split against eval_split."""
     config = configs.named_config(CONFIG.value)
-    cpu.prepare(trains=False)
+    cpu.prepare()
     cpu.use_cores(config.sample.batch_size)
     weights = inception.load(config.evaluate.inception_weights)
     provenance = {"resize": config.evaluate.resize, "weights_sha256": weights.sha256}

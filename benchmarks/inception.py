@@ -50,7 +50,7 @@ def ours():
 
 def measure():
     """{contestant: images/s of each turn}."""
-    cpu.prepare(trains=False)
+    cpu.prepare()
     cpu.use_cores(BATCH_SIZE)
     shape = (BATCH_SIZE, 32, 32, 3)
     images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)

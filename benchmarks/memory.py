@@ -78,7 +78,7 @@ def run():
     if options.row:
         config = configs.named_config(options.config)
         config.train.batch_size = options.batch_size
-        cpu.prepare(True, configs.positions(config, "train"))
+        cpu.prepare(configs.positions(config, "train"))
         config.optim.accumulate, config.model.remat = options.row[0], bool(options.row[1])
         measure(config, options.plan_only)
         return

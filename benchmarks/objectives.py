@@ -183,7 +183,7 @@ def main(_):
     """Trains and scores what the CSV file lacks."""
     logging.set_verbosity(logging.ERROR)  # Orbax tells each step of reading
     config, path = configs.named_config(DATA.value), pathlib.Path(CSV.value)
-    cpu.prepare(True, configs.positions(config, "train"))
+    cpu.prepare(configs.positions(config, "train"))
     cpu.use_cores(config.train.batch_size)
     source, _ = quality.labelled_sources(config)
     trained = classifier.train(*reference.first_images(source))

@@ -101,7 +101,7 @@ def print_guidance(config, judge, distance):
 def main(_):
     """Measures the samplers of a run, or the guidance scales of a conditional one."""
     config = run_files.saved_config(WORKDIR.value)
-    cpu.prepare(False, configs.positions(config, "sample"))
+    cpu.prepare(configs.positions(config, "sample"))
     cpu.use_cores(quality.BATCH_SIZE)
     config.sample.batch_size = quality.BATCH_SIZE
     sources = quality.labelled_sources(config)

@@ -43,7 +43,7 @@ def stops_of(config):
 
 def train_ours(config, folder, start):
     """Trains a run in `folder`: {step: minutes}."""
-    cpu.prepare(True, configs.positions(config, "train"))
+    cpu.prepare(configs.positions(config, "train"))
     cpu.use_cores(config.train.batch_size)
     every, begun = stops_of(config)[0], []
     config.train.update(checkpoint_every=every, keep_every=every, log_every=every)

@@ -216,7 +216,7 @@ def run(argv):
     if command.mode == "compare":
         compare.compare(command.workdirs)
         return 0
-    cpu.prepare(command.mode == "train", configs.positions(command.config, command.mode))
+    cpu.prepare(configs.positions(command.config, command.mode))
     if command.processes is None:
         compilation.keep_programs()  # for one process only, see there
         cpu.use_cores(*configs.batch_sizes(command.config, command.mode).values())

@@ -38,7 +38,7 @@ def instructions():
     return frozenset(cpuinfo().split())
 
 
-def prepare(trains, positions=math.inf):
+def prepare(positions=math.inf):
     """Sets XLA and glibc options if there is no accelerator; call it before JAX is used.
 
     On a CPU, XLA removes the optimization barriers of model.remat and optim.accumulate before it
@@ -47,10 +47,9 @@ def prepare(trains, positions=math.inf):
     MNIST's network trains 1.8 times as fast and that of the 8×8 digits 1.3 times; CIFAR-10's speed
     does not change, since most of its 3×3 convolutions use Winograd's algorithm. On an Intel with
     AMX (and AVX-512), MNIST's network trains 1.16 times as fast with XLA's own code, the others as
-    before; on an AMD with AVX-512, it trains 0.8 times as fast. YNNPACK's
-    reductions make training faster (without them the speed is 0.76 times for MNIST, 0.85 for
-    CIFAR-10, 0.97 for the digits) but sampling slower (1.05 to 1.2 times as fast without them).
-    Flags in XLA_FLAGS have precedence.
+    before; on an AMD with AVX-512, it trains 0.8 times as fast. YNNPACK's sums stay: without them
+    training is 0.76 times as fast for MNIST, 0.85 for CIFAR-10, 0.97 for the digits. Flags in
+    XLA_FLAGS have precedence.
 
     glibc is told to keep freed memory for the next step: returning it to the system, and getting it
     back filled with zeros, takes 5 to 10 % of a step of CIFAR-10's network. Large blocks are kept
@@ -60,7 +59,6 @@ def prepare(trains, positions=math.inf):
     has them.
 
     Args:
-      trains: bool, whether the program trains.
       positions: images × pixels of a batch, if the program knows them.
     """
     if entry_points(group="jax_plugins"):
@@ -68,8 +66,7 @@ def prepare(trains, positions=math.inf):
     flags = {"--xla_disable_hlo_passes": "cse_barrier_expander"}
     known = instructions() if platform.machine() == "x86_64" else frozenset()
     if known and ("avx512f" not in known or "amx_tile" in known):
-        reductions = ",LIBRARY_FUSION_TYPE_REDUCE" if trains else ""
-        for_ynnpack = f"LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT{reductions}"
+        for_ynnpack = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
         flags["--xla_cpu_experimental_ynn_fusion_type"] = for_ynnpack
     user_flags = os.environ.get("XLA_FLAGS", "")
     added = (f"{flag}={value}" for flag, value in flags.items() if flag not in user_flags)

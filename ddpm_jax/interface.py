@@ -135,11 +135,11 @@ def load(
     compilation.keep_programs()
     path = pathlib.Path(configs.at_home("path", path))
     if not (path / "checkpoints").is_dir() and interop.is_diffusers(path):
-        cpu.prepare(trains=False)
+        cpu.prepare()
         config, params = interop.read_run(configs.without_data(), path)
         return Run(config, 0, parallel.replicate(params), generate.class_names(config, path))
     config = run_files.saved_config(path)
-    cpu.prepare(False, configs.positions(config, "sample"))
+    cpu.prepare(configs.positions(config, "sample"))
     choice = dict(use_ema=use_ema, ema_decay=float(ema_decay), checkpoint=str(checkpoint))
     config.sample.update(choice)
     checks.check_parameters(config)
@@ -236,7 +236,7 @@ def train(
     if images is not None:
         arrays = _as_batch(images, labels)
         config = _config_of_arrays(config, arrays)
-    cpu.prepare(True, configs.positions(config, "train"))
+    cpu.prepare(configs.positions(config, "train"))
     checks.check(config, "train")
     if training.train(config, workdir, arrays):
         raise KeyboardInterrupt

@@ -274,19 +274,21 @@ def test_some_candidates(tmp_path, monkeypatch, capsys):
 
 
 def test_replaced_functions_compute_the_same():
-    """Attention as one kernel, and norms that the backward pass computes again."""
+    """Attention as one kernel, norms that the backward pass computes again, and flax's."""
     query, key, value = jax.random.normal(jax.random.key(0), (3, 4, 16, 8))
     found = gpu.cudnn_attention(query, key, value, implementation="xla")
     np.testing.assert_allclose(found, unet.attend(query, key, value), rtol=1e-5, atol=1e-6)
     x = jax.random.normal(jax.random.key(1), (2, 4, 4, 8))
-    plain, again = (norm(4) for norm in (unet.nn.GroupNorm, gpu.REPLACED["norms"][2]))
+    plain = unet.GroupNorm(4)
     params = plain.init(jax.random.key(2), x)
-    assert jax.tree.structure(params) == jax.tree.structure(again.init(jax.random.key(2), x))
-    gradients = [
-        jax.jit(jax.grad(lambda x, norm=norm: jnp.sin(norm.apply(params, x)).sum()))(x)
-        for norm in (plain, again)
-    ]
-    np.testing.assert_allclose(*gradients, rtol=1e-5, atol=1e-6)
+
+    def gradient(norm):
+        return jax.jit(jax.grad(lambda x: jnp.sin(norm.apply(params, x)).sum()))(x)
+
+    for name in ("norms", "flax's norms"):
+        other = gpu.REPLACED[name][2](4)
+        assert jax.tree.structure(params) == jax.tree.structure(other.init(jax.random.key(2), x))
+        np.testing.assert_allclose(gradient(other), gradient(plain), rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_of_16_bits():

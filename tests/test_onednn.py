@@ -180,7 +180,7 @@ def test_whose_convolutions_xla_takes(names, own, processor, monkeypatch):
     processor(names)
     monkeypatch.setattr(cpu, "entry_points", lambda group: [])
     monkeypatch.setenv("XLA_FLAGS", "--xla_flag=1")
-    cpu.prepare(True, positions=0)
+    cpu.prepare(positions=0)
     assert ("ynn_fusion_type" in os.environ["XLA_FLAGS"]) == own
     assert "CONVOLUTION" not in os.environ["XLA_FLAGS"]
 

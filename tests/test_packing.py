@@ -76,7 +76,7 @@ def test_arenas_of_the_allocator(monkeypatch, name, mode, one_arena):
     monkeypatch.setattr(cpu, "entry_points", lambda **_: ())
     monkeypatch.setattr(cpu.platform, "libc_ver", lambda: ("glibc", "2.36"))
     monkeypatch.setenv("XLA_FLAGS", "")
-    cpu.prepare(True, configs.positions(configs.named_config(name), mode))
+    cpu.prepare(configs.positions(configs.named_config(name), mode))
     arena_max, mmap_max, trim_threshold = -8, -4, -1
     expected = {mmap_max: 0, trim_threshold: -1} | ({arena_max: 1} if one_arena else {})
     assert options == expected

@@ -4,6 +4,8 @@ import functools
 import itertools
 import zlib
 
+import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,6 +131,41 @@ def test_wide_layers_are_as_exact_as_direct_ones(channels, monkeypatch):
             errors = [float(jnp.linalg.norm(y - wanted)) for y in (ours, theirs)]
             assert errors[0] < 1e-6 * float(jnp.linalg.norm(wanted))
             assert errors[0] < 4 * errors[1]
+
+
+@pytest.mark.parametrize(
+    "dtype, tolerance", [("float64", 1e-12), ("float32", 1e-5), ("bfloat16", 0)]
+)
+def test_group_norm_is_flax_s(dtype, tolerance):
+    """Value, gradients and the tree of parameters, for images far from zero; its sums are float32
+    for bfloat16 too, so that equal inputs give the same rounded result."""
+    with jax.enable_x64(dtype == "float64"):
+        x = 3 + jax.random.normal(jax.random.key(0), (2, 5, 6, 12), jnp.float32).astype(dtype)
+        ours, theirs = (
+            norm(4, epsilon=1e-3, dtype=dtype) for norm in (unet.GroupNorm, nn.GroupNorm)
+        )
+        params = jax.tree.map(lambda p: p + jnp.arange(12.0), theirs.init(jax.random.key(1), x))
+        chex.assert_trees_all_equal_shapes(params, ours.init(jax.random.key(1), x))
+
+        def value_and_gradients(norm):
+            y, pull = jax.vjp(norm.apply, params, x)
+            return y, pull(
+                jnp.sin(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape).astype(dtype)
+            )
+
+        found, wanted = map(value_and_gradients, (ours, theirs))
+        chex.assert_trees_all_equal_dtypes(found, wanted)
+        if tolerance:
+            chex.assert_trees_all_close(found, wanted, rtol=tolerance, atol=100 * tolerance)
+        else:
+            np.testing.assert_allclose(*(np.float32(y) for y, _ in (found, wanted)), rtol=2**-7)
+
+
+def test_group_norm_of_constant_images():
+    """Rounding makes no variance negative: the result is the bias, not nan."""
+    norm, x = unet.GroupNorm(2, epsilon=1e-6), jnp.linspace(100, 1000, 64)[:, None, None, None]
+    y, _ = norm.init_with_output(jax.random.key(0), jnp.broadcast_to(x, (64, 7, 9, 6)))
+    np.testing.assert_allclose(y, 0, atol=0.2)
 
 
 def test_initialisation_scales():

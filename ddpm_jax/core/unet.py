@@ -34,6 +34,39 @@ class Layers(NamedTuple):
     group_norm: Callable  # (): its statistics are float32 for every dtype
 
 
+class GroupNorm(nn.Module):
+    """Group normalisation (Wu & He 2018) of images, with statistics in float32 or more.
+
+    It sums each channel, and then the channels of a group. On a CPU this takes half of the time of
+    nn.GroupNorm, whose one sum runs over a few channels at a time. The parameters are the same.
+
+    Attributes:
+      num_groups: divides the number of channels.
+      epsilon: ε, added to the variance.
+      dtype: of the result.
+    """
+
+    num_groups: int
+    epsilon: float = 1e-6
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        batch, _, _, channels = x.shape
+        scale = self.param("scale", nn.initializers.ones, (channels,)).reshape(1, 1, 1, -1)
+        bias = self.param("bias", nn.initializers.zeros, (channels,)).reshape(1, 1, 1, -1)
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+        def group_mean(values):
+            means = values.mean((1, 2)).reshape(batch, self.num_groups, -1).mean(-1)
+            return means.repeat(channels // self.num_groups, axis=-1)[:, None, None]
+
+        mean = group_mean(x)
+        variance = jnp.maximum(group_mean(jnp.square(x)) - jnp.square(mean), 0)
+        y = (x - mean) * (jax.lax.rsqrt(variance + self.epsilon) * scale) + bias
+        return y.astype(self.dtype)
+
+
 def make_layers(norm_groups, norm_eps, dtype, convolve, dot_general=jax.lax.dot_general):
     """The Layers of a network; the arguments are Network's attributes."""
     conv3x3 = functools.partial(
@@ -46,7 +79,7 @@ def make_layers(norm_groups, norm_eps, dtype, convolve, dot_general=jax.lax.dot_
     return Layers(
         conv3x3,
         functools.partial(nn.Dense, kernel_init=ONE, dtype=dtype, dot_general=dot_general),
-        functools.partial(nn.GroupNorm, norm_groups, epsilon=norm_eps, dtype=dtype),
+        functools.partial(GroupNorm, norm_groups, epsilon=norm_eps, dtype=dtype),
     )
 
 
