@@ -69,7 +69,10 @@ def draw(found):
 
 
 def draw_score(axes, name, choices):
-    """One panel; green is better than every seed of the baseline, red is worse than every one."""
+    """One panel; green is better than every seed of the baseline, red is worse than every one.
+
+    One seed tells no difference: it is gray.
+    """
     title, larger = SCORES[name]
     sign = 1 if larger else -1
     baseline = sign * np.array(choices[BASELINE].get(name, [np.nan]))
@@ -78,6 +81,8 @@ def draw_score(axes, name, choices):
         if len(values):
             better, worse = min(sign * values) > max(baseline), max(sign * values) < min(baseline)
             color = "tab:green" if better else "tab:red" if worse else "tab:gray"
+            if min(len(values), len(baseline)) == 1:
+                color = "tab:gray"
             axes.plot([min(values), max(values)], [y, y], color=color, linewidth=1.5, alpha=0.5)
             axes.scatter(values, [y] * len(values), color=color, s=12, zorder=3)
     axes.axvline(sign * np.mean(baseline), color="black", linewidth=0.8)
