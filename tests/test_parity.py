@@ -126,7 +126,12 @@ def swapped(gradient, name):
     return np.roll(gradient, gradient.shape[1] // 2, 1) if "linear_1.weight" in name else gradient
 
 
-LONG = {"ADM for LSUN 256, a sixteenth wide"}  # most of its time is compiling
+# Most of their time is compiling; each kind of block is in a smaller network too.
+LONG = {
+    "ADM for LSUN 256, a sixteenth wide",
+    "ADM for ImageNet 64, an eighth wide",
+    "256², a quarter wide",
+}
 
 
 @pytest.mark.parametrize(
