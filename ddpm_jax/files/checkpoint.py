@@ -183,11 +183,14 @@ def chosen_step(config, workdir):
       UserError: if there is no such checkpoint, or it is damaged.
     """
     chosen, folder = config.sample.checkpoint, _folder(workdir)
-    steps = _steps(folder)
-    if chosen in ("newest", "best") and not steps:
-        raise UserError(f"workdir={workdir}: has no checkpoint yet; train it first")
     if chosen == "newest":
-        return _newest_undamaged(folder)
+        newest = _newest_undamaged(folder)  # of the first process's listing
+        if newest is None:
+            raise UserError(f"workdir={workdir}: has no checkpoint yet; train it first")
+        return newest
+    steps = _steps(folder)
+    if chosen == "best" and not steps:
+        raise UserError(f"workdir={workdir}: has no checkpoint yet; train it first")
     found = run_files.best_step(workdir, steps) if chosen == "best" else int(chosen)
     if found is None:
         text = "no checkpoint has a score; train with train.score_every"
