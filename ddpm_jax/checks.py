@@ -82,7 +82,18 @@ IDENTITY = {
     "train": ("seed", "data", "diffusion", "model", "train.batch_size"),
     "use": ("data.image_size", "data.channels", "data.num_classes", "diffusion", "model"),
 }
-# Fields of these that may change.
+# What the parameters depend on besides; it may change when a run is resumed.
+TRAINING = (
+    "optim.learning_rate",
+    "optim.warmup_steps",
+    "optim.decay",
+    "optim.weight_decay",
+    "optim.grad_clip",
+    "optim.ema_decay",
+    "train.timesteps",
+    "train.label_dropout",
+)
+# Fields of IDENTITY that may change.
 FREE = {
     "train": """
         data.path data.data_dir data.max_ram_gib data.eval_split model.remat
@@ -366,13 +377,17 @@ def check_same_run(saved, config, workdir, purpose):
     learned = any(v in diffusion.LEARNED_VARIANCES for v in (saved[variance], new[variance]))
     if loss_uses_variance or learned:
         free.remove(variance)
-    changed = [
-        f"{name} {saved[name]!r} -> {new[name]!r}"
-        for name in sorted(new.keys() - free)
-        if name.startswith(IDENTITY[purpose]) and saved[name] != new[name]
-    ]
+    names = [name for name in sorted(new.keys() - free) if name.startswith(IDENTITY[purpose])]
+    changed = changes(saved, new, names)
     decays = saved["optim.ema_decay"], new["optim.ema_decay"]
     if purpose == "train" and any(isinstance(d, tuple) for d in decays) and decays[0] != decays[1]:
-        changed.append(f"optim.ema_decay {decays[0]!r} -> {decays[1]!r}")
+        changed += changes(saved, new, ["optim.ema_decay"])
     if changed:
         raise UserError(f"workdir={workdir}: was made with another config: {', '.join(changed)}")
+
+
+def changes(saved, new, names):
+    """The differences between two flat configs in the fields `names`, as ["name old -> new"]."""
+    return [
+        f"{name} {saved[name]!r} -> {new[name]!r}" for name in names if saved[name] != new[name]
+    ]

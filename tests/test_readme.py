@@ -25,6 +25,13 @@ def test_readme_is_short():
     assert content.count(b"\n") <= 200 and len(content) <= 12_000
 
 
+def test_the_core_is_as_short_as_it_says():
+    core = (ROOT / "ddpm_jax" / "core").glob("*.py")
+    lines = sum(len(path.read_text().splitlines()) for path in core)
+    said = [int(x.replace(",", "")) for x in re.findall(r"are under ([\d,]+) lines", TEXT)]
+    assert len(said) == 2 and all(number - 200 < lines < number for number in said)
+
+
 @pytest.mark.parametrize("page", [*PAGES, NOTEBOOK], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     """Links and pictures, which are relative to the page; and the headings that links name."""
@@ -153,7 +160,7 @@ def test_command(command, tmp_path, monkeypatch):
             files = [word for word in rest if word.startswith("tests")]
             markers = {*re.findall(r"\w+", " ".join(set(rest) - {*files, "-m"}))}
             assert all((ROOT / file).exists() for file in files)
-            assert markers <= {"parity", "slow", "or", "not"}
+            assert markers <= {"parity", "slow", "nightly", "and", "or", "not"}
         else:
             path = ROOT / module.replace(".", "/")
             path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")

@@ -328,8 +328,9 @@ def test_sampling_reads_the_averaged_or_the_raw_parameters(config, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
-def test_a_run_goes_on_with_other_timesteps(config, tmp_path):
+def test_a_run_goes_on_with_other_timesteps(config, tmp_path, caplog):
     """A history of losses begins when it is first needed, and is dropped when it is not."""
+    caplog.set_level("INFO")
     for num_steps, name in ((2, "uniform"), (4, "importance"), (5, "uniform")):
         config.train.update(num_steps=num_steps, timesteps=name)
         assert train.train(config, tmp_path) == 0
@@ -337,6 +338,24 @@ def test_a_run_goes_on_with_other_timesteps(config, tmp_path):
         assert (folder / "loss_history").exists() == (name == "importance")
         if name == "importance":
             assert checkpointed(config, tmp_path)["loss_history"].counts.sum() == 16
+    assert "from step 2 on: train.timesteps 'uniform' -> 'importance'" in caplog.text
+
+
+def test_a_finished_run_is_not_said_to_be_another(config, tmp_path):
+    """Its config.json names what it was trained with; what only shows it may change."""
+    train.train(config, tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    config.optim.learning_rate *= 2
+    with pytest.raises(UserError, match=r"finished.* optim.learning_rate 0.001 -> 0.002; "):
+        train.train(config, tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == before
+    config.optim.learning_rate /= 2
+    config.show.num_steps = 5
+    assert train.train(config, tmp_path) == 0
+    config.optim.learning_rate *= 2
+    config.train.num_steps += 1
+    assert train.train(config, tmp_path) == 0
+    assert run_files.saved_config(tmp_path).optim.learning_rate == 0.002
 
 
 def test_a_skipped_update_leaves_the_history(config):

@@ -73,6 +73,7 @@ def train(config, workdir, arrays=None):
     chosen = scores.choose(config, arrays) if config.train.score_every else None
     guidance = generate.guidance_for(config, source.label_names)
     last = configs.num_steps(config.train, source.size)
+    check_changes(config, workdir, last)
     schedule, model = configs.make_schedule(config), configs.make_model(config)
     optimizer = states.make_optimizer(config.optim, last)
     with contextlib.ExitStack() as stack:
@@ -133,6 +134,24 @@ def open_data(config, workdir, arrays):
         moved = saved.data.path != config.data.path
         run_files.check_same_data(source, workdir, moved)
     return source, eval_source
+
+
+def check_changes(config, workdir, last):
+    """Logs how the training of a run changes from here on.
+
+    Raises:
+      UserError: if no step is left to be trained so: config.json would name what was not used.
+    """
+    saved, step = run_files.load_config(workdir), checkpoint.latest_step(workdir)
+    if saved is None or not step:
+        return
+    flat = configs.flatten(saved), configs.flatten(config)
+    changed = ", ".join(checks.changes(*flat, checks.TRAINING))
+    if changed and step >= last:
+        text = f"workdir={workdir}: is finished, and was trained with another config: {changed}"
+        raise UserError(f"{text}; give another --workdir, or more steps")
+    if changed:
+        log.info("trained differently from step %d on: %s", step, changed)
 
 
 def make_actions(config, workdir, span, metrics, eval_loss, sample, score, stop):
