@@ -77,10 +77,13 @@ CHOICES = {
 # samples with ddim, also where the run has ancestral.
 SAMPLERS_OF = {"inpaint": solvers.SINGLE_STEP, "invert": ("ancestral", "ddim")}
 # Sections and fields of a run that must not change: its data, noise and network to resume training;
-# its network and its diffusion process to use it.
+# its network and its diffusion process to begin the training of imported weights; and to use it,
+# also what its parameters are.
+NETWORK = ("data.image_size", "data.channels", "data.num_classes", "diffusion", "model")
 IDENTITY = {
     "train": ("seed", "data", "diffusion", "model", "train.batch_size"),
-    "use": ("data.image_size", "data.channels", "data.num_classes", "diffusion", "model"),
+    "begin": NETWORK,
+    "use": (*NETWORK, "optim.ema_decay", "train.label_dropout"),
 }
 # What the parameters depend on besides; it may change when a run is resumed.
 TRAINING = (
@@ -92,6 +95,20 @@ TRAINING = (
     "optim.ema_decay",
     "train.timesteps",
     "train.label_dropout",
+)
+# What the scores of training depend on; those from before a change cannot be compared with later
+# ones.
+SCORING = (
+    "train.score_samples",
+    "show.sampler",
+    "show.num_steps",
+    "show.spacing",
+    "sample.seed",
+    "sample.use_ema",
+    "sample.ema_decay",
+    "sample.label",
+    "sample.guidance",
+    "sample.classifier",
 )
 # Fields of IDENTITY that may change.
 FREE = {
@@ -105,6 +122,7 @@ FREE = {
         model.dropout model.dtype model.remat
     """.split(),
 }
+FREE["begin"] = FREE["use"]
 
 
 def check(config, mode="train"):
@@ -159,9 +177,9 @@ def check_parameters(config):
     """Raises a UserError unless the EMAs' decays, and the choice of a checkpoint and of an EMA, are
     possible."""
     decays = configs.ema_decays(config.optim)
-    fits = len(set(decays)) == len(decays) > 0
-    fits = fits and all(type(d) in (int, float) and 0 <= d < 1 for d in decays)
-    allowed = "must lie in [0, 1), or be several such numbers in brackets"
+    fits = len(decays) > 0 and all(type(d) in (int, float) and 0 <= d < 1 for d in decays)
+    fits = fits and len(set(decays)) == len(decays)
+    allowed = "must lie in [0, 1), or be several such numbers in round brackets"
     require(fits, "optim.ema_decay", config.optim.ema_decay, allowed)
     allowed = f"choose from {', '.join(map(str, decays))}, or 0 for the first"
     chosen = config.sample.ema_decay
@@ -368,8 +386,8 @@ def check_same_run(saved, config, workdir, purpose):
       saved: the run's config, complete.
       config: the new config.
       workdir: the run's folder, for the error.
-      purpose: "train" (steps, logging, optimizer and sampling may change; the network and the data
-        may not) or "use".
+      purpose: one of IDENTITY: "train" (steps, logging, optimizer and sampling may change; the
+        network and the data may not), "begin" to train imported weights, or "use".
     """
     saved, new = configs.flatten(saved), configs.flatten(config)
     free, variance = set(FREE[purpose]), "diffusion.variance"

@@ -45,7 +45,12 @@ EDITS = {
 }
 MODES = ("train", "sample", *EDITS, "show", "evaluate", "compare", "import", "export")
 # Flags that these modes require, and the others do not accept.
-REQUIRED = {"weights": ("import", "export"), "images": tuple(EDITS), "mask": ("inpaint",)}
+REQUIRED = {
+    "weights": ("import", "export"),
+    "images": tuple(EDITS),
+    "mask": ("inpaint",),
+    "workdirs": ("compare",),
+}
 PATHS = ("config", "workdir", "weights", "images", "mask")  # flags that name files and folders
 INTERRUPTIBLE = {"sample": generate.sample, "evaluate": evaluate.evaluate}
 # The folders in workdir that a mode writes to.
@@ -124,18 +129,15 @@ def parse(argv):
     for flag in ("images", "workdirs"):
         if "" in values[flag].value:
             raise UserError(f"--{flag}={','.join(values[flag].value)}: has an empty name")
-    if values.mode == "compare":
-        if len(set(values.workdirs)) < 2 or rest:
-            raise UserError("--workdirs: compare needs two or more, as in --workdirs=runs/a,runs/b")
-        workdirs = [configs.at_home("--workdirs", path) for path in values.workdirs]
-        return Command(values.mode, None, (), None, None, workdirs)
-    if not (values.config or values.workdir):
-        raise UserError("--config: is missing, as in --config=configs/digits.py")
     for flag, modes in REQUIRED.items():
         if (values.mode in modes) != bool(values[flag].value):
             text = "is missing; needed by" if values.mode in modes else "is only for"
             raise UserError(f"--{flag}: {text} --mode={', '.join(modes)}")
     processes = check_processes(values)
+    if values.mode == "compare":
+        return Command("compare", None, (), None, None, check_workdirs(values, rest))
+    if not (values.config or values.workdir):
+        raise UserError("--config: is missing, as in --config=configs/digits.py")
     for flag in PATHS:
         value, home = values[flag].value, functools.partial(configs.at_home, f"--{flag}")
         values[flag].value = [*map(home, value)] if flag == "images" else home(value or "")
@@ -159,6 +161,16 @@ def parse(argv):
         mask=values.mask or None,
         processes=processes,
     )
+
+
+def check_workdirs(values, rest):
+    """The folders that compare compares, from the flags; it takes no others."""
+    others = [f"--{name}" for name in ("config", "workdir") if values[name].value] + rest
+    if others:
+        raise UserError(f"{others[0]}: compare takes only --workdirs")
+    if len(set(values.workdirs)) < 2:
+        raise UserError("--workdirs: compare needs two or more, as in --workdirs=runs/a,runs/b")
+    return [configs.at_home("--workdirs", path) for path in values.workdirs]
 
 
 def check_processes(values):
@@ -219,7 +231,7 @@ def run(argv):
     cpu.prepare(configs.positions(command.config, command.mode))
     if command.processes is None:
         compilation.keep_programs()  # for one process only, see there
-        cpu.use_cores(*configs.batch_sizes(command.config, command.mode).values())
+        cpu.use_cores(*configs.sizes_at_once(command.config, command.mode))
         processes = nullcontext()
     else:
         processes = parallel.connected(*command.processes)

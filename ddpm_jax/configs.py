@@ -455,6 +455,13 @@ def batch_sizes(config, mode):
     return {name: flatten(config)[name] for name in fields.get(mode, ("sample.batch_size",))}
 
 
+def sizes_at_once(config, mode):
+    """The numbers of images that a mode computes at once, over all devices: batches, or their
+    parts (optim.accumulate)."""
+    parts = {"train.batch_size": max(1, config.optim.accumulate)}
+    return [size // parts.get(name, 1) for name, size in batch_sizes(config, mode).items()]
+
+
 def can_have_fid(config):
     """Whether the scores in training may be FID: of RGB images, and of gray ones if asked for."""
     channels = config.data.channels

@@ -153,6 +153,7 @@ def test_numbers_do_where_names_are_lost(conditional, tmp_path):
         ("3", ("0", "1", "10", "11", "2"), None),
         ("1", ("7", "cat"), None),
         ("6", "abcdef", None),
+        (5000 * "9", "abcdef", None),
     ],
 )
 def test_a_number_is_a_name_where_there_are_such_names(label, names, number):

@@ -60,9 +60,18 @@ def test_compare(tmp_path, capsys):
         compare.compare([tmp_path / "a", tmp_path / "b"])
     with pytest.raises(UserError, match=r"--workdirs=.*: has no evaluation\.json"):
         compare.compare([tmp_path / "a", tmp_path / "d"])
-    for workdirs in ([], ["--workdirs=a"], ["--workdirs=a,a"]):
-        with pytest.raises(UserError, match="compare needs two or more"):
-            cli.run(["main.py", "--mode=compare", *workdirs])
+    for flags, message in (
+        ([], "--workdirs: is missing; needed by --mode=compare"),
+        (["--workdirs=a"], "compare needs two or more"),
+        (["--workdirs=a,a"], "compare needs two or more"),
+        (["--workdirs=a,b", "--config.seed=1"], "--config.seed=1: compare takes only --workdirs"),
+        (["--workdirs=a,b", "--workdir=c"], "--workdir: compare takes only --workdirs"),
+        (["--workdirs=a,b", "--distributed"], "--distributed: is only for "),
+    ):
+        with pytest.raises(UserError, match=message):
+            cli.run(["main.py", "--mode=compare", *flags])
+    with pytest.raises(UserError, match="--workdirs: is only for --mode=compare"):
+        cli.run(["main.py", "--config=configs/digits.py", "--workdirs=runs/mine"])
 
 
 def one(fid, **fields):

@@ -246,13 +246,41 @@ def test_a_learned_variance_is_of_all_steps(config):
         ("diffusion.beta_end", 0.01),
         ("diffusion.prediction", "v"),
         ("model.norm_groups", 2),
+        ("optim.ema_decay", (0.98, 0.995)),  # the first would be read as the second
+        ("train.label_dropout", 0.5),  # whether there is a null class
     ],
 )
 def test_a_run_is_not_used_with_another_network_or_chain(config, name, value):
+    config.optim.ema_decay = (0.995, 0.98)
     saved = config.copy_and_resolve_references()
     config.update_from_flattened_dict({name: value})
     with pytest.raises(UserError, match=rf"workdir=runs/x: .*{name} "):
         checks.check_same_run(saved, config, "runs/x", "use")
+
+
+def test_imported_weights_are_trained_with_any_average(config):
+    saved = config.copy_and_resolve_references()
+    config.optim.ema_decay, config.train.label_dropout = 0.5, 0.5
+    checks.check_same_run(saved, config, "runs/x", "begin")
+    config.model.norm_groups = 2
+    with pytest.raises(UserError, match=r"model\.norm_groups"):
+        checks.check_same_run(saved, config, "runs/x", "begin")
+
+
+@pytest.mark.parametrize("decay", [[0.9, 0.5], [], (), ([0.9],), {0.9}, (0.9, 0.9), 1.0, "0.9"])
+def test_decays_that_are_none(config, decay):
+    config.optim.ema_decay = decay
+    with pytest.raises(UserError, match=r"optim\.ema_decay=.*in round brackets"):
+        checks.check(config)
+
+
+def test_parts_of_a_batch_fit_the_devices(config):
+    """Of 32 parts of one image, two devices could compute none."""
+    config.train.batch_size, config.sample.batch_size = 32, 64
+    assert configs.sizes_at_once(config, "train") == [32, 64]
+    config.optim.accumulate = 32
+    assert configs.sizes_at_once(config, "train") == [1, 64]
+    assert configs.sizes_at_once(config, "sample") == [64]
 
 
 def test_a_run_is_used_with_another_dropout_seed_or_sampler(config):

@@ -159,7 +159,7 @@ def test_sixteen_bits_are_scaled():
     np.testing.assert_array_equal(x.ravel(), np.arange(0, 256, 4))
 
 
-def test_broken_images_are_named(folder):
+def test_broken_images_are_named(folder, caplog):
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     for name in ("truncated.png", "truncated.jpg"):
         Image.fromarray(noise).save(folder / name)
@@ -171,7 +171,10 @@ def test_broken_images_are_named(folder):
     assert "3 of 13 unreadable" in str(error.value)
     for name in ("truncated.png", "truncated.jpg", "empty.jpg"):
         assert name in str(error.value)
-    assert data.open_source(folder_section(folder, skip_unreadable=True)).size == 10
+    section = folder_section(folder, skip_unreadable=True, eval_split="train[:5]")
+    assert data.open_source(section).size == 10
+    data.open_source(section, "eval_split")
+    assert caplog.text.count("(skipped)") == 1
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,18 @@ def test_inpainting_leaves_known_pixels_bit_for_bit(run, pictures, tmp_path, sam
     assert (out[:, ~known] != given[:, ~known]).mean() > 0.5
 
 
+def test_only_what_starts_from_noise_warns_of_the_chain(run, config, pictures, tmp_path, caplog):
+    folder, _ = pictures
+    config.diffusion.beta_end = 0.02  # ᾱ_T = 0.8
+    run_files.save_config(config, run)
+    edit("img2img", run, folder)
+    edit("invert", run, folder)
+    assert "does not end in noise" not in caplog.text
+    Image.fromarray(np.full((8, 8), 255, np.uint8)).save(tmp_path / "mask.png")
+    edit("inpaint", run, folder, f"--mask={tmp_path / 'mask.png'}")
+    assert caplog.text.count("does not end in noise") == 1
+
+
 def test_another_mask_writes_other_files(run, tmp_path):
     """Also where the pixels between the masks are as gray as those that are left out."""
     Image.fromarray(np.full((8, 8), 128, np.uint8)).save(tmp_path / "gray.png")

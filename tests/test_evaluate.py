@@ -66,6 +66,17 @@ def run(config, tmp_path):
     return workdir, config
 
 
+@pytest.mark.parametrize("name, value", [("split", "nothing"), ("cache_dir", "file/cache")])
+def test_what_cannot_be_used_is_found_first(run, tmp_path, monkeypatch, name, value):
+    workdir, config = run
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    config.evaluate[name] = value
+    with pytest.raises(UserError, match=f"evaluate.{name}='?{value}"):
+        evaluate.evaluate(config, workdir)
+    assert not (workdir / "evaluation").exists()
+
+
 def rows(folder):
     return sorted(pathlib.Path(folder).glob("*/rows_*.npy"))
 

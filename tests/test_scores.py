@@ -36,6 +36,15 @@ def scores_in(workdir):
     return {line["step"]: line["distance"] for line in lines if "distance" in line}
 
 
+def test_a_cache_that_cannot_be_used(scored, tmp_path):
+    """It is found before anything is written."""
+    (tmp_path / "file").write_text("")
+    scored.evaluate.cache_dir = str(tmp_path / "file" / "cache")
+    with pytest.raises(UserError, match=r"evaluate\.cache_dir=.*cannot be used"):
+        train.train(scored, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 WHOLE = []  # once for all tests
 
 

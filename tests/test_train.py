@@ -16,7 +16,7 @@ from ddpm_jax import checks, configs, packing, parallel, signals
 from ddpm_jax.core import timesteps, unet
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, data, run_files
-from ddpm_jax.runs import generate, objective, states, train
+from ddpm_jax.runs import generate, objective, samplers, states, train
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -266,11 +266,15 @@ def test_held_out_loss_is_fixed(config):
     _, state = setup(config, 4)
     model, schedule = configs.make_model(config), configs.make_schedule(config)
     source = data.open_source(config.data, "eval_split")
-    losses = []
-    for seed, batch_size in ((0, 8), (0, 8), (1, 4)):
-        config.seed, config.train.batch_size = seed, batch_size
-        losses.append(objective.make_eval_loss(config, model, schedule, source)(state.params))
-    assert losses[0] == losses[1]
+    losses, read = [], []
+    # Under another name than the digits', no program is shared with other tests.
+    config.data.name = "counted"
+    counted = source._replace(read=lambda i: read.append(len(i)) or source.read(i))
+    for seed, batch_size, parts in ((0, 8, 1), (0, 8, 1), (1, 4, 1), (0, 8, 2)):
+        config.seed, config.train.batch_size, config.optim.accumulate = seed, batch_size, parts
+        losses.append(objective.make_eval_loss(config, model, schedule, counted)(state.params))
+    assert read == [8, 8, 8, 8, 4, 4, 4, 4, 4, 4]  # 10 images; not more at once than in training
+    assert losses[0] == losses[1] and losses[2] == losses[3]
     assert losses[0] == pytest.approx(losses[2], rel=1e-5)
     assert losses[0] == pytest.approx(1, abs=0.1)
 
@@ -356,6 +360,34 @@ def test_a_finished_run_is_not_said_to_be_another(config, tmp_path):
     config.train.num_steps += 1
     assert train.train(config, tmp_path) == 0
     assert run_files.saved_config(tmp_path).optim.learning_rate == 0.002
+
+
+@pytest.mark.parametrize("name, value", [("train.score_samples", 7), ("show.num_steps", 3)])
+def test_scores_that_cannot_be_compared_are_named(
+    config, tmp_path, caplog, monkeypatch, name, value
+):
+    monkeypatch.setattr(checkpoint, "latest_step", lambda workdir: 2)
+    run_files.save_config(config, tmp_path)
+    config.update_from_flattened_dict({name: value})
+    train.check_changes(config, tmp_path, last=4)
+    assert not caplog.text  # there are no scores
+    config.train.score_every = 1
+    train.check_changes(config, tmp_path, last=4)
+    assert "before and after step 2 cannot be compared" in caplog.text and name in caplog.text
+
+
+def test_a_grid_has_no_more_images_than_it_shows(config, tmp_path):
+    drawn = []
+
+    def sample(params, indices, stop):
+        drawn.append(len(indices))
+        shape = len(indices), *configs.image_shape(config)
+        return samplers.Generated(np.zeros(shape, np.uint8), None, None)
+
+    config.sample.update(num_samples=10_000, use_ema=False)
+    state = states.TrainState(0, {}, ({},), None)
+    train.write_grid(tmp_path / "grid.png", sample, config, state, lambda: 0)
+    assert drawn == [generate.GRID_IMAGES]
 
 
 def test_a_skipped_update_leaves_the_history(config):

@@ -22,7 +22,7 @@ from ddpm_jax.core import diffusion, schedules
 
 
 class Solver(NamedTuple):
-    """A method on a chain of S steps; it calls the network N times (NFE).
+    """A method on a chain of S steps, as a table of N rows; see num_calls for NFE.
 
     The state is a tuple of K arrays. The first one is the x at which the network is called; at the
     start the others are 0.

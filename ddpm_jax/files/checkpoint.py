@@ -1,7 +1,7 @@
 """Checkpoints: written by Orbax, asynchronously and atomically.
 
 <workdir>/checkpoints/<step>/ has an item for each tree: params, ema_params, opt_state; more EMAs
-and a history of losses, where the config wants them. So sampling reads only the one that it needs.
+and a history of losses, where the config wants them. So sampling restores only one of them.
 A checkpoint has a temporary name until it is complete. If it is damaged later, the
 checkpoint before it is used: sha256.json has a digest of each file, because Orbax does not detect
 flipped bits.

@@ -270,7 +270,7 @@ def _readable_files(data):
             raise UserError(message)
         if not data.skip_unreadable:
             raise UserError(f"{message}; data.skip_unreadable=true trains without them")
-        log.warning("%s (skipped)", printable(message))
+        _warn_once(f"{message} (skipped)")
     return [file for file, check in zip(files, checks, strict=True) if not check.error]
 
 
@@ -280,6 +280,11 @@ def _file(path):
     except OSError:  # a broken link
         return File(str(path), 0, 0)
     return File(str(path), status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)  # for the two splits of a run
+def _warn_once(text):
+    log.warning("%s", printable(text))
 
 
 @functools.lru_cache(maxsize=1)  # the two splits of a run have the same folder

@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 
 from ddpm_jax import configs, parallel
 from ddpm_jax.core import diffusion, likelihood, sampling
+from ddpm_jax.errors import UserError
 from ddpm_jax.files import data, disk, images, row_files
 from ddpm_jax.runs import compare, reference, samplers
 
@@ -16,7 +17,23 @@ SAMPLING = """
 """.split()
 
 
-def bits_per_dim(config, workdir, provenance, params, test, stop):
+def open_images(config, test):
+    """The images of `evaluate.split`: a Source; `test`, those of data.eval_split, if it is empty.
+
+    Raises:
+      UserError: if there is no such split.
+    """
+    split, section = config.evaluate.split, config.data.copy_and_resolve_references()
+    if split in ("", section.eval_split):
+        return test
+    section.eval_split = split
+    try:
+        return data.open_source(section, "eval_split")
+    except UserError as error:
+        raise UserError(str(error).replace("data.eval_split", "evaluate.split", 1)) from None
+
+
+def bits_per_dim(config, workdir, provenance, params, source, stop):
     """The mean bound over images, its parts, and progressive lossy compression.
 
     Writes evaluation.npz (the terms over t, and bits/dim, rate and distortion of each image) and
@@ -27,20 +44,15 @@ def bits_per_dim(config, workdir, provenance, params, test, stop):
       workdir: the run's folder.
       provenance: what the samples depend on: {field: value}.
       params: of the network.
-      test: the images of data.eval_split.
+      source: from open_images.
       stop: from signals.catch.
 
     Returns:
       {field of evaluation.json: value}.
     """
-    section, source = config.data, test
-    split = config.evaluate.split or section.eval_split
-    if split != section.eval_split:
-        section = section.copy_and_resolve_references()
-        section.eval_split = split
-        source = data.open_source(section, "eval_split")
+    split = config.evaluate.split or config.data.eval_split
     count = min(config.evaluate.bits_per_dim_images, source.size)
-    description = reference.describe(section, split, source)
+    description = reference.describe(config.data, split, source)
     known = {name: value for name, value in provenance.items() if name not in SAMPLING}
     folder = reference.provenance_folder(workdir / "evaluation", {**known, **description})
     rows_of, size = make_rows(config, params, source), config.sample.batch_size

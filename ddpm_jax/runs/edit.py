@@ -177,6 +177,7 @@ def inpaint(config, workdir, paths, mask):
     jump, steps = config.sample.jump_length, len(samplers.make_chain(config).timesteps)
     if config.sample.resamplings > 1 and jump >= steps:
         raise UserError(f"sample.jump_length={jump}: must be below the {steps} sampling steps")
+    generate.warn_of_chain(config)  # it starts from noise
     step, sampler = generate.restore_sampler(config, workdir, inpaint_task)
     out = sampler(np.arange(len(x)), {"image": x, "known_mask": known_mask}).x
     section, masked = config.sample, np.where(known_mask, x, 128).astype(np.uint8)

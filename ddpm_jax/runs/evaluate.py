@@ -71,7 +71,10 @@ def evaluate(config, workdir, stop=signals.never):
     section, workdir = config.evaluate, pathlib.Path(workdir)
     checkpoint.check_steps(section.steps, workdir)
     weights = inception.load(section.inception_weights) if section.num_samples else None
+    if section.num_samples:
+        reference.check_cache(config)
     train, test = (data.open_source(config.data, field) for field in ("split", "eval_split"))
+    bounded = bound.open_images(config, test) if section.bits_per_dim_images else None
     run_files.check_same_classes(train, workdir)
     if section.steps:
         return evaluate_steps(config, workdir, weights, train, test, stop)
@@ -93,7 +96,7 @@ def evaluate(config, workdir, stop=signals.never):
         score = make_sample_quality(config, workdir, draw, weights, train, test, stop)
         results |= score(provenance, params, samples)
     if section.bits_per_dim_images:
-        results |= bound.bits_per_dim(config, workdir, provenance, params, test, stop)
+        results |= bound.bits_per_dim(config, workdir, provenance, params, bounded, stop)
         draw_progressive(config, workdir, params, guidance, stop)
     disk.write_json(workdir / "evaluation.json", results)
     if parallel.is_first():

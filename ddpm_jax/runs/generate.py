@@ -36,8 +36,9 @@ def label_number(label, names):
     if label in names:
         return names.index(label)
     # If the classes' names are numbers, a number is always a name, not an index.
-    if label.isdecimal() and int(label) < len(names) and not any(map(str.isdecimal, names)):
-        return int(label)
+    number = int(label) if re.fullmatch(r"\d{1,9}", label) else len(names)
+    if number < len(names) and not any(map(str.isdecimal, names)):
+        return number
     raise UserError(f"sample.label={label!r}: choose from {', '.join(names)}")
 
 
@@ -135,8 +136,9 @@ def restore_sampler(config, workdir, task=samplers.from_noise, **options):
         if num_classes and config.train.label_dropout == 0:
             raise UserError(f"{field}; this run has no {checks.missing_null_class(config)}")
         guidance["label"] = num_classes
-    warn_of_chain(config)
-    if task is not samplers.from_noise:
+    if task is samplers.from_noise:
+        warn_of_chain(config)
+    else:
         log.info("%s", samplers.describe_sampler(config, task))
     step, params = checkpoint.restore_params(config, workdir)
     warn_of_young_ema(config, step)

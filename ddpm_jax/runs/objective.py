@@ -220,7 +220,7 @@ def make_eval_loss(config, model, schedule, source):
     """The held-out loss: with the same images, timesteps (evenly spaced) and noise every time.
 
     Args:
-      config: its train, model and diffusion sections are used.
+      config: its train, optim, model and diffusion sections are used.
       model: the network.
       schedule: coefficients, each [T].
       source: the held-out images.
@@ -230,7 +230,8 @@ def make_eval_loss(config, model, schedule, source):
       stop() becomes true.
     """
     loss_fn = make_loss(config, model, schedule)
-    count, size = min(config.train.eval_images, source.size), config.train.batch_size
+    count = min(config.train.eval_images, source.size)
+    size = config.train.batch_size // config.optim.accumulate  # all at once do not fit in memory
     num_timesteps = schedule.num_timesteps
 
     def batch_loss(params, batch, indices, t):

@@ -7,6 +7,7 @@ The name of a folder in the cache is a digest of everything that its files depen
 
 import hashlib
 import logging
+import os
 import pathlib
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 
 IMAGES_PER_FILE = 1000  # of a dataset, in a file of features
 MAX_HASHED = 2**31  # bytes of images; of a larger split only some images are hashed
+CACHE = "evaluate.cache_dir"
 FORMAT = 2  # of the cache; increment it when features or terms are computed in another way
 
 
@@ -92,11 +94,25 @@ def _read_statistics(path):
 
 
 def cache_folder(config, provenance):
-    """The folder of what is cached for several runs, `evaluate.cache_dir`."""
-    name, chosen = "evaluate.cache_dir", config.evaluate.cache_dir
-    cache = pathlib.Path(configs.at_home(name, chosen or "~/.cache/ddpm_jax"))
-    with disk.named_errors(name, cache):
-        return provenance_folder(cache, provenance)
+    """The folder of what is cached for several runs, in `evaluate.cache_dir`."""
+    with disk.named_errors(CACHE, _cache(config)):
+        return provenance_folder(_cache(config), provenance)
+
+
+def check_cache(config):
+    """Raises a UserError if nothing is in `evaluate.cache_dir` and nothing can be written there.
+
+    Call it before slow computations. What is in a folder that cannot be written can be read.
+    """
+    cache = _cache(config)
+    with disk.named_errors(CACHE, cache):
+        is_empty = not os.path.isdir(cache) or not any(os.scandir(cache))
+    if is_empty:
+        disk.check_writable(cache, CACHE)
+
+
+def _cache(config):
+    return pathlib.Path(configs.at_home(CACHE, config.evaluate.cache_dir or "~/.cache/ddpm_jax"))
 
 
 def digest_of(params):

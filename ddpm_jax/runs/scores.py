@@ -34,8 +34,10 @@ def choose(config, arrays=None):
 
     Raises:
       UserError: if Inception is not used, and the images have no labels or are too large; if there
-        is one training image; or if the file of the weights is missing or is another one.
+        is one training image; if the file of the weights is missing or is another one; or if
+        evaluate.cache_dir cannot be used.
     """
+    reference.check_cache(config)
     path = config.evaluate.inception_weights
     if configs.can_have_fid(config) and (path or inception.is_packaged()):
         return inception.load(path), ()

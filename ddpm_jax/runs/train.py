@@ -126,7 +126,7 @@ def open_data(config, workdir, arrays):
     # A run at step 0 was imported: it does not depend on data and seed yet.
     trained = saved is not None and checkpoint.latest_step(workdir) != 0
     if saved is not None:
-        checks.check_same_run(saved, config, workdir, "train" if trained else "use")
+        checks.check_same_run(saved, config, workdir, "train" if trained else "begin")
     source, eval_source = (
         data.open_source(config.data, field, arrays) for field in ("split", "eval_split")
     )
@@ -137,7 +137,7 @@ def open_data(config, workdir, arrays):
 
 
 def check_changes(config, workdir, last):
-    """Logs how the training of a run changes from here on.
+    """Logs how the training of a run, or its scores, change from here on.
 
     Raises:
       UserError: if no step is left to be trained so: config.json would name what was not used.
@@ -152,6 +152,10 @@ def check_changes(config, workdir, last):
         raise UserError(f"{text}; give another --workdir, or more steps")
     if changed:
         log.info("trained differently from step %d on: %s", step, changed)
+    changed = ", ".join(checks.changes(*flat, checks.SCORING))
+    if changed and config.train.score_every and step < last:
+        text = "scores before and after step %d cannot be compared, as keep_best would: %s"
+        log.warning(text, step, changed)
 
 
 def make_actions(config, workdir, span, metrics, eval_loss, sample, score, stop):
@@ -395,7 +399,7 @@ def parameters(config, state):
 
 def write_grid(path, sample, config, state, stop):
     """Samples from a state and writes a grid to path, unless a signal interrupts it."""
-    indices = np.arange(config.sample.num_samples)
+    indices = np.arange(min(config.sample.num_samples, generate.GRID_IMAGES))
     with contextlib.suppress(signals.Stopped):
         generated = sample(parameters(config, state), indices, stop=stop)
         generate.write_grid(path, config, generated.x)
