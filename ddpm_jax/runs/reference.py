@@ -106,7 +106,7 @@ def check_cache(config):
     """
     cache = _cache(config)
     with disk.named_errors(CACHE, cache):
-        is_empty = not os.path.isdir(cache) or not any(os.scandir(cache))
+        is_empty = not os.path.isdir(cache) or not os.listdir(cache)
     if is_empty:
         disk.check_writable(cache, CACHE)
 
