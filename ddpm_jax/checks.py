@@ -77,39 +77,26 @@ CHOICES = {
 # samples with ddim, also where the run has ancestral.
 SAMPLERS_OF = {"inpaint": solvers.SINGLE_STEP, "invert": ("ancestral", "ddim")}
 # Sections and fields of a run that must not change: its data, noise and network to resume training;
-# its network and its diffusion process to begin the training of imported weights; and to use it,
-# also what its parameters are.
+# its network and its diffusion process to use imported weights, or to begin their training; to use
+# what was trained, also the decays of its EMAs, which tell where each of them is kept.
 NETWORK = ("data.image_size", "data.channels", "data.num_classes", "diffusion", "model")
 IDENTITY = {
     "train": ("seed", "data", "diffusion", "model", "train.batch_size"),
-    "begin": NETWORK,
-    "use": (*NETWORK, "optim.ema_decay", "train.label_dropout"),
+    "imported": NETWORK,
+    "use": (*NETWORK, "optim.ema_decay"),
 }
-# What the parameters depend on besides; it may change when a run is resumed.
-TRAINING = (
-    "optim.learning_rate",
-    "optim.warmup_steps",
-    "optim.decay",
-    "optim.weight_decay",
-    "optim.grad_clip",
-    "optim.ema_decay",
-    "train.timesteps",
-    "train.label_dropout",
-)
-# What the scores of training depend on; those from before a change cannot be compared with later
-# ones.
-SCORING = (
-    "train.score_samples",
-    "show.sampler",
-    "show.num_steps",
-    "show.spacing",
-    "sample.seed",
-    "sample.use_ema",
-    "sample.ema_decay",
-    "sample.label",
-    "sample.guidance",
-    "sample.classifier",
-)
+# Fields that decide what training comes to; they may change while a run has steps left.
+TRAINING = """
+    optim.learning_rate optim.warmup_steps optim.decay optim.weight_decay optim.grad_clip
+    optim.ema_decay train.timesteps train.label_dropout
+""".split()
+# Fields that decide the scores of training; scores from before and after a change do not compare.
+SCORING = """
+    train.score_samples show.sampler show.num_steps show.spacing diffusion.clip_x0
+    diffusion.variance sample.seed sample.use_ema sample.ema_decay sample.label sample.guidance
+    sample.classifier sample.dynamic_threshold evaluate.resize evaluate.inception_weights
+    evaluate.max_features
+""".split()
 # Fields of IDENTITY that may change.
 FREE = {
     "train": """
@@ -122,7 +109,7 @@ FREE = {
         model.dropout model.dtype model.remat
     """.split(),
 }
-FREE["begin"] = FREE["use"]
+FREE["imported"] = FREE["use"]
 
 
 def check(config, mode="train"):
@@ -386,8 +373,8 @@ def check_same_run(saved, config, workdir, purpose):
       saved: the run's config, complete.
       config: the new config.
       workdir: the run's folder, for the error.
-      purpose: one of IDENTITY: "train" (steps, logging, optimizer and sampling may change; the
-        network and the data may not), "begin" to train imported weights, or "use".
+      purpose: "train" (steps, logging, optimizer and sampling may change; the network and the data
+        may not); "use"; or "imported", to use a run that was not trained, or to begin to train it.
     """
     saved, new = configs.flatten(saved), configs.flatten(config)
     free, variance = set(FREE[purpose]), "diffusion.variance"
@@ -400,6 +387,9 @@ def check_same_run(saved, config, workdir, purpose):
     decays = saved["optim.ema_decay"], new["optim.ema_decay"]
     if purpose == "train" and any(isinstance(d, tuple) for d in decays) and decays[0] != decays[1]:
         changed += changes(saved, new, ["optim.ema_decay"])
+    name, conditional = "train.label_dropout", new["data.num_classes"] > 0
+    if purpose == "use" and conditional and (saved[name] > 0) != (new[name] > 0):
+        changed += changes(saved, new, [name])  # whether guidance has a null class
     if changed:
         raise UserError(f"workdir={workdir}: was made with another config: {', '.join(changed)}")
 

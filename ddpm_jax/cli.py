@@ -34,7 +34,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ddpm_jax import checks, compilation, configs, cpu, parallel, signals
 from ddpm_jax.errors import UserError, is_disk_full, one_line, printable
-from ddpm_jax.files import disk, run_files
+from ddpm_jax.files import checkpoint, disk, run_files
 from ddpm_jax.runs import compare, edit, evaluate, generate, interop, show, train
 
 EDITS = {
@@ -231,7 +231,8 @@ def run(argv):
     cpu.prepare(configs.positions(command.config, command.mode))
     if command.processes is None:
         compilation.keep_programs()  # for one process only, see there
-        cpu.use_cores(*configs.sizes_at_once(command.config, command.mode))
+        sizes = configs.batch_sizes(command.config, command.mode).values()
+        cpu.use_cores(*sizes, parts=configs.parts(command.config, command.mode))
         processes = nullcontext()
     else:
         processes = parallel.connected(*command.processes)
@@ -262,7 +263,8 @@ def execute(command, argv):
         log.info("done: %s", workdir)
     else:
         if mode != "show" or run_files.load_config(workdir) is not None:
-            checks.check_same_run(run_files.saved_config(workdir), config, workdir, "use")
+            purpose = "imported" if checkpoint.latest_step(workdir) == 0 else "use"
+            checks.check_same_run(run_files.saved_config(workdir), config, workdir, purpose)
         if mode in INTERRUPTIBLE:
             with signals.catch() if command.processes else nullcontext(signals.never) as stop:
                 INTERRUPTIBLE[mode](config, workdir, stop)

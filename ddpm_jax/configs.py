@@ -191,7 +191,7 @@ def _train_fields():
 
 def _sample_fields():
     sample = ConfigDict()
-    sample.num_samples = 64  # images, for the grids and --mode=sample
+    sample.num_samples = 64  # images, for --mode=sample and for grids, which show 256 at most
     sample.batch_size = 64  # images at a time, over all devices
     sample.seed = 0  # image i depends on (seed, i) only
     sample.columns = 0  # images per row of the grids; 0: a square, or one column per class
@@ -455,11 +455,10 @@ def batch_sizes(config, mode):
     return {name: flatten(config)[name] for name in fields.get(mode, ("sample.batch_size",))}
 
 
-def sizes_at_once(config, mode):
-    """The numbers of images that a mode computes at once, over all devices: batches, or their
-    parts (optim.accumulate)."""
-    parts = {"train.batch_size": max(1, config.optim.accumulate)}
-    return [size // parts.get(name, 1) for name, size in batch_sizes(config, mode).items()]
+def parts(config, mode):
+    """The sizes of the parts in which a mode computes its batches (optim.accumulate)."""
+    numbers = {"train.batch_size": max(1, config.optim.accumulate)}
+    return [size // numbers.get(name, 1) for name, size in batch_sizes(config, mode).items()]
 
 
 def can_have_fid(config):

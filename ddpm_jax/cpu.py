@@ -79,7 +79,7 @@ def prepare(positions=math.inf):
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
-def use_cores(*batch_sizes):
+def use_cores(*batch_sizes, parts=()):
     """Makes each CPU core a device; call it before JAX is used.
 
     XLA parallelizes only large operations. Data parallelism over the cores parallelizes everything:
@@ -88,12 +88,13 @@ def use_cores(*batch_sizes):
 
     Args:
       batch_sizes: the number of devices divides all of these, with at least 16 examples for each.
+      parts: sizes of the parts of a batch that are computed at once; the number divides them, too.
     """
     if jax.config.jax_num_cpu_devices > 0 or "device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    common = math.gcd(*batch_sizes)
-    fitting = (n for n in range(1, cores + 1) if common % n == 0 and common // n >= 16)
+    common, of_parts = math.gcd(*batch_sizes), math.gcd(*batch_sizes, *parts)
+    fitting = (n for n in range(1, cores + 1) if of_parts % n == 0 and common // n >= 16)
     jax.config.update("jax_num_cpu_devices", max(fitting, default=1))
 
 

@@ -66,7 +66,7 @@ OF_ALL = "seed", "model.", "diffusion.", "data.image_size", "data.channels", "da
 SECTIONS = {
     "create_state": (*OF_ALL, "optim.", "train.timesteps"),
     "make_train_step": (*OF_ALL, "optim.", "train."),
-    "make_eval_loss": (*OF_ALL, "data.", "train."),
+    "make_eval_loss": (*OF_ALL, "data.", "optim.accumulate", "train."),
     "make_sampler": (*OF_ALL, "sample."),
 }
 NO_DEPENDENCE = re.compile(r"train\.((num|keep|score)_.*|.*_every)")

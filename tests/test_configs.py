@@ -8,12 +8,13 @@ import pathlib
 import re
 import runpy
 import shlex
+import types
 
 import jax
 import pytest
 
 import ddpm_jax
-from ddpm_jax import checks, cli, configs
+from ddpm_jax import checks, cli, configs, cpu
 from ddpm_jax.core import likelihood, solvers, unet
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import checkpoint, run_files
@@ -247,11 +248,11 @@ def test_a_learned_variance_is_of_all_steps(config):
         ("diffusion.prediction", "v"),
         ("model.norm_groups", 2),
         ("optim.ema_decay", (0.98, 0.995)),  # the first would be read as the second
-        ("train.label_dropout", 0.5),  # whether there is a null class
+        ("train.label_dropout", 0.0),  # whether there is a null class
     ],
 )
 def test_a_run_is_not_used_with_another_network_or_chain(config, name, value):
-    config.optim.ema_decay = (0.995, 0.98)
+    config.optim.ema_decay, config.data.num_classes = (0.995, 0.98), 5
     saved = config.copy_and_resolve_references()
     config.update_from_flattened_dict({name: value})
     with pytest.raises(UserError, match=rf"workdir=runs/x: .*{name} "):
@@ -261,10 +262,10 @@ def test_a_run_is_not_used_with_another_network_or_chain(config, name, value):
 def test_imported_weights_are_trained_with_any_average(config):
     saved = config.copy_and_resolve_references()
     config.optim.ema_decay, config.train.label_dropout = 0.5, 0.5
-    checks.check_same_run(saved, config, "runs/x", "begin")
+    checks.check_same_run(saved, config, "runs/x", "imported")
     config.model.norm_groups = 2
     with pytest.raises(UserError, match=r"model\.norm_groups"):
-        checks.check_same_run(saved, config, "runs/x", "begin")
+        checks.check_same_run(saved, config, "runs/x", "imported")
 
 
 @pytest.mark.parametrize("decay", [[0.9, 0.5], [], (), ([0.9],), {0.9}, (0.9, 0.9), 1.0, "0.9"])
@@ -274,13 +275,23 @@ def test_decays_that_are_none(config, decay):
         checks.check(config)
 
 
-def test_parts_of_a_batch_fit_the_devices(config):
-    """Of 32 parts of one image, two devices could compute none."""
-    config.train.batch_size, config.sample.batch_size = 32, 64
-    assert configs.sizes_at_once(config, "train") == [32, 64]
-    config.optim.accumulate = 32
-    assert configs.sizes_at_once(config, "train") == [1, 64]
-    assert configs.sizes_at_once(config, "sample") == [64]
+@pytest.mark.parametrize(
+    "batch_size, accumulate, devices", [(32, 1, 2), (32, 32, 1), (48, 16, 1), (128, 8, 4)]
+)
+def test_cores_become_devices_that_fit(config, monkeypatch, batch_size, accumulate, devices):
+    """At least 16 images for each; of 32 parts of one image, two devices could compute none."""
+    config.train.batch_size, config.sample.batch_size = batch_size, 64
+    config.optim.accumulate = accumulate
+    set_to = {}
+    monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda _: range(4), raising=False)
+    jax = types.SimpleNamespace(
+        config=types.SimpleNamespace(jax_num_cpu_devices=0, update=set_to.__setitem__)
+    )
+    monkeypatch.setattr(cpu, "jax", jax)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    sizes = configs.batch_sizes(config, "train").values()
+    cpu.use_cores(*sizes, parts=configs.parts(config, "train"))
+    assert set_to == {"jax_num_cpu_devices": devices}
 
 
 def test_a_run_is_used_with_another_dropout_seed_or_sampler(config):

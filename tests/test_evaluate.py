@@ -67,8 +67,11 @@ def run(config, tmp_path):
 
 
 @pytest.mark.parametrize("name, value", [("split", "nothing"), ("cache_dir", "file/cache")])
+@pytest.mark.usefixtures("random_inception")
 def test_what_cannot_be_used_is_found_first(run, tmp_path, monkeypatch, name, value):
+    """Before any image is sampled."""
     workdir, config = run
+    config.evaluate.nearest_images = 2
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     config.evaluate[name] = value
@@ -684,7 +687,8 @@ def test_runs_that_are_older_than_some_fields(run):
     assert command.config.evaluate.num_samples == 50_000
     assert command.config.sample.sampler == "ancestral"
     saved = run_files.load_config(workdir)
-    checks.check_same_run(saved, config, workdir, "train")
+    for purpose in ("train", "use"):
+        checks.check_same_run(saved, config, workdir, purpose)
     config.data.num_classes = 10
     with pytest.raises(UserError, match=r"data\.num_classes 0 -> 10"):
         checks.check_same_run(saved, config, workdir, "train")

@@ -267,8 +267,7 @@ def test_held_out_loss_is_fixed(config):
     model, schedule = configs.make_model(config), configs.make_schedule(config)
     source = data.open_source(config.data, "eval_split")
     losses, read = [], []
-    # Under another name than the digits', no program is shared with other tests.
-    config.data.name = "counted"
+    config.data.name = "counted"  # not the digits', whose programs are shared with other tests
     counted = source._replace(read=lambda i: read.append(len(i)) or source.read(i))
     for seed, batch_size, parts in ((0, 8, 1), (0, 8, 1), (1, 4, 1), (0, 8, 2)):
         config.seed, config.train.batch_size, config.optim.accumulate = seed, batch_size, parts
@@ -360,6 +359,10 @@ def test_a_finished_run_is_not_said_to_be_another(config, tmp_path):
     config.train.num_steps += 1
     assert train.train(config, tmp_path) == 0
     assert run_files.saved_config(tmp_path).optim.learning_rate == 0.002
+    config.train.num_steps -= 1
+    with pytest.raises(UserError, match=r"train\.num_steps=4: .* has 5 steps already"):
+        train.train(config, tmp_path)
+    assert run_files.saved_config(tmp_path).train.num_steps == 5
 
 
 @pytest.mark.parametrize("name, value", [("train.score_samples", 7), ("show.num_steps", 3)])
@@ -367,13 +370,15 @@ def test_scores_that_cannot_be_compared_are_named(
     config, tmp_path, caplog, monkeypatch, name, value
 ):
     monkeypatch.setattr(checkpoint, "latest_step", lambda workdir: 2)
-    run_files.save_config(config, tmp_path)
-    config.update_from_flattened_dict({name: value})
-    train.check_changes(config, tmp_path, last=4)
-    assert not caplog.text  # there are no scores
-    config.train.score_every = 1
-    train.check_changes(config, tmp_path, last=4)
-    assert "before and after step 2 cannot be compared" in caplog.text and name in caplog.text
+    for score_every in (0, 1):
+        config.train.score_every = score_every
+        run_files.save_config(config, tmp_path)
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict({name: value})
+        caplog.clear()
+        train.check_changes(changed, tmp_path, last=4)
+        warned = f"before and after step 2 do not compare: {name} " in caplog.text
+        assert warned == (score_every > 0)
 
 
 def test_a_grid_has_no_more_images_than_it_shows(config, tmp_path):

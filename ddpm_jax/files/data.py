@@ -282,7 +282,7 @@ def _file(path):
     return File(str(path), status.st_size, status.st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=1)  # for the two splits of a run
+@functools.lru_cache(maxsize=1)  # not again for the other split of the same folder
 def _warn_once(text):
     log.warning("%s", printable(text))
 

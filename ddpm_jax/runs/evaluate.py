@@ -74,10 +74,10 @@ def evaluate(config, workdir, stop=signals.never):
     if section.num_samples:
         reference.check_cache(config)
     train, test = (data.open_source(config.data, field) for field in ("split", "eval_split"))
-    bounded = bound.open_images(config, test) if section.bits_per_dim_images else None
     run_files.check_same_classes(train, workdir)
     if section.steps:
         return evaluate_steps(config, workdir, weights, train, test, stop)
+    bounded = bound.open_images(config, test) if section.bits_per_dim_images else None
     step, params = checkpoint.restore_params(config, workdir)
     guidance = generate.guidance_for_run(config, workdir)
     generate.warn_of_chain(config)

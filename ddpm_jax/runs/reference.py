@@ -7,7 +7,6 @@ The name of a folder in the cache is a digest of everything that its files depen
 
 import hashlib
 import logging
-import os
 import pathlib
 from typing import NamedTuple
 
@@ -100,14 +99,12 @@ def cache_folder(config, provenance):
 
 
 def check_cache(config):
-    """Raises a UserError if nothing is in `evaluate.cache_dir` and nothing can be written there.
+    """Raises a UserError if no results are in `evaluate.cache_dir` and none can be written there.
 
-    Call it before slow computations. What is in a folder that cannot be written can be read.
+    Call it before slow computations. Results in a folder that cannot be written can be read.
     """
     cache = _cache(config)
-    with disk.named_errors(CACHE, cache):
-        is_empty = not os.path.isdir(cache) or not os.listdir(cache)
-    if is_empty:
+    if not any(cache.glob("*/provenance.json")):
         disk.check_writable(cache, CACHE)
 
 

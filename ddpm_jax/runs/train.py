@@ -65,8 +65,8 @@ def train(config, workdir, arrays=None):
       0 when the run is finished, or the number of the signal that stopped it (after saving).
 
     Raises:
-      UserError: if the folder holds another run, or another program trains in it; for invalid data
-        (during training, after saving); or for non-finite losses.
+      UserError: if the folder holds another run (see check_changes), or another program trains in
+        it; for invalid data (during training, after saving); or for non-finite losses.
     """
     workdir = pathlib.Path(workdir)
     source, eval_source = open_data(config, workdir, arrays)
@@ -126,7 +126,7 @@ def open_data(config, workdir, arrays):
     # A run at step 0 was imported: it does not depend on data and seed yet.
     trained = saved is not None and checkpoint.latest_step(workdir) != 0
     if saved is not None:
-        checks.check_same_run(saved, config, workdir, "train" if trained else "begin")
+        checks.check_same_run(saved, config, workdir, "train" if trained else "imported")
     source, eval_source = (
         data.open_source(config.data, field, arrays) for field in ("split", "eval_split")
     )
@@ -145,17 +145,21 @@ def check_changes(config, workdir, last):
     saved, step = run_files.load_config(workdir), checkpoint.latest_step(workdir)
     if saved is None or not step:
         return
+    if step > last:
+        field = "num_epochs" if config.train.num_epochs else "num_steps"
+        text = f"train.{field}={config.train[field]}: {workdir} has {step} steps already"
+        raise UserError(f"{text}; give as many, or more, or another --workdir")
     flat = configs.flatten(saved), configs.flatten(config)
-    changed = ", ".join(checks.changes(*flat, checks.TRAINING))
-    if changed and step >= last:
-        text = f"workdir={workdir}: is finished, and was trained with another config: {changed}"
+    names = [n for n in checks.TRAINING if n != "train.label_dropout" or config.data.num_classes]
+    changed = ", ".join(checks.changes(*flat, names))
+    if changed and step == last:
+        text = f"workdir={workdir}: is finished, and its config.json has other settings: {changed}"
         raise UserError(f"{text}; give another --workdir, or more steps")
     if changed:
         log.info("trained differently from step %d on: %s", step, changed)
     changed = ", ".join(checks.changes(*flat, checks.SCORING))
-    if changed and config.train.score_every and step < last:
-        text = "scores before and after step %d cannot be compared, as keep_best would: %s"
-        log.warning(text, step, changed)
+    if changed and saved.train.score_every and config.train.score_every and step < last:
+        log.warning("scores before and after step %d do not compare: %s", step, changed)
 
 
 def make_actions(config, workdir, span, metrics, eval_loss, sample, score, stop):
