@@ -77,6 +77,11 @@ def test_only_what_starts_from_noise_warns_of_the_chain(run, config, pictures, t
     assert caplog.text.count("does not end in noise") == 1
 
 
+def test_imported_weights_have_no_average(run, pictures):
+    """So a config with another decay may be given, as for its data."""
+    edit("img2img", run, pictures[0], "--config.optim.ema_decay=0.5")
+
+
 def test_another_mask_writes_other_files(run, tmp_path):
     """Also where the pixels between the masks are as gray as those that are left out."""
     Image.fromarray(np.full((8, 8), 128, np.uint8)).save(tmp_path / "gray.png")
