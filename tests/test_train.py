@@ -370,15 +370,15 @@ def test_scores_that_cannot_be_compared_are_named(
     config, tmp_path, caplog, monkeypatch, name, value
 ):
     monkeypatch.setattr(checkpoint, "latest_step", lambda workdir: 2)
-    for score_every in (0, 1):
-        config.train.score_every = score_every
+    for before, after in itertools.product((0, 1), repeat=2):  # there are none to compare, or are
+        config.train.score_every = before
         run_files.save_config(config, tmp_path)
         changed = config.copy_and_resolve_references()
-        changed.update_from_flattened_dict({name: value})
+        changed.update_from_flattened_dict({name: value, "train.score_every": after})
         caplog.clear()
         train.check_changes(changed, tmp_path, last=4)
         warned = f"before and after step 2 do not compare: {name} " in caplog.text
-        assert warned == (score_every > 0)
+        assert warned == (before > 0 and after > 0)
 
 
 def test_a_grid_has_no_more_images_than_it_shows(config, tmp_path):
